@@ -1,0 +1,52 @@
+/* The kernel table: every operation of the forward pass that touches many numbers. One table per instruction
+ * set; src/kernels/ref.c is the definition. Within one table results have a fixed summation order: they depend
+ * on neither the number of threads nor on how many tokens are computed together. */
+#ifndef SMALLTHINKER_KERNELS_H
+#define SMALLTHINKER_KERNELS_H
+
+#include "smallthinker/packed.h"
+
+#define ST_ATTN_CHUNK 256 /* positions of one attention unit */
+
+typedef struct st_kernels {
+    const char *name;
+
+    /* x[cols] -> out[ceil(cols / 128)]. scale = max|x| / 127, round to nearest even; NaN gives NaN scales. */
+    void (*quantize)(const float *x, int64_t cols, st_q8x4 *out);
+
+    /* y[i * ldy + r - 16 * t0] = W[r] . x[i] for the rows r of tiles t0..t1 that are below `rows`, i < n.
+     * W: Tile16 of the type, 64-byte aligned; x: n pointers to quantised rows of cols = 32 * nb columns. */
+    void (*gemm_q4_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                      int64_t n, float *y, int64_t ldy);
+    void (*gemm_q8_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                      int64_t n, float *y, int64_t ldy);
+
+    /* out[i] = W[index[i]] . x for i < n.  W: Rows layout of Q4_0, nb blocks a row. */
+    void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
+
+    /* y[128] += weight * (W_down of one chunk) . h.  chunk: Down layout, groups = f / 32; a[groups]. */
+    void (*down_q4_0)(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y);
+
+    /* g[32] (gate, before relu) and up[32] (read only where g > 0) -> the 32 neurons' st_active. */
+    void (*activate)(const float *g, const float *up, st_active *out);
+
+    /* Scores of G query heads against n <= ST_ATTN_CHUNK cached positions of one KV head, softmax within the
+     * chunk: m[h] = largest score, l[h] = sum of exp(score - m), acc[h][hd] = sum of exp(score - m) * v.
+     * q: [G][hd] floats; k, v: [n][hd] fp16; scores: scratch of G * ST_ATTN_CHUNK floats. hd % 8 == 0 for the
+     * vector tables; n >= 1. */
+    void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
+                      float scale, float *scores, float *acc, float *m, float *l);
+
+    /* out[n] = x / sqrt(mean(x^2) + eps) * w */
+    void (*rmsnorm)(const float *x, const float *w, int64_t n, float eps, float *out);
+    float (*dot)(const float *a, const float *b, int64_t n);
+    void (*axpy)(float a, const float *x, float *y, int64_t n); /* y += a * x */
+    void (*to_f16)(const float *x, uint16_t *out, int64_t n);
+} st_kernels;
+
+extern const st_kernels st_kernels_ref;
+#if defined(__x86_64__)
+extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
+#endif
+
+#endif

@@ -1,0 +1,83 @@
+/* Layouts of weights and quantised activations as the kernels consume them, and the permutations from and
+ * to GGUF rows. One layout serves every instruction set; packing never changes a bit of a weight or a scale,
+ * it only moves them. Nothing here computes with weights except st_dequantize_row. */
+#ifndef SMALLTHINKER_PACKED_H
+#define SMALLTHINKER_PACKED_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Tensor types, numbered as in GGUF. */
+typedef enum st_type {
+    ST_F32 = 0,
+    ST_F16 = 1,
+    ST_Q4_0 = 2,
+    ST_Q4_1 = 3,
+    ST_Q8_0 = 8,
+    ST_Q6_K = 14,
+    ST_BF16 = 30
+} st_type;
+
+#define ST_TILE_ROWS 16   /* rows interleaved in one tile */
+#define ST_BLOCK 32       /* columns that share a scale in Q4_0 and Q8_0 */
+#define ST_DOWN_CHUNK 128 /* outputs of the down projection that stand together */
+
+/* Tile16, Q4_0: for every 16 rows, for every block of 32 columns, 288 bytes:
+ *   uint16 scale[16] (fp16, one a row), then 4 groups g of 64 bytes: byte 4*r + j of group g is byte 4*g + j of
+ *   row r's block, so its low nibble is column 4*g + j and its high nibble column 16 + 4*g + j.
+ * Tile16, Q8_0: the same with 8 groups of 64 bytes, byte 4*r + j of group g being column 4*g + j: 544 bytes.
+ * Rows are padded to a multiple of 16 with zero bytes. */
+#define ST_TILE_Q4_0_BYTES 288
+#define ST_TILE_Q8_0_BYTES 544
+
+/* Rows, Q4_0 ("up"; one row is read alone when its neuron fires): per row, uint16 scale[nb], then the blocks
+ * of 16 nibble bytes in order. nb = cols / 32. The row takes 18 * nb bytes, as in GGUF. */
+
+/* Down, Q4_0, neuron-major: outputs in chunks of 128 (d padded with zeros to a multiple of 128). Per chunk:
+ *   uint16 scale[f/32][128], then for every neuron n one 64-byte line: byte 16*L + 4*v + k holds
+ *   output 32*v + 4*L + k in its low nibble and output 32*v + 16 + 4*L + k in its high nibble.
+ * The lane order is what interleaving four neurons byte by byte leaves in vector registers of any width. */
+
+/* Activations, Q8_0: 128 columns. q[0][b][i] is column 32*b + i, q[1][b][i] column 32*b + 16 + i.
+ * corr[4*b] = -8 * (sum of block b), the other corr are 0; scale[4*b .. 4*b+3] all hold the block's scale.
+ * value = scale * q. Columns beyond the row's end are zero with scale zero. */
+typedef struct st_q8x4 {
+    int8_t q[2][4][16];
+    int32_t corr[16];
+    float scale[16];
+} st_q8x4;
+
+/* The silenced-and-quantised output of 32 neurons of one expert for one token: only neurons whose quantised
+ * value is not zero, four at a time (padded with value 0). value of neuron index[i] = scale * h[i]. */
+typedef struct st_active {
+    int8_t h[32];
+    uint8_t index[32];
+    int32_t corr;  /* -8 * sum of h */
+    int32_t quads; /* used entries / 4, rounded up */
+    float scale;
+    int32_t count; /* neurons whose gate was positive */
+} st_active;
+
+/* Bytes of one GGUF row of cols elements; 0 where cols does not fit the type's block or the type is unknown. */
+size_t st_row_bytes(int type, int64_t cols);
+/* Bytes of a packed matrix; 0 where the type has no such layout or the shape does not fit. */
+size_t st_tile16_bytes(int type, int64_t rows, int64_t cols);
+size_t st_down_bytes(int64_t d, int64_t f);
+
+/* Permutations; src and dst must not overlap. Tiles t0..t1 of a matrix (16 rows each). */
+void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1);
+void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
+void st_pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
+void st_unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
+void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
+void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
+
+/* One GGUF row of cols elements (any type above) as floats. */
+void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out);
+/* Row r of a Tile16 matrix as floats. */
+void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out);
+
+float st_f16_to_f32(uint16_t h);
+uint16_t st_f32_to_f16(float f); /* round to nearest even; overflow to infinity */
+
+#endif

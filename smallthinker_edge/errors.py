@@ -1,0 +1,53 @@
+"""Exceptions of the library. Everything that it raises on purpose derives from SmallThinkerError.
+
+The native modules translate C status codes into these; nothing else in the package defines exceptions.
+"""
+
+from __future__ import annotations
+
+
+class SmallThinkerError(Exception):
+    """Base class of every error raised by smallthinker_edge."""
+
+
+class ModelFormatError(SmallThinkerError, ValueError):
+    """A model file is damaged, truncated, or of a kind that this library does not read.
+
+    Attributes:
+        path: the file, or None when the model did not come from one.
+        field: the metadata key, tensor or header field that was wrong, or None.
+        offset: byte offset in the file where it stands, or None.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | None = None, field: str | None = None, offset: int | None = None
+    ) -> None:
+        self.path = path
+        self.field = field
+        self.offset = offset
+        where = [str(path)] if path is not None else []
+        if field is not None:
+            where.append(f"field {field!r}")
+        if offset is not None:
+            where.append(f"at byte {offset}")
+        super().__init__(f"{', '.join(where)}: {message}" if where else message)
+
+
+class MemoryBudgetError(SmallThinkerError, MemoryError):
+    """The memory budget cannot hold the model; the message names the smallest one that would."""
+
+
+class ExpertReadError(SmallThinkerError, OSError):
+    """Expert weights could not be read from storage; the session stays usable."""
+
+
+class ContextFull(SmallThinkerError):
+    """More tokens were given than the session's context has room for; nothing was computed."""
+
+
+class ChatTemplateError(SmallThinkerError, ValueError):
+    """A chat template or a list of messages cannot be rendered."""
+
+
+class SessionBusy(SmallThinkerError, RuntimeError):
+    """Two threads decoded with one session at the same time."""

@@ -1,0 +1,190 @@
+/* Plain C: the definition of every kernel, slow and obvious. Every other table is tested against this one. */
+#include "smallthinker/kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+static float u16_f32(const uint8_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return st_f16_to_f32(h);
+}
+
+static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
+    memset(out, 0, (size_t)((cols + 127) / 128) * sizeof *out);
+    for (int64_t b = 0; b < cols / ST_BLOCK; b++, x += ST_BLOCK) {
+        st_q8x4 *quad = out + b / 4;
+        float amax = 0;
+        for (int i = 0; i < ST_BLOCK; i++)
+            amax = x[i] != x[i] || fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+        float scale = amax / 127, inverse = amax > 0 ? 127 / amax : 0;
+        int sum = 0;
+        for (int i = 0; i < ST_BLOCK; i++) {
+            float v = nearbyintf(x[i] * inverse);
+            int q = v >= -127 && v <= 127 ? (int)v : 0; /* NaN and infinity: the scale carries them */
+            quad->q[i / 16][b % 4][i % 16] = (int8_t)q;
+            sum += q;
+        }
+        quad->corr[b % 4 * 4] = -8 * sum;
+        for (int i = 0; i < 4; i++)
+            quad->scale[b % 4 * 4 + i] = scale;
+    }
+}
+
+static int q8_at(const st_q8x4 *x, int64_t b, int i) { return x[b / 4].q[i / 16][b % 4][i % 16]; }
+
+static void gemm_tile16(int type, const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
+                        const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) {
+    int64_t tile_bytes = type == ST_Q4_0 ? ST_TILE_Q4_0_BYTES : ST_TILE_Q8_0_BYTES;
+    for (int64_t row = t0 * ST_TILE_ROWS; row < t1 * ST_TILE_ROWS && row < rows; row++) {
+        const uint8_t *tile = w + row / ST_TILE_ROWS * nb * tile_bytes;
+        int64_t r = row % ST_TILE_ROWS;
+        for (int64_t t = 0; t < n; t++) {
+            float sum = 0;
+            for (int64_t b = 0; b < nb; b++) {
+                const uint8_t *block = tile + b * tile_bytes;
+                int dot = 0;
+                for (int i = 0; i < ST_BLOCK; i++) {
+                    int j = type == ST_Q4_0 ? i % 16 : i;
+                    uint8_t byte = block[32 + 64 * (j / 4) + 4 * r + j % 4];
+                    dot += q8_at(x[t], b, i) * (type == ST_Q4_0 ? (byte >> (i / 16 * 4) & 15) - 8 : (int8_t)byte);
+                }
+                sum += (float)dot * (u16_f32(block + 2 * r) * x[t][b / 4].scale[b % 4 * 4]);
+            }
+            y[t * ldy + row - t0 * ST_TILE_ROWS] = sum;
+        }
+    }
+}
+
+static void gemm_q4_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                      int64_t n, float *y, int64_t ldy) {
+    gemm_tile16(ST_Q4_0, w, rows, nb, t0, t1, x, n, y, ldy);
+}
+
+static void gemm_q8_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                      int64_t n, float *y, int64_t ldy) {
+    gemm_tile16(ST_Q8_0, w, rows, nb, t0, t1, x, n, y, ldy);
+}
+
+static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
+    for (int64_t k = 0; k < n; k++) {
+        const uint8_t *scales = w + index[k] * nb * 18, *nibbles = scales + 2 * nb;
+        float sum = 0;
+        for (int64_t b = 0; b < nb; b++) {
+            int dot = 0;
+            for (int i = 0; i < ST_BLOCK; i++)
+                dot += ((nibbles[16 * b + i % 16] >> (i / 16 * 4) & 15) - 8) * q8_at(x, b, i);
+            sum += (float)dot * (u16_f32(scales + 2 * b) * x[b / 4].scale[b % 4 * 4]);
+        }
+        out[k] = sum;
+    }
+}
+
+static void down_q4_0(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y) {
+    const uint8_t *lines = chunk + groups * ST_DOWN_CHUNK * 2;
+    for (int o = 0; o < ST_DOWN_CHUNK; o++) {
+        int byte = (o % 16 / 4) * 16 + (o / 32) * 4 + o % 4, shift = o % 32 >= 16 ? 4 : 0;
+        float sum = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            int dot = 0;
+            if (a[g].quads == 0)
+                continue;
+            for (int i = 0; i < 4 * a[g].quads; i++)
+                dot += a[g].h[i] * ((lines[(32 * g + a[g].index[i]) * 64 + byte] >> shift & 15) - 8);
+            sum += (float)dot * (u16_f32(chunk + (g * ST_DOWN_CHUNK + o) * 2) * a[g].scale);
+        }
+        y[o] += weight * sum;
+    }
+}
+
+static void activate(const float *g, const float *up, st_active *out) {
+    float h[32], amax = 0;
+    memset(out, 0, sizeof *out);
+    for (int i = 0; i < 32; i++) {
+        int fires = !(g[i] <= 0); /* a NaN gate is passed on, not hidden */
+        h[i] = fires ? g[i] * up[i] : 0;
+        out->count += fires;
+        amax = h[i] != h[i] || fabsf(h[i]) > amax ? fabsf(h[i]) : amax;
+    }
+    float inverse = amax > 0 ? 127 / amax : 0;
+    int used = 0, sum = 0;
+    out->scale = amax / 127;
+    for (int i = 0; i < 32; i++) {
+        float v = nearbyintf(h[i] * inverse);
+        int q = v >= -127 && v <= 127 ? (int)v : 0;
+        if (q == 0)
+            continue;
+        out->index[used] = (uint8_t)i;
+        out->h[used++] = (int8_t)q;
+        sum += q;
+    }
+    if (used == 0 && !(amax <= 0)) /* only NaN or infinity: keep one entry so that the scale is seen */
+        used = 1;
+    out->corr = -8 * sum;
+    out->quads = (used + 3) / 4;
+}
+
+static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
+                      float scale, float *scores, float *acc, float *m, float *l) {
+    for (int64_t h = 0; h < G; h++) {
+        float *s = scores + h * ST_ATTN_CHUNK, max = -INFINITY, sum = 0;
+        for (int64_t p = 0; p < n; p++) {
+            float dot = 0;
+            for (int64_t i = 0; i < hd; i++)
+                dot += q[h * hd + i] * st_f16_to_f32(k[p * hd + i]);
+            s[p] = dot * scale;
+            max = s[p] > max ? s[p] : max;
+        }
+        for (int64_t i = 0; i < hd; i++)
+            acc[h * hd + i] = 0;
+        for (int64_t p = 0; p < n; p++) {
+            float e = expf(s[p] - max);
+            sum += e;
+            for (int64_t i = 0; i < hd; i++)
+                acc[h * hd + i] += e * st_f16_to_f32(v[p * hd + i]);
+        }
+        m[h] = max;
+        l[h] = sum;
+    }
+}
+
+static void rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        sum += x[i] * x[i];
+    float scale = 1 / sqrtf(sum / (float)n + eps);
+    for (int64_t i = 0; i < n; i++)
+        out[i] = x[i] * scale * w[i];
+}
+
+static float dot(const float *a, const float *b, int64_t n) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+static void axpy(float a, const float *x, float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        y[i] += a * x[i];
+}
+
+static void to_f16(const float *x, uint16_t *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        out[i] = st_f32_to_f16(x[i]);
+}
+
+const st_kernels st_kernels_ref = {
+    .name = "ref",
+    .quantize = quantize,
+    .gemm_q4_0 = gemm_q4_0,
+    .gemm_q8_0 = gemm_q8_0,
+    .rows_q4_0 = rows_q4_0,
+    .down_q4_0 = down_q4_0,
+    .activate = activate,
+    .attention = attention,
+    .rmsnorm = rmsnorm,
+    .dot = dot,
+    .axpy = axpy,
+    .to_f16 = to_f16,
+};

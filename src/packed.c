@@ -1,0 +1,258 @@
+/* Permutations between GGUF rows and the packed layouts of packed.h, and dequantisation of single rows.
+ * Called by the loader and the packer; the forward pass uses only the row dequantisers. */
+#include "smallthinker/packed.h"
+
+#include <string.h>
+
+enum { Q4_0_BYTES = 18, Q4_1_BYTES = 20, Q8_0_BYTES = 34, Q6_K_BYTES = 210, Q6_K_BLOCK = 256 };
+
+float st_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff, bits;
+    if (exponent == 0) { /* zero and denormals: mantissa * 2^-24 is exact */
+        float f = (float)mantissa * 0x1p-24f;
+        return sign ? -f : f;
+    }
+    bits = exponent == 31 ? sign | 0x7f800000 | mantissa << 13 : sign | (exponent + 112) << 23 | mantissa << 13;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+uint16_t st_f32_to_f16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00 | (bits >> 13 & 0x3ff)); /* NaN keeps its top payload bits */
+    if (bits >= 0x477ff000)
+        return sign | 0x7c00; /* 65520 and above round to infinity */
+    if (bits < 0x38800000) {  /* below 2^-14: a denormal, whole multiples of 2^-24 */
+        float a;
+        memcpy(&a, &bits, 4);
+        a += 0.5f; /* float spacing at 0.5 is 2^-24: the addition rounds to nearest even */
+        uint32_t m;
+        memcpy(&m, &a, 4);
+        return (uint16_t)(sign | (m - 0x3f000000));
+    }
+    bits += 0xfff + (bits >> 13 & 1);
+    return (uint16_t)(sign | ((bits - 0x38000000) >> 13));
+}
+
+static uint16_t load_u16(const uint8_t *p) {
+    uint16_t v;
+    memcpy(&v, p, 2);
+    return v;
+}
+
+static float load_f16(const uint8_t *p) { return st_f16_to_f32(load_u16(p)); }
+
+size_t st_row_bytes(int type, int64_t cols) {
+    if (cols <= 0)
+        return 0;
+    size_t n = (size_t)cols;
+    switch (type) {
+    case ST_F32: return 4 * n;
+    case ST_F16:
+    case ST_BF16: return 2 * n;
+    case ST_Q4_0: return n % ST_BLOCK ? 0 : n / ST_BLOCK * Q4_0_BYTES;
+    case ST_Q4_1: return n % ST_BLOCK ? 0 : n / ST_BLOCK * Q4_1_BYTES;
+    case ST_Q8_0: return n % ST_BLOCK ? 0 : n / ST_BLOCK * Q8_0_BYTES;
+    case ST_Q6_K: return n % Q6_K_BLOCK ? 0 : n / Q6_K_BLOCK * Q6_K_BYTES;
+    default: return 0;
+    }
+}
+
+static size_t tile_block_bytes(int type) {
+    return type == ST_Q4_0 ? ST_TILE_Q4_0_BYTES : type == ST_Q8_0 ? ST_TILE_Q8_0_BYTES : 0;
+}
+
+size_t st_tile16_bytes(int type, int64_t rows, int64_t cols) {
+    if (rows <= 0 || cols <= 0 || cols % ST_BLOCK)
+        return 0;
+    return (size_t)((rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS) * (size_t)(cols / ST_BLOCK) * tile_block_bytes(type);
+}
+
+size_t st_down_bytes(int64_t d, int64_t f) {
+    if (d <= 0 || f <= 0 || f % ST_BLOCK)
+        return 0;
+    size_t chunks = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK);
+    return chunks * ((size_t)f / ST_BLOCK * ST_DOWN_CHUNK * 2 + (size_t)f * (ST_DOWN_CHUNK / 2));
+}
+
+void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1) {
+    size_t row_bytes = st_row_bytes(type, cols), tile_bytes = tile_block_bytes(type);
+    size_t block_bytes = row_bytes / (size_t)(cols / ST_BLOCK);
+    int groups = type == ST_Q4_0 ? 4 : 8;
+    int64_t nb = cols / ST_BLOCK;
+    for (int64_t t = t0; t < t1; t++) {
+        uint8_t *tile = dst + (size_t)(t * nb) * tile_bytes;
+        if ((t + 1) * ST_TILE_ROWS > rows)
+            memset(tile, 0, (size_t)nb * tile_bytes);
+        for (int r = 0; r < ST_TILE_ROWS && t * ST_TILE_ROWS + r < rows; r++) {
+            const uint8_t *row = src + (size_t)(t * ST_TILE_ROWS + r) * row_bytes;
+            uint8_t *out = tile;
+            for (int64_t b = 0; b < nb; b++, row += block_bytes, out += tile_bytes) {
+                memcpy(out + 2 * r, row, 2);
+                for (int g = 0; g < groups; g++)
+                    memcpy(out + 32 + 64 * g + 4 * r, row + 2 + 4 * g, 4);
+            }
+        }
+    }
+}
+
+void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    size_t row_bytes = st_row_bytes(type, cols), tile_bytes = tile_block_bytes(type);
+    size_t block_bytes = row_bytes / (size_t)(cols / ST_BLOCK);
+    int groups = type == ST_Q4_0 ? 4 : 8;
+    int64_t nb = cols / ST_BLOCK;
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t r = row % ST_TILE_ROWS;
+        const uint8_t *in = src + (size_t)(row / ST_TILE_ROWS * nb) * tile_bytes;
+        uint8_t *out = dst + (size_t)row * row_bytes;
+        for (int64_t b = 0; b < nb; b++, in += tile_bytes, out += block_bytes) {
+            memcpy(out, in + 2 * r, 2);
+            for (int g = 0; g < groups; g++)
+                memcpy(out + 2 + 4 * g, in + 32 + 64 * g + 4 * r, 4);
+        }
+    }
+}
+
+void st_pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    int64_t nb = cols / ST_BLOCK;
+    for (int64_t r = 0; r < rows; r++, src += Q4_0_BYTES * nb, dst += Q4_0_BYTES * nb)
+        for (int64_t b = 0; b < nb; b++) {
+            memcpy(dst + 2 * b, src + Q4_0_BYTES * b, 2);
+            memcpy(dst + 2 * nb + 16 * b, src + Q4_0_BYTES * b + 2, 16);
+        }
+}
+
+void st_unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    int64_t nb = cols / ST_BLOCK;
+    for (int64_t r = 0; r < rows; r++, src += Q4_0_BYTES * nb, dst += Q4_0_BYTES * nb)
+        for (int64_t b = 0; b < nb; b++) {
+            memcpy(dst + Q4_0_BYTES * b, src + 2 * b, 2);
+            memcpy(dst + Q4_0_BYTES * b + 2, src + 2 * nb + 16 * b, 16);
+        }
+}
+
+/* Where output o (0..127) stands in a neuron's 64-byte line: byte, and 4 for the high nibble. */
+static int down_byte(int o) { return (o % 16 / 4) * 16 + (o / 32) * 4 + o % 4; }
+static int down_shift(int o) { return o % 32 >= 16 ? 4 : 0; }
+
+/* Where neuron n stands in a Q4_0 block of 18 bytes, and 4 for the high nibble. */
+static int block_byte(int n) { return 2 + n % 16; }
+static int block_shift(int n) { return n % ST_BLOCK >= 16 ? 4 : 0; }
+
+void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    int64_t groups = f / ST_BLOCK;
+    memset(dst, 0, st_down_bytes(d, f));
+    for (int64_t c = 0; c * ST_DOWN_CHUNK < d; c++) {
+        uint8_t *scales = dst, *lines = dst + groups * ST_DOWN_CHUNK * 2;
+        for (int o = 0; o < ST_DOWN_CHUNK && c * ST_DOWN_CHUNK + o < d; o++) {
+            const uint8_t *row = src + (c * ST_DOWN_CHUNK + o) * groups * Q4_0_BYTES;
+            uint8_t *column = lines + down_byte(o);
+            int shift = down_shift(o);
+            for (int64_t g = 0; g < groups; g++, row += Q4_0_BYTES) {
+                memcpy(scales + (g * ST_DOWN_CHUNK + o) * 2, row, 2);
+                for (int i = 0; i < 16; i++, column += 64) {
+                    column[0] |= (uint8_t)((row[2 + i] & 15) << shift);
+                    column[16 * 64] |= (uint8_t)(row[2 + i] >> 4 << shift);
+                }
+                column += 16 * 64;
+            }
+        }
+        dst = lines + f * (ST_DOWN_CHUNK / 2);
+    }
+}
+
+void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    int64_t groups = f / ST_BLOCK;
+    memset(dst, 0, (size_t)(d * groups * Q4_0_BYTES));
+    for (int64_t c = 0; c * ST_DOWN_CHUNK < d; c++) {
+        const uint8_t *scales = src, *lines = src + groups * ST_DOWN_CHUNK * 2;
+        for (int o = 0; o < ST_DOWN_CHUNK && c * ST_DOWN_CHUNK + o < d; o++) {
+            uint8_t *row = dst + (c * ST_DOWN_CHUNK + o) * groups * Q4_0_BYTES;
+            for (int64_t g = 0; g < groups; g++)
+                memcpy(row + g * Q4_0_BYTES, scales + (g * ST_DOWN_CHUNK + o) * 2, 2);
+            for (int64_t n = 0; n < f; n++) {
+                int q = lines[n * 64 + down_byte(o)] >> down_shift(o) & 15;
+                row[n / ST_BLOCK * Q4_0_BYTES + block_byte((int)(n % ST_BLOCK))] |=
+                    (uint8_t)(q << block_shift((int)(n % ST_BLOCK)));
+            }
+        }
+        src = lines + f * (ST_DOWN_CHUNK / 2);
+    }
+}
+
+static void dequantize_q6_k(const uint8_t *row, int64_t cols, float *out) {
+    /* 256 weights: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, fp16 super-scale. */
+    for (int64_t b = 0; b < cols / Q6_K_BLOCK; b++, row += Q6_K_BYTES) {
+        const int8_t *scales = (const int8_t *)row + 192;
+        float d = load_f16(row + 208);
+        for (int i = 0; i < Q6_K_BLOCK; i++) {
+            int half = i / 128, quarter = i % 128 / 32, lane = i % 32;
+            int low = row[64 * half + 32 * (quarter % 2) + lane] >> 4 * (quarter / 2) & 15;
+            int high = row[128 + 32 * half + lane] >> 2 * quarter & 3;
+            *out++ = d * (float)scales[i / 16] * (float)((low | high << 4) - 32);
+        }
+    }
+}
+
+void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out) {
+    int64_t nb = cols / ST_BLOCK;
+    switch (type) {
+    case ST_F32: memcpy(out, row, 4 * (size_t)cols); break;
+    case ST_F16:
+        for (int64_t i = 0; i < cols; i++)
+            out[i] = load_f16(row + 2 * i);
+        break;
+    case ST_BF16:
+        for (int64_t i = 0; i < cols; i++) {
+            uint32_t bits = (uint32_t)load_u16(row + 2 * i) << 16;
+            memcpy(out + i, &bits, 4);
+        }
+        break;
+    case ST_Q4_0:
+        for (int64_t b = 0; b < nb; b++, row += Q4_0_BYTES, out += ST_BLOCK) {
+            float d = load_f16(row);
+            for (int i = 0; i < 16; i++) {
+                out[i] = d * (float)((row[2 + i] & 15) - 8);
+                out[16 + i] = d * (float)((row[2 + i] >> 4) - 8);
+            }
+        }
+        break;
+    case ST_Q4_1:
+        for (int64_t b = 0; b < nb; b++, row += Q4_1_BYTES, out += ST_BLOCK) {
+            float d = load_f16(row), m = load_f16(row + 2);
+            for (int i = 0; i < 16; i++) {
+                out[i] = d * (float)(row[4 + i] & 15) + m;
+                out[16 + i] = d * (float)(row[4 + i] >> 4) + m;
+            }
+        }
+        break;
+    case ST_Q8_0:
+        for (int64_t b = 0; b < nb; b++, row += Q8_0_BYTES, out += ST_BLOCK) {
+            float d = load_f16(row);
+            for (int i = 0; i < ST_BLOCK; i++)
+                out[i] = d * (float)(int8_t)row[2 + i];
+        }
+        break;
+    case ST_Q6_K: dequantize_q6_k(row, cols, out); break;
+    }
+}
+
+void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t row, float *out) {
+    int64_t nb = cols / ST_BLOCK, r = row % ST_TILE_ROWS;
+    size_t tile_bytes = tile_block_bytes(type);
+    const uint8_t *in = tiles + (size_t)(row / ST_TILE_ROWS * nb) * tile_bytes;
+    for (int64_t b = 0; b < nb; b++, in += tile_bytes, out += ST_BLOCK) {
+        float d = load_f16(in + 2 * r);
+        for (int i = 0; i < ST_BLOCK; i++) {
+            int j = type == ST_Q4_0 ? i % 16 : i;
+            uint8_t byte = in[32 + 64 * (j / 4) + 4 * r + j % 4];
+            int q = type == ST_Q4_0 ? (byte >> (i / 16 * 4) & 15) - 8 : (int8_t)byte;
+            out[i] = d * (float)q;
+        }
+    }
+}

@@ -1,0 +1,154 @@
+/* Thread team: fork/join with a short spin, then sleep. Used by the forward pass; it never touches weights and
+ * knows nothing of what it runs. */
+#include "smallthinker/threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define ST_PAUSE() _mm_pause()
+#elif defined(__aarch64__) || defined(__arm__)
+#define ST_PAUSE() __asm__ __volatile__("yield" ::: "memory")
+#else
+#define ST_PAUSE() ((void)0)
+#endif
+
+/* About 100 us of spinning: longer than any phase's imbalance, far shorter than a person's typing pause. */
+enum { SPIN_LIMIT = 4000 };
+
+struct st_team {
+    int n;
+    _Alignas(64) atomic_llong claim;
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_uint barrier_generation;
+    _Alignas(64) atomic_uint run_generation;
+    atomic_int stop;
+    atomic_int sleepers;
+    st_team_fn fn;
+    void *arg;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    pthread_t *threads;
+    struct st_member *members;
+    int started;
+};
+
+struct st_member {
+    st_team *team;
+    int tid;
+};
+
+/* Waits until *word differs from old. */
+static void wait_change(st_team *team, atomic_uint *word, unsigned old) {
+    for (int i = 0; i < SPIN_LIMIT; i++) {
+        if (atomic_load_explicit(word, memory_order_acquire) != old)
+            return;
+        ST_PAUSE();
+    }
+    pthread_mutex_lock(&team->mutex);
+    atomic_fetch_add(&team->sleepers, 1);
+    while (atomic_load(word) == old)
+        pthread_cond_wait(&team->changed, &team->mutex);
+    atomic_fetch_sub(&team->sleepers, 1);
+    pthread_mutex_unlock(&team->mutex);
+}
+
+static void announce(st_team *team, atomic_uint *word) {
+    atomic_fetch_add(word, 1);
+    if (atomic_load(&team->sleepers) > 0) {
+        /* Taking the lock orders us after a sleeper's last look at the word. */
+        pthread_mutex_lock(&team->mutex);
+        pthread_cond_broadcast(&team->changed);
+        pthread_mutex_unlock(&team->mutex);
+    }
+}
+
+void st_team_barrier(st_team *team) {
+    unsigned generation = atomic_load_explicit(&team->barrier_generation, memory_order_relaxed);
+    if (atomic_fetch_add(&team->arrived, 1) == team->n - 1) {
+        atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&team->claim, 0, memory_order_relaxed);
+        announce(team, &team->barrier_generation);
+    } else {
+        wait_change(team, &team->barrier_generation, generation);
+    }
+}
+
+int64_t st_team_claim(st_team *team, int64_t count) {
+    return atomic_fetch_add_explicit(&team->claim, count, memory_order_relaxed);
+}
+
+static void *member_main(void *arg) {
+    struct st_member *member = arg;
+    st_team *team = member->team;
+    unsigned seen = 0;
+    for (;;) {
+        wait_change(team, &team->run_generation, seen);
+        seen++;
+        if (atomic_load(&team->stop))
+            return NULL;
+        team->fn(team->arg, member->tid);
+        st_team_barrier(team);
+    }
+}
+
+void st_team_run(st_team *team, st_team_fn fn, void *arg) {
+    team->fn = fn;
+    team->arg = arg;
+    if (team->n > 1)
+        announce(team, &team->run_generation);
+    fn(arg, 0);
+    st_team_barrier(team);
+}
+
+int st_team_size(const st_team *team) { return team->n; }
+
+st_team *st_team_create(int n) {
+    if (n < 1)
+        return NULL;
+    st_team *team = aligned_alloc(64, (sizeof(st_team) + 63) / 64 * 64);
+    if (!team)
+        return NULL;
+    *team = (st_team){.n = n};
+    team->threads = calloc((size_t)n, sizeof *team->threads);
+    team->members = calloc((size_t)n, sizeof *team->members);
+    if (!team->threads || !team->members || pthread_mutex_init(&team->mutex, NULL) != 0) {
+        free(team->threads);
+        free(team->members);
+        free(team);
+        return NULL;
+    }
+    if (pthread_cond_init(&team->changed, NULL) != 0) {
+        pthread_mutex_destroy(&team->mutex);
+        free(team->threads);
+        free(team->members);
+        free(team);
+        return NULL;
+    }
+    for (int i = 1; i < n; i++) {
+        team->members[i] = (struct st_member){team, i};
+        if (pthread_create(&team->threads[i], NULL, member_main, &team->members[i]) != 0) {
+            st_team_destroy(team);
+            return NULL;
+        }
+        team->started++;
+    }
+    return team;
+}
+
+void st_team_destroy(st_team *team) {
+    if (!team)
+        return;
+    atomic_store(&team->stop, 1);
+    announce(team, &team->run_generation);
+    for (int i = 1; i <= team->started; i++)
+        pthread_join(team->threads[i], NULL);
+    pthread_cond_destroy(&team->changed);
+    pthread_mutex_destroy(&team->mutex);
+    free(team->threads);
+    free(team->members);
+    free(team);
+}
