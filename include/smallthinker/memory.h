@@ -1,0 +1,12 @@
+/* Large blocks of zeroed memory straight from the system, in huge pages where it has them. */
+#ifndef SMALLTHINKER_MEMORY_H
+#define SMALLTHINKER_MEMORY_H
+
+#include <stddef.h>
+
+/* bytes of zeroed memory, page aligned, followed by at least 8 KiB that may be prefetched; NULL where there is
+ * none. Free with st_memory_free and the same size. Pages are committed when first written. */
+void *st_memory_alloc(size_t bytes);
+void st_memory_free(void *p, size_t bytes); /* NULL is fine */
+
+#endif

@@ -1,0 +1,84 @@
+# The C core as Cython sees it: declarations only, for every .pyx that calls it.
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
+
+cdef extern from "smallthinker/packed.h" nogil:
+    enum:
+        ST_F32
+        ST_F16
+        ST_Q4_0
+        ST_Q4_1
+        ST_Q8_0
+        ST_Q6_K
+        ST_BF16
+        ST_TILE_ROWS
+        ST_BLOCK
+        ST_DOWN_CHUNK
+        ST_TILE_Q4_0_BYTES
+        ST_TILE_Q8_0_BYTES
+    ctypedef struct st_q8x4:
+        int8_t q[2][4][16]
+        int32_t corr[16]
+        float scale[16]
+    ctypedef struct st_active:
+        int8_t h[32]
+        uint8_t index[32]
+        int32_t corr
+        int32_t quads
+        float scale
+        int32_t count
+    size_t st_row_bytes(int type, int64_t cols)
+    size_t st_tile16_bytes(int type, int64_t rows, int64_t cols)
+    size_t st_down_bytes(int64_t d, int64_t f)
+    void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1)
+    void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
+    void st_pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
+    void st_unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
+    void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
+    void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
+    void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out)
+    void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out)
+    float st_f16_to_f32(uint16_t h)
+    uint16_t st_f32_to_f16(float f)
+
+cdef extern from "smallthinker/kernels.h" nogil:
+    enum:
+        ST_ATTN_CHUNK
+    ctypedef struct st_kernels:
+        const char *name
+        void (*quantize)(const float *x, int64_t cols, st_q8x4 *out) noexcept nogil
+        void (*gemm_q4_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
+                          const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
+        void (*gemm_q8_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
+                          const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
+        void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
+                          float *out) noexcept nogil
+        void (*down_q4_0)(const uint8_t *chunk, int64_t groups, const st_active *a, float weight,
+                          float *y) noexcept nogil
+        void (*activate)(const float *g, const float *up, st_active *out) noexcept nogil
+        void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
+                          float scale, float *scores, float *acc, float *m, float *l) noexcept nogil
+        void (*rmsnorm)(const float *x, const float *w, int64_t n, float eps, float *out) noexcept nogil
+        float (*dot)(const float *a, const float *b, int64_t n) noexcept nogil
+        void (*axpy)(float a, const float *x, float *y, int64_t n) noexcept nogil
+        void (*to_f16)(const float *x, uint16_t *out, int64_t n) noexcept nogil
+
+cdef extern from "smallthinker/cpu.h" nogil:
+    const char *const *st_cpu_tables()
+    const st_kernels *st_cpu_table(const char *name)
+    const st_kernels *st_cpu_best()
+    int st_cpu_supports(const char *name)
+
+cdef extern from "smallthinker/threads.h" nogil:
+    ctypedef struct st_team:
+        pass
+    ctypedef void (*st_team_fn)(void *arg, int tid) noexcept nogil
+    st_team *st_team_create(int n)
+    void st_team_destroy(st_team *team)
+    int st_team_size(const st_team *team)
+    void st_team_run(st_team *team, st_team_fn fn, void *arg)
+    void st_team_barrier(st_team *team)
+    int64_t st_team_claim(st_team *team, int64_t count)
+
+cdef extern from "smallthinker/memory.h" nogil:
+    void *st_memory_alloc(size_t bytes)
+    void st_memory_free(void *p, size_t bytes)
