@@ -1,0 +1,76 @@
+"""Builds the Cython extensions over the C core: one object per instruction set, each with its own flags.
+
+Nothing is compiled for the building machine: which kernels run is decided at run time (src/cpu.c).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CORE = ["src/cpu.c", "src/memory.c", "src/packed.c", "src/threads.c", "src/kernels/ref.c"]
+X86 = {
+    "src/kernels/x86/avx2.c": ["-mavx2", "-mfma", "-mf16c"],
+    "src/kernels/x86/avxvnni.c": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
+    "src/kernels/x86/avx512vnni.c": [
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    ],
+}
+KERNEL_FLAGS = X86
+# -ffp-contract=off: the plain-C kernels are the definition, so the compiler must not fuse their roundings.
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
+WITH_CORE = ["engine"]
+ALONE = [name for name in ("gguf", "sampler") if os.path.exists(f"smallthinker_edge/_native/{name}.pyx")]
+
+
+def is_x86() -> bool:
+    """Whether the target (not only the building machine) is x86-64: cross builds set _PYTHON_HOST_PLATFORM."""
+    target = os.environ.get("_PYTHON_HOST_PLATFORM") or platform.machine()
+    return re.search(r"x86_64|amd64", target, re.IGNORECASE) is not None
+
+
+class BuildExt(build_ext):
+    """build_ext with per-file flags, and every C object compiled once for all extensions that share it."""
+
+    def build_extensions(self) -> None:
+        compile_one = self.compiler._compile
+        done: set[str] = set()
+
+        def compile_with_own_flags(obj, src, ext, cc_args, extra, pp_opts):  # type: ignore[no-untyped-def]
+            path = os.path.relpath(src).replace(os.sep, "/")
+            own = ["-Wno-unused-parameter", "-Wno-unused-function"] if "_native" in path else []
+            if path not in done:
+                compile_one(obj, src, ext, cc_args, [*extra, *own, *KERNEL_FLAGS.get(path, [])], pp_opts)
+            if not own:
+                done.add(path)
+
+        self.compiler._compile = compile_with_own_flags
+        super().build_extensions()
+
+
+def extension(name: str, sources: list[str]) -> Extension:
+    """One extension module of smallthinker_edge._native; missing .pyx files are an error of the checkout."""
+    return Extension(
+        f"smallthinker_edge._native.{name}",
+        [f"smallthinker_edge/_native/{name}.pyx", *sources],
+        include_dirs=["include"],
+        depends=[os.path.join(d, f) for top in ("include", "src") for d, _, names in os.walk(top) for f in names],
+        extra_compile_args=FLAGS,
+        extra_link_args=["-pthread", "-lm"],
+    )
+
+
+core = CORE + (list(X86) if is_x86() else [])
+setup(
+    ext_modules=cythonize(
+        [extension(name, core) for name in WITH_CORE] + [extension(name, []) for name in ALONE],
+        language_level=3,
+        compiler_directives={"embedsignature": True, "freethreading_compatible": False},
+    ),
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,751 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""Reads GGUF files: metadata, tensor table, and views of tensor bytes in a read-only memory mapping.
+
+Called by config.py (what model is this), the loader and packer (tensor bytes), the tokenizer (vocabulary) and
+`info`. Never interprets a weight, never writes, and never trusts a number in the file before checking it.
+"""
+
+import errno
+import mmap
+import operator
+import os
+import re
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smallthinker_edge.errors import ModelFormatError
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+
+# Numbers of the GGUF specification (ggml project, docs/gguf.md).
+cdef enum:
+    V_U8 = 0
+    V_I8 = 1
+    V_U16 = 2
+    V_I16 = 3
+    V_U32 = 4
+    V_I32 = 5
+    V_F32 = 6
+    V_BOOL = 7
+    V_STRING = 8
+    V_ARRAY = 9
+    V_U64 = 10
+    V_I64 = 11
+    V_F64 = 12
+    MAX_DIMS = 4
+
+DEF_ALIGNMENT = 32
+cdef uint64_t MAX_ALIGNMENT = 1 << 20
+cdef uint64_t MAX_NAME = 65535            # the specification's limit for a key
+cdef uint64_t MAX_ARRAY = 1 << 24         # elements; 100 times the largest vocabulary in use
+cdef uint64_t MIN_KEY = 8 + 4 + 1         # bytes of the smallest key-value pair
+cdef uint64_t MIN_TENSOR = 8 + 4 + 8 + 4 + 8
+
+ARRAY_DTYPES = {
+    V_U8: "<u1", V_I8: "<i1", V_U16: "<u2", V_I16: "<i2", V_U32: "<u4", V_I32: "<i4",
+    V_F32: "<f4", V_BOOL: "<u1", V_U64: "<u8", V_I64: "<i8", V_F64: "<f8",
+}
+
+# ggml type number -> (name, weights in a block, bytes of a block)
+SUPPORTED_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+    14: ("Q6_K", 256, 210),
+    30: ("BF16", 1, 2),
+}
+OTHER_TYPES = {
+    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
+    23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4",
+    32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}
+SUPPORTED_NAMES = ", ".join(name for name, _, _ in SUPPORTED_TYPES.values())
+SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One row of the tensor table.
+
+    Attributes:
+        name: as in the file, `.weight` included.
+        type: "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1" or "Q6_K".
+        shape: in elements, GGUF order: the first dimension is the contiguous one.
+        offset: byte offset of the data from the start of its file (not of the data section).
+        nbytes: length of the data in bytes.
+        part: index of its file in GGUFFile.paths.
+    """
+
+    name: str
+    type: str
+    shape: tuple
+    offset: int
+    nbytes: int
+    part: int
+
+
+cdef class StringArray:
+    """A read-only sequence of str that keeps its text as bytes and decodes an item when it is asked for.
+
+    Used for string arrays of the metadata: 152k tokens take 2.3 MB this way, 11 MB as a list of str. It owns a
+    copy of its bytes, so it outlives the file. Bytes that are not UTF-8 become lone surrogates ("surrogateescape").
+    May be read from several threads at once.
+    """
+
+    cdef char *text
+    cdef uint64_t *starts
+    cdef Py_ssize_t length
+
+    def __cinit__(self):
+        self.text = NULL
+        self.starts = NULL
+        self.length = 0
+
+    def __dealloc__(self):
+        free(self.text)
+        free(self.starts)
+
+    def __init__(self):
+        raise TypeError("StringArray is made by GGUFFile only")
+
+    cdef str item(self, Py_ssize_t index):
+        cdef uint64_t start = self.starts[index]
+        return PyUnicode_DecodeUTF8(
+            self.text + start, <Py_ssize_t>(self.starts[index + 1] - start), "surrogateescape"
+        )
+
+    cdef Py_ssize_t position(self, object index) except -1:
+        cdef object number = operator.index(index)
+        if number < 0:
+            number += self.length
+        if number < 0 or number >= self.length:
+            raise IndexError("StringArray index out of range")
+        return number
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        """The item at an index as str, or the list of str of a slice."""
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(*index.indices(self.length))]
+        return self.item(self.position(index))
+
+    def __iter__(self):
+        cdef Py_ssize_t i
+        for i in range(self.length):
+            yield self.item(i)
+
+    def __reversed__(self):
+        cdef Py_ssize_t i
+        for i in range(self.length - 1, -1, -1):
+            yield self.item(i)
+
+    def __contains__(self, value):
+        return any(item == value for item in self)
+
+    def __eq__(self, other):
+        if not isinstance(other, (StringArray, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def __repr__(self):
+        return f"<StringArray of {self.length} strings>"
+
+    __hash__ = None
+
+    def __reduce__(self):
+        return list, (list(self),)
+
+    def index(self, value, start=0, stop=None):
+        """First index of `value` in [start, stop); ValueError when it is not there."""
+        for i in range(*slice(start, stop).indices(self.length)):
+            if self.item(i) == value:
+                return i
+        raise ValueError(f"{value!r} is not in the array")
+
+    def count(self, value):
+        """How many items equal `value`."""
+        return sum(item == value for item in self)
+
+    def raw(self, index):
+        """The bytes of one item, exactly as in the file."""
+        cdef Py_ssize_t i = self.position(index)
+        cdef uint64_t start = self.starts[i]
+        return (self.text + start)[:<Py_ssize_t>(self.starts[i + 1] - start)]
+
+
+Sequence.register(StringArray)
+
+
+cdef int measure_strings(
+    const uint8_t *data, uint64_t size, uint64_t *position, uint64_t count, uint64_t *text_bytes
+) noexcept nogil:
+    """Walks `count` length-prefixed strings from data[*position]. 0, or -1 with *position at the bad length."""
+    cdef uint64_t pos = position[0], total = 0, length, i
+    for i in range(count):
+        if size - pos < 8:
+            position[0] = pos
+            return -1
+        memcpy(&length, data + pos, 8)
+        if length > size - pos - 8:
+            position[0] = pos
+            return -1
+        pos += 8 + length
+        total += length
+    position[0] = pos
+    text_bytes[0] = total
+    return 0
+
+
+cdef void copy_strings(
+    const uint8_t *data, uint64_t pos, uint64_t count, char *text, uint64_t *starts
+) noexcept nogil:
+    """Packs the strings that measure_strings has walked: text without prefixes, count + 1 starts."""
+    cdef uint64_t length, used = 0, i
+    for i in range(count):
+        memcpy(&length, data + pos, 8)
+        memcpy(text + used, data + pos + 8, length)
+        starts[i] = used
+        used += length
+        pos += 8 + length
+    starts[count] = used
+
+
+cdef class Cursor:
+    """Bounds-checked reads from one mapped file. Holds the buffer, so the mapping cannot go away under it."""
+
+    cdef Py_buffer view
+    cdef bint held
+    cdef const uint8_t *data
+    cdef uint64_t size
+    cdef uint64_t pos
+    cdef readonly str path
+    cdef public str field
+
+    def __cinit__(self, object mapping, str path):
+        self.held = False
+        PyObject_GetBuffer(mapping, &self.view, PyBUF_SIMPLE)
+        self.held = True
+        self.data = <const uint8_t *>self.view.buf
+        self.size = <uint64_t>self.view.len
+        self.pos = 0
+        self.path = path
+        self.field = None
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef void release(self):
+        if self.held:
+            self.held = False
+            self.data = NULL
+            self.size = 0
+            self.pos = 0
+            PyBuffer_Release(&self.view)
+
+    cdef object error(self, str message, object offset=None):
+        return ModelFormatError(
+            message, path=self.path, field=self.field, offset=self.pos if offset is None else offset
+        )
+
+    cdef int need(self, uint64_t count) except -1:
+        if count > self.size - self.pos:
+            raise self.error(f"the file ends here: {count} bytes wanted, {self.size - self.pos} left")
+        return 0
+
+    cdef uint32_t u32(self) except? 0xFFFFFFFF:
+        cdef uint32_t value
+        self.need(4)
+        memcpy(&value, self.data + self.pos, 4)
+        self.pos += 4
+        return value
+
+    cdef uint64_t u64(self) except? 0xFFFFFFFFFFFFFFFF:
+        cdef uint64_t value
+        self.need(8)
+        memcpy(&value, self.data + self.pos, 8)
+        self.pos += 8
+        return value
+
+    cdef str text(self, const char *errors):
+        """A length-prefixed string; `errors` as in str.decode, or NULL for strict."""
+        cdef uint64_t start = self.pos, length = self.u64()
+        if length > self.size - self.pos:
+            raise self.error(
+                f"a string of {length} bytes does not fit in the {self.size - self.pos} that are left", start
+            )
+        text = PyUnicode_DecodeUTF8(<const char *>self.data + self.pos, <Py_ssize_t>length, errors)
+        self.pos += length
+        return text
+
+    cdef str name(self, str what):
+        """A key or tensor name: at most 65535 bytes of UTF-8, not empty."""
+        cdef uint64_t start = self.pos, length = self.u64()
+        if length == 0 or length > MAX_NAME:
+            raise self.error(f"the {what} has {length} bytes; 1 to {MAX_NAME} are allowed", start)
+        self.pos = start
+        try:
+            return self.text(NULL)
+        except UnicodeDecodeError:
+            raise self.error(f"the {what} is not UTF-8", start) from None
+
+    cdef object value(self, uint32_t kind):
+        """One metadata value of GGUF type `kind` as a Python object."""
+        if kind == V_STRING:
+            return self.text("surrogateescape")
+        if kind == V_ARRAY:
+            return self.array()
+        return self.scalar(kind)
+
+    cdef object scalar(self, uint32_t kind):
+        cdef const uint8_t *at
+        cdef int16_t i16
+        cdef uint16_t u16
+        cdef int32_t i32
+        cdef uint32_t u32
+        cdef int64_t i64
+        cdef uint64_t u64
+        cdef float f32
+        cdef double f64
+        cdef uint64_t width = scalar_width(kind)
+        if width == 0:
+            raise self.error(f"unknown value type {kind}", self.pos - 4)
+        self.need(width)
+        at = self.data + self.pos
+        self.pos += width
+        if kind == V_U8:
+            return at[0]
+        if kind == V_I8:
+            return <int8_t>at[0]
+        if kind == V_BOOL:
+            if at[0] > 1:
+                raise self.error(f"a bool must be 0 or 1, not {at[0]}", self.pos - 1)
+            return at[0] == 1
+        if kind == V_U16:
+            memcpy(&u16, at, 2)
+            return u16
+        if kind == V_I16:
+            memcpy(&i16, at, 2)
+            return i16
+        if kind == V_U32:
+            memcpy(&u32, at, 4)
+            return u32
+        if kind == V_I32:
+            memcpy(&i32, at, 4)
+            return i32
+        if kind == V_F32:
+            memcpy(&f32, at, 4)
+            return f32
+        if kind == V_U64:
+            memcpy(&u64, at, 8)
+            return u64
+        if kind == V_I64:
+            memcpy(&i64, at, 8)
+            return i64
+        memcpy(&f64, at, 8)
+        return f64
+
+    cdef object array(self):
+        """An array value: StringArray for strings, list of int, float or bool for the rest."""
+        cdef uint64_t start = self.pos
+        cdef uint32_t kind = self.u32()
+        cdef uint64_t count = self.u64()
+        cdef uint64_t width = 8 if kind == V_STRING else scalar_width(kind)
+        if kind == V_ARRAY:
+            raise self.error("arrays of arrays are not supported", start)
+        if width == 0:
+            raise self.error(f"unknown type {kind} of array elements", start)
+        if count > (self.size - self.pos) // width:
+            raise self.error(f"an array of {count} elements is larger than the file", start + 4)
+        if count > MAX_ARRAY:
+            raise self.error(f"an array of {count} elements; at most {MAX_ARRAY} are read", start + 4)
+        if kind == V_STRING:
+            return self.strings(count)
+        cdef const uint8_t *at = self.data + self.pos
+        numbers = np.frombuffer(
+            (<const char *>at)[:<Py_ssize_t>(count * width)], dtype=ARRAY_DTYPES[kind]
+        )
+        if kind == V_BOOL:
+            if count and numbers.max() > 1:
+                bad = int(np.argmax(numbers > 1))
+                raise self.error(f"element {bad} of a bool array is neither 0 nor 1", self.pos + bad)
+            numbers = numbers.astype(bool)
+        self.pos += count * width
+        return numbers.tolist()
+
+    cdef StringArray strings(self, uint64_t count):
+        cdef StringArray result = StringArray.__new__(StringArray)
+        cdef uint64_t start = self.pos, end = self.pos, text_bytes = 0
+        cdef int status
+        with nogil:
+            status = measure_strings(self.data, self.size, &end, count, &text_bytes)
+        if status < 0:
+            raise self.error("a string of this array does not fit in the file", end)
+        result.text = <char *>malloc(text_bytes + 1)
+        result.starts = <uint64_t *>malloc((count + 1) * sizeof(uint64_t))
+        if result.text == NULL or result.starts == NULL:
+            raise MemoryError(f"no memory for the strings of {self.field}")
+        with nogil:
+            copy_strings(self.data, start, count, result.text, result.starts)
+        result.length = <Py_ssize_t>count
+        self.pos = end
+        return result
+
+
+cdef uint64_t scalar_width(uint32_t kind) noexcept nogil:
+    """Bytes of a scalar of GGUF type `kind`; 0 when there is no such scalar."""
+    if kind == V_U8 or kind == V_I8 or kind == V_BOOL:
+        return 1
+    if kind == V_U16 or kind == V_I16:
+        return 2
+    if kind == V_U32 or kind == V_I32 or kind == V_F32:
+        return 4
+    if kind == V_U64 or kind == V_I64 or kind == V_F64:
+        return 8
+    return 0
+
+
+cdef class Part:
+    """One file of a model: its mapping, metadata and tensors. Internal to GGUFFile."""
+
+    cdef readonly str path
+    cdef readonly object mapping
+    cdef readonly dict metadata
+    cdef readonly list tensors
+    cdef readonly int version
+    cdef readonly int index
+    cdef readonly object alignment
+    cdef Cursor cursor
+
+    def __init__(self, path, index=0):
+        self.path = path
+        self.index = index
+        self.metadata = {}
+        self.tensors = []
+        self.mapping = map_file(path)
+        self.cursor = Cursor(self.mapping, path)
+        try:
+            self.read()
+        finally:
+            self.cursor.release()
+
+    cdef int read(self) except -1:
+        cdef Cursor cursor = self.cursor
+        cdef uint64_t i, n_tensors, n_keys, data_start
+        self.read_magic()
+        cursor.field = "tensor count"
+        n_tensors = cursor.u64()
+        cursor.field = "metadata count"
+        n_keys = cursor.u64()
+        if n_keys > cursor.size // MIN_KEY:
+            raise cursor.error(f"{n_keys} metadata keys are more than the file could hold", 16)
+        cursor.field = "tensor count"
+        if n_tensors > cursor.size // MIN_TENSOR:
+            raise cursor.error(f"{n_tensors} tensors are more than the file could hold", 8)
+        for i in range(n_keys):
+            self.read_key(i)
+        self.read_alignment()
+        infos = []
+        seen = set()
+        for i in range(n_tensors):
+            infos.append(self.read_tensor(i, seen))
+        data_start = (cursor.pos + self.alignment - 1) & ~(<uint64_t>self.alignment - 1)
+        self.place_tensors(infos, data_start)
+        return 0
+
+    cdef int read_magic(self) except -1:
+        cdef Cursor cursor = self.cursor
+        cursor.field = "magic"
+        cursor.need(24)
+        if (<const char *>cursor.data)[:4] != b"GGUF":
+            found = (<const char *>cursor.data)[:4]
+            raise cursor.error(f"not a GGUF file: it starts with {found!r} instead of b'GGUF'")
+        cursor.pos = 4
+        cursor.field = "version"
+        cdef uint32_t version = cursor.u32()
+        if version != 0 and version & 0xFFFF == 0:
+            raise cursor.error("this is a big-endian GGUF; only little-endian files are read", 4)
+        if version != 2 and version != 3:
+            raise cursor.error(f"GGUF version {version}; versions 2 and 3 are read", 4)
+        self.version = version
+        return 0
+
+    cdef int read_key(self, uint64_t number) except -1:
+        cdef Cursor cursor = self.cursor
+        cdef uint64_t start
+        cursor.field = f"metadata key {number}"
+        start = cursor.pos
+        key = cursor.name("key")
+        cursor.field = key
+        if key in self.metadata:
+            raise cursor.error("the key occurs twice", start)
+        self.metadata[key] = cursor.value(cursor.u32())
+        return 0
+
+    cdef int read_alignment(self) except -1:
+        cdef Cursor cursor = self.cursor
+        cursor.field = "general.alignment"
+        value = self.metadata.get("general.alignment", DEF_ALIGNMENT)
+        if type(value) is not int or value < 8 or value > MAX_ALIGNMENT or value & (value - 1):
+            raise ModelFormatError(
+                f"the alignment must be a power of two from 8 to {MAX_ALIGNMENT}, not {value!r}",
+                path=self.path, field="general.alignment",
+            )
+        self.alignment = value
+        return 0
+
+    cdef tuple read_tensor(self, uint64_t number, set seen):
+        """(name, type, shape, relative offset, nbytes, where the entry stands)."""
+        cdef Cursor cursor = self.cursor
+        cdef uint64_t dims[MAX_DIMS]
+        cdef uint64_t start, elements = 1, block, block_bytes, offset, n_bytes
+        cdef uint32_t n_dims, kind, i
+        cursor.field = f"tensor {number}"
+        start = cursor.pos
+        name = cursor.name("tensor name")
+        cursor.field = name
+        if name in seen:
+            raise cursor.error("two tensors have this name", start)
+        seen.add(name)
+        n_dims = cursor.u32()
+        if n_dims < 1 or n_dims > MAX_DIMS:
+            raise cursor.error(f"{n_dims} dimensions; 1 to {MAX_DIMS} are allowed", cursor.pos - 4)
+        for i in range(n_dims):
+            dims[i] = cursor.u64()
+            if dims[i] == 0:
+                raise cursor.error(f"dimension {i} is zero", cursor.pos - 8)
+            if dims[i] > (<uint64_t>1 << 62) // elements:
+                raise cursor.error("the dimensions overflow", cursor.pos - 8)
+            elements *= dims[i]
+        kind = cursor.u32()
+        if kind not in SUPPORTED_TYPES:
+            found = OTHER_TYPES.get(kind, "unknown")
+            raise cursor.error(
+                f"tensor type {found} (number {kind}) is not supported; supported are {SUPPORTED_NAMES}",
+                cursor.pos - 4,
+            )
+        type_name, block, block_bytes = SUPPORTED_TYPES[kind]
+        if dims[0] % block:
+            raise cursor.error(
+                f"rows of {dims[0]} elements are not whole {type_name} blocks of {block}", start
+            )
+        if elements // block > (<uint64_t>1 << 62) // block_bytes:
+            raise cursor.error("the dimensions overflow", start)
+        n_bytes = elements // block * block_bytes
+        offset = cursor.u64()
+        if offset % <uint64_t>self.alignment:
+            raise cursor.error(f"data offset {offset} is not a multiple of {self.alignment}", cursor.pos - 8)
+        shape = tuple([dims[i] for i in range(n_dims)])
+        return name, type_name, shape, offset, n_bytes, cursor.pos - 8
+
+    cdef int place_tensors(self, list infos, uint64_t data_start) except -1:
+        """Turns relative offsets into absolute ones; refuses data past the end and overlaps."""
+        cdef Cursor cursor = self.cursor
+        cdef uint64_t room = cursor.size - data_start if data_start <= cursor.size else 0
+        for name, type_name, shape, offset, nbytes, entry in infos:
+            cursor.field = name
+            if offset > room or nbytes > room - offset:
+                raise cursor.error(
+                    f"its {nbytes} bytes at {data_start + offset} do not fit in a file of {cursor.size} bytes;"
+                    " the file is cut short or damaged",
+                    entry,
+                )
+            self.tensors.append(TensorInfo(name, type_name, shape, data_start + offset, nbytes, self.index))
+        end, previous = 0, None
+        for info in sorted(self.tensors, key=operator.attrgetter("offset")):
+            if info.offset < end:
+                cursor.field = info.name
+                raise cursor.error(f"its data overlaps that of {previous}", info.offset)
+            end, previous = info.offset + info.nbytes, info.name
+        return 0
+
+
+cdef object map_file(str path):
+    """Maps a regular file read-only. OSError as open() raises it; ModelFormatError for what cannot be a model."""
+    if not (stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)):
+        raise ModelFormatError("not a regular file", path=path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 24:
+            raise ModelFormatError(
+                f"a GGUF file has at least 24 bytes, this one {size}", path=path, field="header", offset=size
+            )
+        try:
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except (OverflowError, ValueError) as problem:
+            raise ModelFormatError(f"cannot be mapped into memory: {problem}", path=path) from problem
+
+
+def split_integer(part, key):
+    """A split.* key of one part as an int, or None when absent."""
+    value = part.metadata.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise ModelFormatError(f"must be a whole number, not {value!r}", path=part.path, field=key)
+    return value
+
+
+def open_parts(path):
+    """Every part of the model that `path` belongs to, in order; one for an ordinary file."""
+    first = Part(path)
+    count = split_integer(first, "split.count")
+    if count is None or count <= 1:
+        return [first]
+    folder, base = os.path.split(path)
+    match = SPLIT_NAME.fullmatch(base)
+    if match is None or int(match["count"]) != count:
+        raise ModelFormatError(
+            f"this is one of {count} parts; it must keep its name NAME-0000N-of-{count:05d}.gguf",
+            path=path, field="split.count",
+        )
+    parts = []
+    for number in range(1, count + 1):
+        part_path = os.path.join(folder, f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+        try:
+            parts.append(Part(part_path, number - 1))
+        except FileNotFoundError:
+            raise ModelFormatError(
+                f"part {number} of {count} is missing: put all parts in one folder", path=part_path,
+                field="split.count",
+            ) from None
+    check_parts(parts)
+    return parts
+
+
+def check_parts(parts):
+    """Refuses parts of different splits, in the wrong order, or that do not add up."""
+    for part in parts:
+        if split_integer(part, "split.count") != len(parts):
+            raise ModelFormatError(
+                f"says {part.metadata.get('split.count')!r} parts where the first part says {len(parts)}",
+                path=part.path, field="split.count",
+            )
+        number = split_integer(part, "split.no")
+        if number != part.index:
+            raise ModelFormatError(
+                f"the name says part {part.index + 1} but the file says split.no {number!r} (counted from 0):"
+                " the parts are in the wrong order",
+                path=part.path, field="split.no",
+            )
+    expected = split_integer(parts[0], "split.tensors.count")
+    found = sum(len(part.tensors) for part in parts)
+    if expected is not None and expected != found:
+        raise ModelFormatError(
+            f"the parts hold {found} tensors, {expected} were announced",
+            path=parts[0].path, field="split.tensors.count",
+        )
+
+
+class GGUFFile:
+    """A GGUF model opened for reading: one file, or all parts of a split one.
+
+    Args:
+        path: any GGUF file of version 2 or 3, little-endian. For a split model any one of its parts
+            (`NAME-00001-of-00003.gguf`): the others are found next to it by name.
+
+    Attributes:
+        path: the path given; paths: all parts in order (one for an ordinary file).
+        version, alignment: of the first part.
+        metadata: key -> int, float, bool, str, list of int, float or bool, or StringArray (a Sequence of str).
+            A split model's metadata is that of its first part. Bytes that are not UTF-8 become lone surrogates.
+        tensors: name -> TensorInfo, in file order.
+
+    Raises:
+        ModelFormatError: anything malformed or unsupported, with path, field and offset; opening checks every
+            number that later reads depend on.
+        OSError: as open() raises it (FileNotFoundError, IsADirectoryError, PermissionError, ...).
+
+    A context manager; close() may be called twice. Reading from several threads at once is allowed, closing at the
+    same time is not. A file that another process cuts short while it is open cannot be guarded against: the
+    operating system then kills the reader (SIGBUS), as for every memory mapping.
+    """
+
+    def __init__(self, path):
+        if sys.byteorder != "little":
+            raise ModelFormatError("GGUF files are read on little-endian machines only", path=os.fspath(path))
+        self.path = os.fsdecode(path)
+        parts = open_parts(self.path)
+        self.paths = [part.path for part in parts]
+        self.version = parts[0].version
+        self.alignment = parts[0].alignment
+        self.metadata = parts[0].metadata
+        self.tensors = {}
+        for part in parts:
+            for info in part.tensors:
+                if info.name in self.tensors:
+                    raise ModelFormatError(
+                        f"also in {self.paths[self.tensors[info.name].part]}", path=part.path, field=info.name,
+                        offset=info.offset,
+                    )
+                self.tensors[info.name] = info
+        self._mappings = [part.mapping for part in parts]
+        self.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __repr__(self):
+        return f"<GGUFFile {self.path!r}: {len(self.metadata)} keys, {len(self.tensors)} tensors>"
+
+    @property
+    def closed(self):
+        """True after close()."""
+        return self._mappings is None
+
+    def close(self):
+        """Lets go of the files. Arrays that data() gave stay valid and keep their mapping until they are freed."""
+        self._mappings = None
+
+    def data(self, name):
+        """The bytes of tensor `name`: uint8 [nbytes], a read-only view of the mapping (no copy).
+
+        Raises KeyError for a name that is not in `tensors`, ValueError after close().
+        """
+        info = self.tensors[name]
+        return np.frombuffer(self._mapping(info.part), np.uint8, info.nbytes, info.offset)
+
+    def release(self, name=None):
+        """Drops the resident pages of tensor `name`, or of everything that was read, from this process.
+
+        They stay in the operating system's page cache and come back when touched: views stay valid. Lets a loader
+        stream through a file with little resident memory. Does nothing where the platform has no madvise.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        if name is None:
+            for part in range(len(self.paths)):
+                mapping = self._mapping(part)
+                self._drop(mapping, 0, len(mapping))
+        else:
+            info = self.tensors[name]
+            self._drop(self._mapping(info.part), info.offset, info.nbytes)
+
+    def _mapping(self, part):
+        if self._mappings is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._mappings[part]
+
+    @staticmethod
+    def _drop(mapping, offset, nbytes):
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            mapping.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+        except OSError as problem:
+            # Only advice: a kernel or file system that does not take it changes nothing but memory use.
+            if problem.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
