@@ -9,6 +9,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+import numpy as np
+
 from smallthinker_edge._native.core cimport *
 
 cdef enum:
@@ -895,3 +897,17 @@ cdef class Engine:
         self.partials = arena
         c.max_chunks = chunks
         return 0
+
+
+def dequantize_rows(int type, data, int64_t cols):
+    """GGUF rows of `cols` elements each, any supported type, as a flat float32 array."""
+    cdef const uint8_t[::1] src = data
+    cdef size_t row = st_row_bytes(type, cols)
+    if row == 0 or src.shape[0] % row:
+        raise ValueError("bytes do not make whole rows of that type")
+    cdef int64_t rows = src.shape[0] // row, r
+    result = np.empty(rows * cols, np.float32)
+    cdef float[::1] out = result
+    for r in range(rows):
+        st_dequantize_row(type, &src[r * row], cols, &out[r * cols])
+    return result

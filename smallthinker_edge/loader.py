@@ -1,0 +1,110 @@
+"""Puts a GGUF file's tensors into an Engine: streams layer by layer, so that the peak is the packed model.
+
+Called by model.py when a model is opened. It knows tensor names and types, and nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from smallthinker_edge._native.engine import Engine, dequantize_rows
+from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge.config import ModelConfig, tensor_name
+
+# Type numbers of the GGUF format, which the C core shares (packed.h).
+TYPE_NUMBER = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on: its affinity, and the CPU quota of its cgroup rounded up."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return max(1, min(cpus, quota) if quota else cpus)
+
+
+def _cgroup_quota() -> int:
+    """The cgroup's CPU limit (version 2, then 1) in whole CPUs, rounded up; 0 where there is none."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        try:
+            with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", encoding="ascii") as file:
+                quota = file.read().strip()
+            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us", encoding="ascii") as file:
+                period = file.read().strip()
+        except OSError:
+            return 0
+    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
+        return 0
+    return -(-int(quota) // int(period))
+
+
+class Loader:
+    """One pass over a file's tensors. `exact` as in Engine."""
+
+    def __init__(self, gguf: GGUFFile, config: ModelConfig, engine: Engine) -> None:
+        self.gguf = gguf
+        self.config = config
+        self.engine = engine
+
+    def load(self) -> None:
+        """Fills the engine. Raises MemoryError when the system has not enough memory."""
+        embedding = tensor_name("token_embd")
+        number, data = self._matrix(embedding)
+        self.engine.set_embedding(number, data, not self.config.tied)
+        norm = self._floats(tensor_name("output_norm"))
+        if self.config.tied:
+            self.engine.set_head(norm)
+            self.gguf.release(embedding)
+        else:
+            self.engine.set_head(norm, *self._matrix(tensor_name("output")))
+            self.gguf.release(tensor_name("output"))
+        for layer in range(self.config.n_layers):
+            self._load_layer(layer)
+
+    def _load_layer(self, layer: int) -> None:
+        def name(role: str) -> str:
+            return tensor_name(role, layer)
+
+        self.engine.set_layer(
+            layer,
+            self._floats(name("attn_norm")),
+            self._floats(name("ffn_norm")),
+            self._floats(name("ffn_gate_inp")),
+            *self._query_key_value(layer),
+            self._matrix(name("attn_output")),
+        )
+        roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+        self.engine.set_experts(layer, *(self._matrix(name(role)) for role in roles))
+        for role in (*roles, "attn_output"):
+            self.gguf.release(name(role))
+
+    def _matrix(self, name: str) -> tuple[int, np.ndarray]:
+        return TYPE_NUMBER[self.gguf.tensors[name].type], self.gguf.data(name)
+
+    def _floats(self, name: str) -> np.ndarray:
+        """A small tensor (norm, router) as float32, whatever its type."""
+        number, data = self._matrix(name)
+        kind = self.gguf.tensors[name].type
+        if kind == "F32":
+            return np.frombuffer(data.tobytes(), np.float32)
+        if kind == "F16":
+            return np.frombuffer(data.tobytes(), np.float16).astype(np.float32)
+        if kind == "BF16":
+            return (np.frombuffer(data.tobytes(), np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return dequantize_rows(number, data, self.gguf.tensors[name].shape[0])
+
+    def _query_key_value(self, layer: int) -> list[tuple[int, np.ndarray]]:
+        """q, k and v, cut out of the fused tensor where the file has that."""
+        fused = tensor_name("attn_qkv", layer)
+        if fused not in self.gguf.tensors:
+            return [self._matrix(tensor_name(role, layer)) for role in ("attn_q", "attn_k", "attn_v")]
+        number, data = self._matrix(fused)
+        config = self.config
+        row = data.size // self.gguf.tensors[fused].shape[1]
+        cuts = np.cumsum([config.n_heads, config.n_kv_heads, config.n_kv_heads]) * config.head_dim * row
+        starts = (0, cuts[0], cuts[1])
+        return [(number, data[a:b]) for a, b in zip(starts, cuts, strict=True)]
