@@ -1,7 +1,7 @@
-"""What model a GGUF file holds: its sizes and options, read from the metadata and checked against every tensor.
+"""What model a GGUF file holds: its sizes and options, from the metadata, checked against every tensor.
 
-Called by the loader, the packer, the memory plan and `info` before anything else is done with a file. Never reads
-tensor data, and nothing about a particular model is hard-coded here.
+Called by the loader, the packer, the memory plan and `info` before anything else is done with a file. Never
+reads tensor data, and nothing about a particular model is hard-coded here.
 """
 
 from __future__ import annotations
@@ -71,20 +71,27 @@ class ModelConfig:
     """Sizes and options of a SmallThinker model. Sizes are in elements; layers count from 0.
 
     Attributes:
-        n_layers, d_model, vocab_size: layers, width of the residual stream, rows of the embedding and of the head.
-        n_heads, n_kv_heads, head_dim: query heads, key/value heads (n_heads is a multiple), width of one head.
-        n_experts, n_experts_used, d_ffn: experts a layer, how many a token uses, neurons of one expert.
+        n_layers: layers of attention and experts.
+        d_model: width of the residual stream.
+        n_heads: query heads, a multiple of n_kv_heads.
+        n_kv_heads: key/value heads.
+        head_dim: width of one head, even.
+        n_experts: experts of a layer.
+        n_experts_used: how many of them a token uses.
+        d_ffn: neurons of one expert.
+        vocab_size: rows of the embedding and of the head.
         context_length: longest context the model was made for, in tokens.
         rms_eps: epsilon of every RMSNorm.
-        rope_theta, rope_theta_swa: base of the rotary embedding on full and on window layers.
-        rope_dim: how many of a head's dimensions are rotated; even, at most head_dim.
-        gating: how the chosen experts' logits become weights.
-        window: a query sees the `window` newest positions, itself included, on window layers; 0 when there are none.
+        rope_theta: base of the rotary embedding (RoPE) on full-attention layers.
+        gating: how the logits of the chosen experts become weights.
+        window: on window layers a query sees this many newest positions, itself included; 0: no such layers.
+        rope_layout: per layer, True when RoPE is used (False: no position embedding, NoPE).
         window_layout: per layer, True for sliding-window attention.
-        rope_layout: per layer, True when rotary embedding is used (False: no position embedding, NoPE).
         tied: the head is the embedding matrix.
-        down_transposed: ffn_down_exps is stored {d_model, d_ffn, n_experts}: one neuron's weights are one row.
         name: general.name, or "".
+        rope_theta_swa: base of RoPE on window layers.
+        rope_dim: how many of a head's dimensions are rotated; even, at most head_dim.
+        down_transposed: ffn_down_exps is {d_model, d_ffn, n_experts}: one neuron's weights are one row.
         lm_head_predictor_size: inner width K of lm_head_profiler.weight; 0 when the file has none.
     """
 
@@ -115,16 +122,17 @@ class ModelConfig:
     def from_gguf(cls, gguf: ModelFile) -> ModelConfig:
         """Reads and checks the configuration of an opened file.
 
-        The file's own `attention.sliding_window` is the window that is used. (llama.cpp takes 4096 whatever the key
-        says; the released models have 4096.) Without `smallthinker.rope_layout`, a model with a window uses rotary
-        embedding on the layers with `l % 4 != 0`, one without a window on all. Without
-        `attention.sliding_window_pattern` the window layers are those with `l % 4 != 0`; an integer n there means
-        `l % n != 0`, an array gives each layer. An absent `expert_gating_func` means sigmoid.
-        `down_transposed` is told by the shape of ffn_down_exps; where d_ffn equals d_model it cannot be told, and
-        the ordinary layout is assumed.
+        - Window: the file's own `attention.sliding_window` is what is used. (llama.cpp takes 4096 whatever the
+          key says; the released models have 4096.) The window layers are those with `l % 4 != 0`; an integer n
+          in `attention.sliding_window_pattern` makes that `l % n != 0`, an array there gives each layer.
+        - RoPE: `smallthinker.rope_layout` where present; else, with a window, the layers with `l % 4 != 0`
+          whatever the pattern, and without one every layer.
+        - Gating: an absent `expert_gating_func` means sigmoid.
+        - `down_transposed` is told by the shape of ffn_down_exps. Where d_ffn equals d_model it cannot be told,
+          and the ordinary layout is assumed.
 
-        Raises ModelFormatError naming the key or tensor: one that is missing, of the wrong type or shape, out of
-        range, or that this library would have to ignore (unknown tensors, RoPE scaling).
+        Raises ModelFormatError naming the key or tensor: one that is missing, of the wrong type or shape, out
+        of range, or that this library would have to ignore (unknown tensors, RoPE scaling).
         """
         return _read_config(gguf)
 
@@ -338,10 +346,10 @@ def _read_rope_dim(keys: _Keys, head_dim: int) -> int:
 
 def _read_gating(keys: _Keys) -> Literal["sigmoid", "softmax"]:
     value = keys.get("expert_gating_func")
-    if value is None or value == 2:
+    if value is None:
         return "sigmoid"
-    if value == 1:
-        return "softmax"
+    if type(value) is int and value in (1, 2):
+        return "softmax" if value == 1 else "sigmoid"
     keys.fail("smallthinker.expert_gating_func", f"must be 1 (softmax) or 2 (sigmoid), not {_shorten(value)}")
 
 
@@ -415,7 +423,10 @@ class _Tensors:
                 name,
                 f"shape {info.shape}, expected one row of a multiple of {d_model} + {vocab_size} elements",
             )
-        return elements // (d_model + vocab_size)
+        size = elements // (d_model + vocab_size)
+        if size % BLOCK:
+            self.fail(name, f"an inner width of {size} is not a multiple of {BLOCK}")
+        return size
 
     def check_all(self, config: ModelConfig) -> None:
         """Every tensor that the model needs is there as it must be, and no other."""
@@ -431,7 +442,7 @@ class _Tensors:
         for name in self.table:
             if name not in known:
                 self.fail(
-                    name, "this tensor is not part of a SmallThinker model; ignoring it could change results"
+                    name, "not a tensor of a SmallThinker model; ignoring it could change results"
                 )
 
     def check_layer(self, config: ModelConfig, layer: int) -> list[str]:

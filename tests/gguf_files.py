@@ -244,20 +244,25 @@ def write_model(path: str | os.PathLike[str], **options: Any) -> str:
 
     Options and defaults (all keyword):
         n_layers=4, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=8, n_experts_used=2, d_ffn=96,
-        vocab_size=320, context_length=512, rms_eps=1e-6, rope_theta=1e4, rope_theta_swa=None, rope_dim=None, seed=0.
-        types="Q4_0": one type name, or a dict by role: "default", "attn", "gate", "up", "down", "embedding",
-            "head", "router" (F32 unless named), "profiler". F32, F16, BF16, Q8_0, Q4_0, Q4_1 or Q6_K (rows of 256).
+        vocab_size=320, context_length=512, rms_eps=1e-6, rope_theta=1e4, rope_theta_swa=None, rope_dim=None,
+        seed=0, architecture="smallthinker", alignment=None (no key: 32).
+        types="Q4_0": F32, F16, BF16, Q8_0, Q4_0, Q4_1 or Q6_K (rows of 256), or a dict by role: "default",
+            "attn", "gate", "up", "down", "embedding", "head", "router" (F32 unless named), "profiler".
         head_type=None: type of `output`, or of `token_embd` when tied; overrides types["head"].
         gating="sigmoid" | "softmax" | None (key absent). tied=True.
         window=0 (no key), window_pattern=None | int | bools per layer, rope_layout=None | bools per layer
             (True = RoPE; written as the extra key smallthinker.rope_layout).
-        fused_qkv=False, down_transposed=False, lm_head_profiler=0 (its K).
+        fused_qkv=False, down_transposed=False, lm_head_profiler=0 (its K; a multiple of 32).
         with_tokenizer=True: a tiny byte-level BPE, padded to vocab_size (at least 275).
         metadata: keys to add or replace; a None value removes a key.
-        drop_tensors: full names to leave out. replace_tensors: full name -> (float32 values in NumPy order, type).
+        drop_tensors: full names to leave out.
+        replace_tensors: full name -> (float32 values in NumPy order, type); a new name adds a tensor.
     The same options and seed give the same bytes.
     """
-    writer = gguf.GGUFWriter(Path(path), "smallthinker")
+    writer = gguf.GGUFWriter(Path(path), options.pop("architecture", "smallthinker"))
+    alignment = options.pop("alignment", None)
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     _fill_writer(writer, **options)
     _finish(writer)
     return os.fspath(path)
