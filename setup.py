@@ -24,7 +24,7 @@ X86 = {
 KERNEL_FLAGS = X86
 # -ffp-contract=off: the plain-C kernels are the definition, so the compiler must not fuse their roundings.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
-WITH_CORE = ["engine"]
+WITH_CORE = ["engine", "kernels"]
 ALONE = [name for name in ("gguf", "sampler") if os.path.exists(f"smallthinker_edge/_native/{name}.pyx")]
 
 

@@ -122,14 +122,14 @@ class ModelConfig:
     def from_gguf(cls, gguf: ModelFile) -> ModelConfig:
         """Reads and checks the configuration of an opened file.
 
-        - Window: the file's own `attention.sliding_window` is what is used. (llama.cpp takes 4096 whatever the
-          key says; the released models have 4096.) The window layers are those with `l % 4 != 0`; an integer n
-          in `attention.sliding_window_pattern` makes that `l % n != 0`, an array there gives each layer.
+        - Window: the file's own `attention.sliding_window` is what is used. (llama.cpp takes 4096 whatever
+          the key says; the released models have 4096.) The window layers are those with `l % 4 != 0`; an
+          integer n in `attention.sliding_window_pattern` makes that `l % n != 0`, an array there gives each.
         - RoPE: `smallthinker.rope_layout` where present; else, with a window, the layers with `l % 4 != 0`
           whatever the pattern, and without one every layer.
         - Gating: an absent `expert_gating_func` means sigmoid.
-        - `down_transposed` is told by the shape of ffn_down_exps. Where d_ffn equals d_model it cannot be told,
-          and the ordinary layout is assumed.
+        - `down_transposed` is told by the shape of ffn_down_exps. Where d_ffn equals d_model it cannot be
+          told, and the ordinary layout is assumed.
 
         Raises ModelFormatError naming the key or tensor: one that is missing, of the wrong type or shape, out
         of range, or that this library would have to ignore (unknown tensors, RoPE scaling).
@@ -441,9 +441,7 @@ class _Tensors:
             known.update(self.check_layer(config, layer))
         for name in self.table:
             if name not in known:
-                self.fail(
-                    name, "not a tensor of a SmallThinker model; ignoring it could change results"
-                )
+                self.fail(name, "not a tensor of a SmallThinker model; ignoring it could change results")
 
     def check_layer(self, config: ModelConfig, layer: int) -> list[str]:
         d, f, experts = config.d_model, config.d_ffn, config.n_experts

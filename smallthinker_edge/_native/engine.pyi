@@ -5,7 +5,6 @@ from smallthinker_edge.config import ModelConfig
 
 Matrix = tuple[int, npt.NDArray[np.uint8]]
 
-def tables() -> list[str]: ...
 def dequantize_rows(type: int, data: npt.NDArray[np.uint8], cols: int) -> npt.NDArray[np.float32]: ...
 
 class KVCache:

@@ -620,20 +620,8 @@ cdef const st_kernels *find_table(name) except NULL:
     encoded = name.encode()
     table = st_cpu_table(encoded)
     if table == NULL:
-        raise ValueError(f"kernel table {name!r} is unknown or this CPU lacks its instructions; "
-                         f"usable here: {', '.join(tables())}")
+        raise ValueError(f"kernel table {name!r} is unknown or this CPU lacks its instructions")
     return table
-
-
-def tables():
-    """Names of the kernel tables that this CPU can run, best first."""
-    cdef const char *const *names = st_cpu_tables()
-    result = []
-    while names[0] != NULL:
-        if st_cpu_supports(names[0]):
-            result.append(names[0].decode())
-        names += 1
-    return result
 
 
 cdef class Engine:

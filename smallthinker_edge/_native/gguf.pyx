@@ -559,8 +559,8 @@ cdef class Part:
             cursor.field = name
             if offset > room or nbytes > room - offset:
                 raise cursor.error(
-                    f"its {nbytes} bytes at {data_start + offset} do not fit in a file of {cursor.size} bytes;"
-                    " the file is cut short or damaged",
+                    f"its {nbytes} bytes at {data_start + offset} do not fit in a file of {cursor.size}"
+                    " bytes: the file is cut short or damaged",
                     entry,
                 )
             self.tensors.append(TensorInfo(name, type_name, shape, data_start + offset, nbytes, self.index))
@@ -574,7 +574,7 @@ cdef class Part:
 
 
 cdef object map_file(str path):
-    """Maps a regular file read-only. OSError as open() raises it; ModelFormatError for what cannot be a model."""
+    """Maps a regular file read-only. OSError as open() raises it; ModelFormatError when it is no model."""
     if not (stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)):
         raise ModelFormatError("not a regular file", path=path)
     with open(path, "rb") as file:
@@ -658,8 +658,9 @@ class GGUFFile:
     Attributes:
         path: the path given; paths: all parts in order (one for an ordinary file).
         version, alignment: of the first part.
-        metadata: key -> int, float, bool, str, list of int, float or bool, or StringArray (a Sequence of str).
-            A split model's metadata is that of its first part. Bytes that are not UTF-8 become lone surrogates.
+        metadata: key -> int, float, bool, str, list of int, float or bool, or StringArray (a Sequence of
+            str). A split model's metadata is that of its first part. Bytes that are not UTF-8 become lone
+            surrogates.
         tensors: name -> TensorInfo, in file order.
 
     Raises:
@@ -667,9 +668,9 @@ class GGUFFile:
             number that later reads depend on.
         OSError: as open() raises it (FileNotFoundError, IsADirectoryError, PermissionError, ...).
 
-    A context manager; close() may be called twice. Reading from several threads at once is allowed, closing at the
-    same time is not. A file that another process cuts short while it is open cannot be guarded against: the
-    operating system then kills the reader (SIGBUS), as for every memory mapping.
+    A context manager; close() may be called twice. Reading from several threads at once is allowed, closing
+    at the same time is not. A file that another process cuts short while open cannot be guarded against:
+    the operating system then kills the reader (SIGBUS), as for every memory mapping.
     """
 
     def __init__(self, path):
@@ -686,8 +687,8 @@ class GGUFFile:
             for info in part.tensors:
                 if info.name in self.tensors:
                     raise ModelFormatError(
-                        f"also in {self.paths[self.tensors[info.name].part]}", path=part.path, field=info.name,
-                        offset=info.offset,
+                        f"the tensor is also in {self.paths[self.tensors[info.name].part]}",
+                        path=part.path, field=info.name, offset=info.offset,
                     )
                 self.tensors[info.name] = info
         self._mappings = [part.mapping for part in parts]
@@ -708,7 +709,7 @@ class GGUFFile:
         return self._mappings is None
 
     def close(self):
-        """Lets go of the files. Arrays that data() gave stay valid and keep their mapping until they are freed."""
+        """Lets go of the files. Arrays that data() gave stay valid and keep their mapping until freed."""
         self._mappings = None
 
     def data(self, name):
@@ -722,8 +723,9 @@ class GGUFFile:
     def release(self, name=None):
         """Drops the resident pages of tensor `name`, or of everything that was read, from this process.
 
-        They stay in the operating system's page cache and come back when touched: views stay valid. Lets a loader
-        stream through a file with little resident memory. Does nothing where the platform has no madvise.
+        They stay in the operating system's page cache and come back when touched: views stay valid. Lets a
+        loader stream through a file with little resident memory. Does nothing where there is no madvise.
+        Raises KeyError for a name that is not in `tensors`, ValueError after close().
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
             return

@@ -1,0 +1,36 @@
+"""smallthinker_edge: SmallThinker mixture-of-experts language models on small machines, as a library.
+
+    from smallthinker_edge import SmallThinker
+    with SmallThinker("model.gguf") as model:
+        print(model.generate("Once upon a time", max_tokens=50).text)
+"""
+
+from smallthinker_edge._native.sampler import Sampler
+from smallthinker_edge.errors import (
+    ChatTemplateError,
+    ContextFull,
+    ExpertReadError,
+    MemoryBudgetError,
+    ModelFormatError,
+    SessionBusy,
+    SmallThinkerError,
+)
+from smallthinker_edge.model import GenerationResult, SmallThinker, Timings
+from smallthinker_edge.session import Session
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChatTemplateError",
+    "ContextFull",
+    "ExpertReadError",
+    "GenerationResult",
+    "MemoryBudgetError",
+    "ModelFormatError",
+    "Sampler",
+    "Session",
+    "SessionBusy",
+    "SmallThinker",
+    "SmallThinkerError",
+    "Timings",
+]

@@ -1,0 +1,162 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True
+"""The kernel tables and packed layouts, one thin method each, for tests and benchmarks.
+
+Never called by the forward pass. Buffers are the caller's NumPy arrays, so that a test can put guard zones around
+them; only their sizes are checked.
+"""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
+from libc.stdlib cimport free, malloc
+
+import numpy as np
+
+from smallthinker_edge._native.core cimport *
+
+Q8X4_BYTES = sizeof(st_q8x4)
+ACTIVE_BYTES = sizeof(st_active)
+ACTIVE = np.dtype([("h", "i1", 32), ("index", "u1", 32), ("corr", "i4"), ("quads", "i4"), ("scale", "f4"),
+                   ("count", "i4")])
+
+
+def tables():
+    """Names of the kernel tables that this CPU can run, best first; the last is "ref"."""
+    cdef const char *const *names = st_cpu_tables()
+    cdef int i = 0
+    result = []
+    while names[i] != NULL:
+        if st_cpu_supports(names[i]):
+            result.append(names[i].decode())
+        i += 1
+    return result
+
+
+def need(condition):
+    """Raises ValueError where a test or benchmark hands over a buffer that is too small."""
+    if not condition:
+        raise ValueError("a buffer is too small for the sizes given")
+
+
+def pack_tile16(int type, const uint8_t[::1] src, int64_t rows, int64_t cols):
+    """GGUF rows to Tile16 bytes (packed.h)."""
+    need(src.shape[0] == rows * <int64_t>st_row_bytes(type, cols))
+    out = np.empty(st_tile16_bytes(type, rows, cols), np.uint8)
+    cdef uint8_t[::1] dst = out
+    st_pack_tile16(type, &src[0], rows, cols, &dst[0], 0, (rows + 15) // 16)
+    return out
+
+
+def unpack_tile16(int type, const uint8_t[::1] src, int64_t rows, int64_t cols):
+    """Tile16 bytes back to GGUF rows."""
+    need(src.shape[0] == <int64_t>st_tile16_bytes(type, rows, cols))
+    out = np.empty(rows * st_row_bytes(type, cols), np.uint8)
+    cdef uint8_t[::1] dst = out
+    st_unpack_tile16(type, &src[0], rows, cols, &dst[0])
+    return out
+
+
+def pack_rows(const uint8_t[::1] src, int64_t rows, int64_t cols, bint back=False):
+    """GGUF rows of Q4_0 to the Rows layout, or back."""
+    need(src.shape[0] == rows * <int64_t>st_row_bytes(ST_Q4_0, cols))
+    out = np.empty(src.shape[0], np.uint8)
+    cdef uint8_t[::1] dst = out
+    if back:
+        st_unpack_rows_q4_0(&src[0], rows, cols, &dst[0])
+    else:
+        st_pack_rows_q4_0(&src[0], rows, cols, &dst[0])
+    return out
+
+
+def pack_down(const uint8_t[::1] src, int64_t d, int64_t f):
+    """GGUF rows [d][f] of Q4_0 to the Down layout."""
+    need(src.shape[0] == d * <int64_t>st_row_bytes(ST_Q4_0, f))
+    out = np.empty(st_down_bytes(d, f), np.uint8)
+    cdef uint8_t[::1] dst = out
+    st_pack_down_q4_0(&src[0], d, f, &dst[0])
+    return out
+
+
+def unpack_down(const uint8_t[::1] src, int64_t d, int64_t f):
+    """The Down layout back to GGUF rows."""
+    need(src.shape[0] == <int64_t>st_down_bytes(d, f))
+    out = np.empty(d * st_row_bytes(ST_Q4_0, f), np.uint8)
+    cdef uint8_t[::1] dst = out
+    st_unpack_down_q4_0(&src[0], d, f, &dst[0])
+    return out
+
+
+cdef class Table:
+    """One kernel table. Raises ValueError for a name that this CPU cannot run."""
+    cdef const st_kernels *k
+    cdef readonly str name
+
+    def __cinit__(self, str name):
+        encoded = name.encode()
+        self.k = st_cpu_table(encoded)
+        if self.k == NULL:
+            raise ValueError(f"no kernel table {name!r} on this CPU")
+        self.name = name
+
+    def quantize(self, const float[::1] x, uint8_t[::1] out):
+        need(out.shape[0] >= (x.shape[0] + 127) // 128 * <int64_t>sizeof(st_q8x4))
+        self.k.quantize(&x[0], x.shape[0], <st_q8x4 *>&out[0])
+
+    def gemm(self, int type, const uint8_t[::1] w, int64_t rows, int64_t cols, int64_t t0, int64_t t1,
+             const uint8_t[:, ::1] x, float[::1] y, int64_t ldy, int64_t repeat=1):
+        """x: [n][quantised row]; y[i * ldy + r - 16 * t0]. repeat: for timing."""
+        cdef int64_t n = x.shape[0], i
+        need(w.shape[0] == <int64_t>st_tile16_bytes(type, rows, cols) and 0 <= t0 < t1 <= (rows + 15) // 16)
+        need(x.shape[1] >= (cols + 127) // 128 * <int64_t>sizeof(st_q8x4))
+        need(y.shape[0] >= (n - 1) * ldy + min(rows, 16 * t1) - 16 * t0)
+        cdef const st_q8x4 **p = <const st_q8x4 **>malloc(n * sizeof(void *))
+        for i in range(n):
+            p[i] = <const st_q8x4 *>&x[i, 0]
+        with nogil:
+            for i in range(repeat):
+                if type == ST_Q4_0:
+                    self.k.gemm_q4_0(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
+                else:
+                    self.k.gemm_q8_0(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
+        free(p)
+
+    def rows(self, const uint8_t[::1] w, int64_t cols, const int32_t[::1] index, const uint8_t[::1] x, float[::1] out):
+        need(out.shape[0] >= index.shape[0])
+        if index.shape[0]:
+            self.k.rows_q4_0(&w[0], cols // 32, &index[0], index.shape[0], <const st_q8x4 *>&x[0], &out[0])
+
+    def down(self, const uint8_t[::1] w, int64_t f, int64_t chunk, active, float weight, float[::1] y):
+        """One chunk of 128 outputs; active: f / 32 entries of dtype ACTIVE."""
+        cdef const uint8_t[::1] a = active.view(np.uint8)
+        cdef int64_t size = f // 32 * ST_DOWN_CHUNK * 2 + f * (ST_DOWN_CHUNK // 2)
+        need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= ST_DOWN_CHUNK)
+        need(w.shape[0] >= (chunk + 1) * size)
+        self.k.down_q4_0(&w[chunk * size], f // 32, <const st_active *>&a[0], weight, &y[0])
+
+    def activate(self, const float[::1] g, const float[::1] up):
+        """-> one entry of dtype ACTIVE."""
+        need(g.shape[0] == 32 and up.shape[0] == 32)
+        out = np.zeros(sizeof(st_active), np.uint8)
+        cdef uint8_t[::1] o = out
+        self.k.activate(&g[0], &up[0], <st_active *>&o[0])
+        return out.view(ACTIVE)[0]
+
+    def attention(self, const float[:, ::1] q, const uint16_t[:, ::1] k, const uint16_t[:, ::1] v, float scale,
+                  float[::1] scores, float[:, ::1] acc, float[::1] m, float[::1] l):
+        cdef int64_t G = q.shape[0], hd = q.shape[1], n = k.shape[0]
+        need(k.shape[1] == hd and v.shape[1] == hd and v.shape[0] == n and 1 <= n <= ST_ATTN_CHUNK)
+        need(scores.shape[0] >= G * ST_ATTN_CHUNK and acc.shape[0] >= G and acc.shape[1] == hd)
+        self.k.attention(&q[0, 0], G, hd, &k[0, 0], &v[0, 0], n, scale, &scores[0], &acc[0, 0], &m[0], &l[0])
+
+    def rmsnorm(self, const float[::1] x, const float[::1] w, float eps, float[::1] out):
+        need(w.shape[0] == x.shape[0] <= out.shape[0])
+        self.k.rmsnorm(&x[0], &w[0], x.shape[0], eps, &out[0])
+
+    def dot(self, const float[::1] a, const float[::1] b):
+        need(a.shape[0] == b.shape[0])
+        return self.k.dot(&a[0], &b[0], a.shape[0])
+
+    def axpy(self, float a, const float[::1] x, float[::1] y):
+        need(y.shape[0] >= x.shape[0])
+        self.k.axpy(a, &x[0], &y[0], x.shape[0])
+
+    def to_f16(self, const float[::1] x, uint16_t[::1] out):
+        need(out.shape[0] >= x.shape[0])
+        self.k.to_f16(&x[0], &out[0], x.shape[0])

@@ -1,0 +1,423 @@
+"""The smallthinker-edge command: reads arguments, calls the library, prints.
+
+One row of COMMANDS is one subcommand. Nothing here computes: whatever the command line can do,
+Python code can do with the public API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from smallthinker_edge.errors import ContextFull, SmallThinkerError
+
+if TYPE_CHECKING:
+    from smallthinker_edge._native.gguf import GGUFFile
+    from smallthinker_edge.config import ModelConfig
+    from smallthinker_edge.model import SmallThinker
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+VALUE_WIDTH = 72
+
+
+class UsageError(Exception):
+    """An argument that only the library could judge, such as a context longer than the model's."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name, one line of help, what adds its arguments, what runs it and gives the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+# Argument types
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def memory_size(text: str) -> int:
+    """Bytes, from "1GiB", "900MB" or a plain number."""
+    from smallthinker_edge.budget import parse_memory
+
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def token_bias(text: str) -> tuple[int, float]:
+    """(token id, bias) from "ID=BIAS"."""
+    token, equals, bias = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"write ID=BIAS, not {text!r}")
+    return int(token), float(bias)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m", "--model", required=True, metavar="FILE", help="GGUF file of a SmallThinker model"
+    )
+    parser.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="budget of the whole process, such as 8GiB (default: none)",
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)"
+    )
+    parser.add_argument(
+        "--context",
+        type=positive_int,
+        metavar="N",
+        help="positions to make room for (default: the model's, to 4096)",
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options named as the arguments of SmallThinker.generate(); those not given keep the API's defaults."""
+    group = parser.add_argument_group("sampling (default: greedy)", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--max-tokens", type=positive_int, metavar="N", help="most tokens to make (default: 256)"
+    )
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default)")
+    group.add_argument(
+        "--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all (default)"
+    )
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that make up P")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one")
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is none (default)")
+    group.add_argument(
+        "--repetition-window", type=int, metavar="N", help="newest tokens the penalty looks at"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
+    group.add_argument(
+        "--logit-bias", type=token_bias, action="append", metavar="ID=BIAS", help="may be repeated"
+    )
+
+
+SAMPLING = (
+    "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window", "seed",
+    "logit_bias",
+)  # fmt: skip
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments for generate() that the user gave."""
+    options = {name: getattr(arguments, name) for name in SAMPLING if hasattr(arguments, name)}
+    if "logit_bias" in options:
+        options["logit_bias"] = dict(options["logit_bias"])
+    return options
+
+
+@contextmanager
+def checking_arguments() -> Iterator[None]:
+    """What the library raises for an argument out of range becomes a UsageError."""
+    try:
+        yield
+    except SmallThinkerError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def open_model(arguments: argparse.Namespace) -> SmallThinker:
+    from smallthinker_edge.model import SmallThinker
+
+    with checking_arguments():
+        return SmallThinker(
+            arguments.model, memory=arguments.memory, threads=arguments.threads, context=arguments.context
+        )
+
+
+def show(pieces: Iterator[str]) -> str:
+    """Prints a stream as it comes; returns the whole text."""
+    shown = []
+    for piece in pieces:
+        shown.append(piece)
+        print(piece, end="", flush=True)
+    return "".join(shown)
+
+
+# generate
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="print tokens, speed and memory to stderr at the end"
+    )
+    add_sampling_arguments(parser)
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    with open_model(arguments) as model:
+        with checking_arguments():
+            stream = model.stream(prompt, **sampling_options(arguments))
+        try:
+            show(stream)
+        finally:
+            print(flush=True)
+        if arguments.stats:
+            print_stats(model, stream)
+    return OK
+
+
+def print_stats(model: SmallThinker, stream: object) -> None:
+    result = getattr(stream, "result", None)
+    if result is not None:
+        timings = result.timings
+        print(
+            f"prompt: {timings.prompt_tokens} tokens, {timings.prompt_seconds:.3f} s; "
+            f"decode: {timings.decode_tokens} tokens, {timings.tokens_per_second:.1f} tokens/s; "
+            f"ended by: {result.finish_reason}",
+            file=sys.stderr,
+        )
+    for name, value in model.stats().items():
+        shown = mebibytes(value) if name.endswith("_bytes") and isinstance(value, int) else value
+        print(f"{name.removesuffix('_bytes').replace('_', ' ')}: {shown}", file=sys.stderr)
+
+
+# chat
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message to start with")
+    add_sampling_arguments(parser)
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    with suppress(ImportError):  # line editing and history, where Python has it
+        import readline  # noqa: F401
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    options = sampling_options(arguments)
+    with open_model(arguments) as model:
+        if sys.stdin.isatty():
+            print("Type a message. /reset forgets the conversation; Ctrl-C stops an answer, Ctrl-D ends.")
+        history = list(opening)
+        while (line := read_line()) is not None:
+            if line == "/reset":
+                history = list(opening)
+            elif line.strip():
+                answer_turn(model, history, line, options)
+    return OK
+
+
+def read_line() -> str | None:
+    """The next line of the user; None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def answer_turn(
+    model: SmallThinker, history: list[dict[str, str]], line: str, options: dict[str, Any]
+) -> None:
+    """Prints the answer to a line and adds both to the history; one stopped by Ctrl-C stays as far as it came."""
+    question = {"role": "user", "content": line}
+    pieces: list[str] = []
+    try:
+        with checking_arguments():
+            stream = model.stream_chat([*history, question], **options)
+        for piece in stream:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    except ContextFull as error:
+        print(f"error: {error}; /reset starts anew", file=sys.stderr)
+        return
+    print(flush=True)
+    history += [question, {"role": "assistant", "content": "".join(pieces)}]
+
+
+# info
+
+
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="GGUF file (the first part of a split one)")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+def info(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge._native.gguf import GGUFFile
+    from smallthinker_edge.config import ModelConfig
+
+    with GGUFFile(arguments.file) as gguf:
+        size = sum(os.path.getsize(path) for path in gguf.paths)
+        parts = f", {len(gguf.paths)} parts" if len(gguf.paths) > 1 else ""
+        print(f"{gguf.paths[0]}: GGUF version {gguf.version}, {mebibytes(size)}{parts}")
+        print_metadata(gguf)
+        print_tensors(gguf, arguments.tensors)
+        print_config(ModelConfig.from_gguf(gguf))
+    return OK
+
+
+def print_metadata(gguf: GGUFFile) -> None:
+    print(f"\nMetadata ({len(gguf.metadata)} keys)")
+    width = max(map(len, gguf.metadata), default=0)
+    for key, value in gguf.metadata.items():
+        print(f"  {key:<{width}}  {describe(value)}")
+
+
+def describe(value: object) -> str:
+    """A metadata value on one line; arrays by their length and first items."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        items = [repr(value[i]) for i in range(min(len(value), 8))]
+        text = f"{len(value)} items: " + shorten(", ".join(items), VALUE_WIDTH - 12)
+        return text + (", ..." if len(value) > 8 and not text.endswith("...") else "")
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return shorten(repr(value), VALUE_WIDTH)
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def print_tensors(gguf: GGUFFile, each: bool) -> None:
+    print(f"\nTensors ({len(gguf.tensors)})")
+    if each:
+        width = max(map(len, gguf.tensors), default=0)
+        for name, tensor in gguf.tensors.items():
+            shape = " x ".join(map(str, tensor.shape))
+            print(f"  {name:<{width}}  {tensor.type:<5} {shape:<22} {tensor.nbytes:>13,} bytes")
+    count, size = Counter[str](), Counter[str]()
+    for name, tensor in gguf.tensors.items():
+        purpose = "experts" if "_exps." in name else "all other"
+        for key in (tensor.type, purpose):
+            count[key] += 1
+            size[key] += tensor.nbytes
+    for key in sorted(size, key=lambda key: (key in ("experts", "all other"), -size[key])):
+        print(f"  {key:<9} {count[key]:>5} tensors {size[key]:>16,} bytes  {mebibytes(size[key]):>12}")
+
+
+def print_config(config: ModelConfig) -> None:
+    print("\nModel")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, tuple):
+            layers = [str(layer) for layer, flag in enumerate(value) if flag]
+            value = (
+                "all layers"
+                if len(layers) == len(value)
+                else "layers " + ", ".join(layers)
+                if layers
+                else "none"
+            )
+        print(f"  {field.name:<22}  {value}")
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+# demo and convert
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--interactive", action="store_true", help="then type commands of your own")
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)"
+    )
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.demo import run_demo
+
+    run_demo(interactive=arguments.interactive, threads=arguments.threads)
+    return OK
+
+
+COMMANDS = (
+    Command("generate", "continue a text", generate_arguments, generate),
+    Command("chat", "talk with a model in the terminal", chat_arguments, chat),
+    Command("info", "print what is in a model file", info_arguments, info),
+    Command("demo", "turn home commands into JSON with the embedded model", demo_arguments, demo),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="smallthinker-edge", description="Runs SmallThinker language models."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {metadata.version('smallthinker_edge')}"
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = commands.add_parser(command.name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def report(message: object) -> None:
+    """One line on stderr, whatever the message holds."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def describe_os_error(error: OSError) -> str:
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code.
+
+    0 done; 1 a SmallThinkerError or a file that cannot be read, told in one line on stderr; 2 wrong usage;
+    130 stopped with Ctrl-C.
+    """
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a terminal that cannot show a character shows "?" instead
+            output.reconfigure(errors="replace")
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed the usage, the help or the version
+        return stop.code if isinstance(stop.code, int) else USAGE
+    try:
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UsageError as error:
+        report(error)
+        return USAGE
+    except BrokenPipeError:  # the reader of a pipe went away, as `| head` does; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        report(error if isinstance(error, SmallThinkerError) else describe_os_error(error))
+        return FAILED
+    except SmallThinkerError as error:
+        report(error)
+        return FAILED

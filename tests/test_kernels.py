@@ -1,0 +1,266 @@
+"""Every kernel of every table that this CPU runs, against the plain-C table and against NumPy.
+
+Outputs are poisoned with NaN and stand between guard zones; inputs include zeros, denormals and extremes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as T
+from gguf import quants
+
+from smallthinker_edge._native import kernels
+from smallthinker_edge._native.kernels import ACTIVE, Q8X4_BYTES, Table
+
+TYPES = {2: T.Q4_0, 8: T.Q8_0}
+GUARD = 64
+pytestmark = pytest.mark.parametrize("name", kernels.tables())
+
+
+class Guarded:
+    """A poisoned array between two guard zones that must stay as they were."""
+
+    def __init__(self, size: int, dtype: type = np.float32) -> None:
+        self.whole = np.full(size + 2 * GUARD, np.nan if dtype == np.float32 else 0x5A, dtype)
+        self.inner = self.whole[GUARD : GUARD + size]
+        self.before = self.whole.copy()
+
+    def check(self) -> np.ndarray:
+        for zone in (slice(None, GUARD), slice(-GUARD, None)):
+            assert self.whole[zone].tobytes() == self.before[zone].tobytes(), "wrote outside its output"
+        return self.inner
+
+
+def inputs(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape).astype(np.float32)
+    if kind == "zeros":
+        x[:] = 0
+    elif kind == "extreme":
+        x = np.where(rng.random(shape) < 0.5, -1, 1).astype(np.float32) * np.float32(1e4)
+    elif kind == "denormal":
+        x *= np.float32(1e-39)
+    elif kind == "spike":
+        x[..., ::32] = 1e6
+    return x
+
+
+KINDS = ("normal", "zeros", "extreme", "denormal", "spike")
+
+
+def quantized(table: str, x: np.ndarray) -> np.ndarray:
+    out = np.zeros((x.shape[0], (x.shape[1] + 127) // 128 * Q8X4_BYTES), np.uint8)
+    for row, target in zip(x, out, strict=True):
+        Table(table).quantize(row, target)
+    return out
+
+
+def values_of(xq: np.ndarray, cols: int) -> np.ndarray:
+    """The numbers that quantised rows stand for, float64."""
+    blocks = xq.reshape(len(xq), -1, Q8X4_BYTES)
+    q = blocks[..., :128].view(np.int8).reshape(len(xq), -1, 2, 4, 16).transpose(0, 1, 3, 2, 4)
+    scale = blocks[..., 192:].copy().view(np.float32)[..., ::4]
+    return (q.reshape(*q.shape[:3], 32) * scale[..., None].astype(np.float64)).reshape(len(xq), -1)[:, :cols]
+
+
+def weights(kind: int, rows: int, cols: int, seed: int = 1, extreme: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(GGUF bytes, float64 values) of a random quantised matrix."""
+    raw = quants.quantize(np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32), TYPES[kind])
+    if extreme:
+        block = raw.reshape(-1, 18 if kind == 2 else 34)
+        block[:, 2:] = np.random.default_rng(seed).choice([0x00, 0xFF, 0xF0, 0x80, 0x7F], block[:, 2:].shape)
+        raw = block.reshape(raw.shape)
+    return np.ascontiguousarray(raw).reshape(-1), quants.dequantize(raw, TYPES[kind]).astype(np.float64).reshape(rows, cols)
+
+
+def assert_close(result: np.ndarray, expected: np.ndarray, magnitude: np.ndarray | float, tolerance: float = 2e-6) -> None:
+    """Within `tolerance` of the sum of the absolute products: the error that float32 summation may have."""
+    assert np.all(np.abs(result - expected) <= tolerance * magnitude + 1e-30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cols", [32, 96, 128, 160, 1536])
+def test_quantize_is_that_of_plain_c(name: str, kind: str, cols: int) -> None:
+    x = inputs(kind, (1, cols))
+    assert quantized(name, x).tobytes() == quantized("ref", x).tobytes()
+
+
+def test_quantize_error_is_at_most_half_a_step(name: str) -> None:
+    x = inputs("normal", (3, 256))
+    step = np.abs(x).reshape(3, -1, 32).max(-1).repeat(32, axis=-1) / 127
+    assert np.all(np.abs(values_of(quantized(name, x), 256) - x) <= step * 0.5001)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_quantize_carries_what_is_no_number(name: str, bad: float) -> None:
+    x = inputs("normal", (1, 64))
+    x[0, 5] = bad
+    assert not np.isfinite(values_of(quantized(name, x), 64)[0, :32]).all()
+    assert np.isfinite(values_of(quantized(name, x), 64)[0, 32:]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (40, 96), (48, 160), (33, 1536)])
+@pytest.mark.parametrize("type_", TYPES)
+def test_gemm_multiplies(name: str, type_: int, rows: int, cols: int, kind: str) -> None:
+    raw, w = weights(type_, rows, cols, extreme=kind == "extreme")
+    packed = kernels.pack_tile16(type_, raw, rows, cols)
+    for n in (1, 2, 3, 7, 8, 13):
+        xq = quantized(name, inputs(kind, (n, cols), n))
+        x = values_of(xq, cols)
+        y = Guarded((n - 1) * (rows + 3) + rows)
+        Table(name).gemm(type_, packed, rows, cols, 0, (rows + 15) // 16, xq, y.inner, rows + 3)
+        out = y.check()
+        for i in range(n):
+            got = out[i * (rows + 3) : i * (rows + 3) + rows]
+            assert_close(got, w @ x[i], np.abs(w) @ np.abs(x[i]))
+            if i:
+                assert np.isnan(out[i * (rows + 3) - 3 : i * (rows + 3)]).all(), "wrote between the rows"
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_gemm_gives_the_same_bits_for_any_batch_and_any_tiles(name: str, type_: int) -> None:
+    rows, cols = 64, 256
+    packed = kernels.pack_tile16(type_, weights(type_, rows, cols)[0], rows, cols)
+    xq = quantized(name, inputs("normal", (13, cols)))
+    whole = np.empty(13 * rows, np.float32)
+    Table(name).gemm(type_, packed, rows, cols, 0, 4, xq, whole, rows)
+    for i in range(13):
+        for tile in range(4):
+            one = np.empty(16, np.float32)
+            Table(name).gemm(type_, packed, rows, cols, tile, tile + 1, xq[i : i + 1], one, 16)
+            assert np.array_equal(one, whole[i * rows + 16 * tile :][:16])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cols", [32, 96, 128, 160, 1536])
+def test_rows_multiplies_the_chosen_rows(name: str, cols: int, kind: str) -> None:
+    raw, w = weights(2, 40, cols, extreme=kind == "extreme")
+    xq = quantized(name, inputs(kind, (1, cols)))
+    x = values_of(xq, cols)[0]
+    for count in (0, 1, 5):
+        index = np.random.default_rng(count).permutation(40)[:count].astype(np.int32)
+        out = Guarded(count)
+        Table(name).rows(kernels.pack_rows(raw, 40, cols), cols, index, xq[0], out.inner)
+        assert_close(out.check(), w[index] @ x, np.abs(w[index]) @ np.abs(x))
+
+
+def activated(name: str, g: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return np.array([Table(name).activate(a, b) for a, b in zip(g.reshape(-1, 32), up.reshape(-1, 32), strict=True)], ACTIVE)
+
+
+def neuron_values(active: np.ndarray) -> np.ndarray:
+    h = np.zeros((len(active), 32))
+    for group, entry in enumerate(active):
+        for k in range(4 * entry["quads"]):
+            h[group, entry["index"][k]] += float(entry["h"][k]) * float(entry["scale"])
+    return h.reshape(-1)
+
+
+@pytest.mark.parametrize("silent", [0.0, 0.6, 0.97, 1.0])
+def test_activate_keeps_what_relu_lets_through(name: str, silent: float) -> None:
+    g, up = inputs("normal", (320,), 3), inputs("normal", (320,), 4)
+    g[np.random.default_rng(5).random(320) < silent] *= -1
+    g = np.where(np.random.default_rng(6).random(320) < silent, -np.abs(g), g).astype(np.float32)
+    active = activated(name, g, up)
+    assert active.tobytes() == activated("ref", g, up).tobytes()
+    expected = np.maximum(g, 0).astype(np.float64) * up
+    step = np.abs(expected).reshape(-1, 32).max(1).repeat(32) / 127
+    assert np.all(np.abs(neuron_values(active) - expected) <= step * 0.5001)
+    assert active["count"].sum() == (g > 0).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activate_is_that_of_plain_c(name: str, kind: str) -> None:
+    g, up = inputs(kind, (320,), 1), inputs(kind, (320,), 2)
+    assert activated(name, g, up).tobytes() == activated("ref", g, up).tobytes()
+
+
+def test_activate_carries_nan(name: str) -> None:
+    g, up = inputs("normal", (32,), 1), inputs("normal", (32,), 2)
+    g[7] = np.nan
+    assert np.isnan(activated(name, g, up)["scale"][0])
+
+
+@pytest.mark.parametrize("silent", [0.0, 0.6, 0.97, 1.0])
+@pytest.mark.parametrize(("d", "f"), [(128, 32), (256, 96), (200, 768)])
+def test_down_adds_the_weighted_product(name: str, d: int, f: int, silent: float) -> None:
+    raw, w = weights(2, d, f, extreme=silent == 0.0)
+    packed = kernels.pack_down(raw, d, f)
+    g = np.where(np.random.default_rng(2).random(f) < silent, -1, np.abs(inputs("normal", (f,), 3))).astype(np.float32)
+    active = activated(name, g, inputs("normal", (f,), 4))
+    h = neuron_values(active)
+    for chunk in range((d + 127) // 128):
+        y = Guarded(128)
+        start = inputs("normal", (128,), 5)
+        y.inner[:] = start
+        Table(name).down(packed, f, chunk, active, 0.37, y.inner)
+        rows = w[128 * chunk : 128 * chunk + 128]
+        got = y.check()[: len(rows)]
+        magnitude = 0.37 * (np.abs(rows) @ np.abs(h)) + np.abs(start[: len(rows)])
+        assert_close(got, 0.37 * (rows @ h) + start[: len(rows)], magnitude)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_attention_is_softmax_over_the_chunk(name: str, heads: int, head_dim: int) -> None:
+    rng = np.random.default_rng(heads)
+    for n in (1, 5, 16, 100, 256):
+        q = rng.standard_normal((heads, head_dim)).astype(np.float32) * 3
+        k, v = (rng.standard_normal((n, head_dim)).astype(np.float16) for _ in range(2))
+        acc, m, l, scores = Guarded(heads * head_dim), Guarded(heads), Guarded(heads), Guarded(heads * 256)
+        Table(name).attention(
+            q, k.view(np.uint16), v.view(np.uint16), 0.3, scores.inner, acc.inner.reshape(heads, head_dim), m.inner, l.inner
+        )
+        scores.check()
+        s = q.astype(np.float64) @ k.T.astype(np.float64) * 0.3
+        e = np.exp(s - s.max(1, keepdims=True))
+        expected = e @ v.astype(np.float64) / e.sum(1, keepdims=True)
+        got = acc.check().reshape(heads, head_dim) / l.check()[:, None]
+        assert np.abs(got - expected).max() < 2e-5
+        assert np.abs(m.check() - s.max(1)).max() < 1e-4
+
+
+def test_attention_survives_far_apart_scores(name: str) -> None:
+    q = np.full((1, 32), 100, np.float32)
+    k = np.stack([np.full(32, 60), np.full(32, -60)]).astype(np.float16)
+    v = np.stack([np.full(32, 1), np.full(32, 2)]).astype(np.float16)
+    acc, m, l = np.empty((1, 32), np.float32), np.empty(1, np.float32), np.empty(1, np.float32)
+    Table(name).attention(q, k.view(np.uint16), v.view(np.uint16), 1.0, np.empty(256, np.float32), acc, m, l)
+    assert np.allclose(acc / l, 1)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 31, 64, 1537])
+def test_small_operations(name: str, n: int) -> None:
+    a, b = inputs("normal", (n,), 1), inputs("normal", (n,), 2)
+    table = Table(name)
+    exact = a.astype(np.float64) @ b
+    assert_close(np.array(table.dot(a, b)), exact, np.abs(a).astype(np.float64) @ np.abs(b))
+    out = Guarded(n)
+    table.rmsnorm(a, b, 1e-6, out.inner)
+    assert np.allclose(out.check(), a / np.sqrt((a.astype(np.float64) ** 2).mean() + 1e-6) * b, rtol=1e-5, atol=1e-7)
+    y = Guarded(n)
+    y.inner[:] = b
+    table.axpy(0.5, a, y.inner)
+    assert np.allclose(y.check(), b + 0.5 * a, rtol=1e-6, atol=1e-6)
+
+
+def test_to_f16_rounds_to_nearest_even(name: str) -> None:
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 4096, np.uint32)
+    x = bits.view(np.float32)
+    x = np.concatenate([x[np.isfinite(x)], np.float32([0, -0.0, 65504, 65519.9, 65520, 1e-8, 6e-8, 2.0**-14, np.inf])])
+    out = Guarded(len(x), np.uint16)
+    Table(name).to_f16(x, out.inner)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(out.check(), x.astype(np.float16).view(np.uint16))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (40, 96), (200, 768)])
+def test_layouts_are_permutations(name: str, rows: int, cols: int) -> None:
+    for kind in TYPES:
+        raw = weights(kind, rows, cols)[0]
+        assert np.array_equal(kernels.unpack_tile16(kind, kernels.pack_tile16(kind, raw, rows, cols), rows, cols), raw)
+    raw = weights(2, rows, cols)[0]
+    assert np.array_equal(kernels.pack_rows(kernels.pack_rows(raw, rows, cols), rows, cols, True), raw)
+    assert np.array_equal(kernels.unpack_down(kernels.pack_down(raw, rows, cols), rows, cols), raw)

@@ -1,0 +1,94 @@
+"""Says what is missing on this machine before `make` sets up .venv: Python 3.10, venv, a C compiler, headers.
+
+Called by the Makefile and .ci/run with the user's own Python, so it needs nothing but the standard library
+and parses under any Python 3. Prints what to install and exits with 1; prints nothing when all is there.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+PROGRAM = """#include <Python.h>
+#include <pthread.h>
+int main(void) { return PY_VERSION_HEX == 0; }
+"""
+
+
+def compiler() -> list:
+    """The command that setuptools compiles with: $CC, else the one that Python itself was built with."""
+    return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+
+
+def python_problem() -> str:
+    if sys.version_info < (3, 10):  # noqa: UP036
+        version = sys.version.split()[0]
+        return (
+            "Python 3.10 or later is needed; "
+            + sys.executable
+            + " is "
+            + version
+            + ". Name another one: make PYTHON=python3.11 ..."
+        )
+    return ""
+
+
+def venv_problem() -> str:
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        version = "%d.%d" % sys.version_info[:2]  # noqa: UP031
+        return (
+            "this Python cannot make virtual environments (no venv or ensurepip). "
+            "On Debian, Ubuntu and Raspberry Pi OS: sudo apt-get install python3-venv "
+            "(or python" + version + "-venv)"
+        )
+    return ""
+
+
+def compiler_problem() -> str:
+    command = compiler()
+    if not shutil.which(command[0]):
+        return (
+            "no C compiler was found (" + command[0] + "). On Debian, Ubuntu and Raspberry Pi OS: "
+            "sudo apt-get install build-essential. Another compiler: make CC=clang ..."
+        )
+    include = "-I" + sysconfig.get_paths()["include"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "check.c")
+        with open(source, "w") as file:
+            file.write(PROGRAM)
+        result = subprocess.run(
+            [*command, include, "-c", source, "-o", source + ".o"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,  # noqa: UP021
+        )
+    if result.returncode == 0:
+        return ""
+    if "Python.h" in result.stdout:
+        return (
+            "the C headers of this Python are missing (Python.h). "
+            "On Debian, Ubuntu and Raspberry Pi OS: sudo apt-get install python3-dev"
+        )
+    return (
+        "the C compiler ("
+        + " ".join(command)
+        + ") cannot compile a small program:\n"
+        + result.stdout.rstrip()
+    )
+
+
+def main() -> int:
+    problems = [problem for problem in (python_problem(), venv_problem(), compiler_problem()) if problem]
+    for problem in problems:
+        print("error: " + problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
