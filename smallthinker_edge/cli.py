@@ -34,7 +34,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name, one line of help, what adds its arguments, what runs it and gives the exit code."""
+    """A subcommand: name, one line of help, what adds its arguments, what runs it and gives the exit code."""
 
     name: str
     help: str
@@ -117,8 +117,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 SAMPLING = (
-    "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window", "seed",
-    "logit_bias",
+    "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window",
+    "seed", "logit_bias",
 )  # fmt: skip
 
 
@@ -164,9 +164,7 @@ def show(pieces: Iterator[str]) -> str:
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin"
-    )
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - is stdin")
     parser.add_argument(
         "--stats", action="store_true", help="print tokens, speed and memory to stderr at the end"
     )
@@ -239,7 +237,7 @@ def read_line() -> str | None:
 def answer_turn(
     model: SmallThinker, history: list[dict[str, str]], line: str, options: dict[str, Any]
 ) -> None:
-    """Prints the answer to a line and adds both to the history; one stopped by Ctrl-C stays as far as it came."""
+    """Prints the answer to a line and adds both to the history; Ctrl-C ends an answer early."""
     question = {"role": "user", "content": line}
     pieces: list[str] = []
     try:

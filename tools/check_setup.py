@@ -1,7 +1,7 @@
 """Says what is missing on this machine before `make` sets up .venv: Python 3.10, venv, a C compiler, headers.
 
 Called by the Makefile and .ci/run with the user's own Python, so it needs nothing but the standard library
-and parses under any Python 3. Prints what to install and exits with 1; prints nothing when all is there.
+and runs under Python 3.6 or later. Prints what to install and exits with 1; is silent when all is there.
 """
 
 import os
@@ -24,16 +24,13 @@ def compiler() -> list:
 
 
 def python_problem() -> str:
-    if sys.version_info < (3, 10):  # noqa: UP036
-        version = sys.version.split()[0]
-        return (
-            "Python 3.10 or later is needed; "
-            + sys.executable
-            + " is "
-            + version
-            + ". Name another one: make PYTHON=python3.11 ..."
-        )
-    return ""
+    if sys.version_info >= (3, 10):  # noqa: UP036
+        return ""
+    version = sys.version.split()[0]
+    return (
+        f"Python 3.10 or later is needed; {sys.executable} is {version}. "
+        "Name another one: make PYTHON=python3.11 ..."
+    )
 
 
 def venv_problem() -> str:
@@ -41,11 +38,10 @@ def venv_problem() -> str:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        version = "%d.%d" % sys.version_info[:2]  # noqa: UP031
+        version = ".".join(map(str, sys.version_info[:2]))
         return (
-            "this Python cannot make virtual environments (no venv or ensurepip). "
-            "On Debian, Ubuntu and Raspberry Pi OS: sudo apt-get install python3-venv "
-            "(or python" + version + "-venv)"
+            "this Python cannot make virtual environments (no venv or ensurepip). On Debian, Ubuntu and "
+            f"Raspberry Pi OS: sudo apt-get install python3-venv (or python{version}-venv)"
         )
     return ""
 
@@ -54,7 +50,7 @@ def compiler_problem() -> str:
     command = compiler()
     if not shutil.which(command[0]):
         return (
-            "no C compiler was found (" + command[0] + "). On Debian, Ubuntu and Raspberry Pi OS: "
+            f"no C compiler was found ({command[0]}). On Debian, Ubuntu and Raspberry Pi OS: "
             "sudo apt-get install build-essential. Another compiler: make CC=clang ..."
         )
     include = "-I" + sysconfig.get_paths()["include"]
@@ -75,12 +71,7 @@ def compiler_problem() -> str:
             "the C headers of this Python are missing (Python.h). "
             "On Debian, Ubuntu and Raspberry Pi OS: sudo apt-get install python3-dev"
         )
-    return (
-        "the C compiler ("
-        + " ".join(command)
-        + ") cannot compile a small program:\n"
-        + result.stdout.rstrip()
-    )
+    return f"the C compiler ({' '.join(command)}) cannot compile a small program:\n{result.stdout.rstrip()}"
 
 
 def main() -> int:
