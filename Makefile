@@ -13,7 +13,7 @@ C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/sm
 NATIVE := $(C_FILES) $(wildcard smallthinker_edge/_native/*.pyx smallthinker_edge/_native/*.pxd) setup.py
 MODEL ?= smallthinker_edge/data/demo.gguf
 
-.PHONY: help demo test lint bench build clean
+.PHONY: help demo test lint bench build install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -41,23 +41,27 @@ clean: ## Remove .venv, compiled files and caches
 	rm -f smallthinker_edge/_native/*.so smallthinker_edge/_native/*.c
 	find smallthinker_edge tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The package with its runtime dependencies, installed from this folder (editable). Cython and setuptools go
-# into .venv, so that later builds compile only what changed.
-$(VENV)/installed: pyproject.toml tools/check_setup.py
-	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
-	  echo "error: $(PYTHON) was not found. On Debian, Ubuntu and Raspberry Pi OS: sudo apt-get install python3 (or name another one: make PYTHON=...)" >&2; exit 1; }
+# The package with its runtime dependencies, installed from this folder (editable), compiled. Cython and setuptools
+# go into .venv too, so that later builds compile only what changed.
+$(VENV)/built: pyproject.toml $(NATIVE)
+	@if [ $(VENV)/installed -nt pyproject.toml ]; then \
+	  echo "Compiling what changed ..." && $(BIN)/python setup.py --quiet build_ext --inplace; \
+	else \
+	  $(MAKE) install; \
+	fi
+	@touch $@
+
+install:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { echo "error: $(PYTHON) was not found. On Debian, Ubuntu and \
+	Raspberry Pi OS: sudo apt-get install python3. Another Python: make PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" tools/check_setup.py
-	@echo "Setting up $(VENV) (once; this downloads the dependencies and compiles the engine) ..."
+	@echo "Setting up $(VENV): downloading the dependencies, compiling the engine (a few minutes, once) ..."
 	@"$(PYTHON)" -m venv "$(VENV)"
-	@$(PIP) install "setuptools>=68" wheel "cython>=3.0"
+	@$(PIP) install "setuptools>=77.0.3" "cython>=3.0"
 	@$(PIP) install --no-build-isolation --editable .
-	@touch $@
+	@touch $(VENV)/installed
 
-$(VENV)/built: $(VENV)/installed $(NATIVE)
-	@echo "Compiling what changed ..."
-	@$(BIN)/python setup.py --quiet build_ext --inplace
-	@touch $@
-
+# The package is installed already, so this adds only what the extra names.
 $(VENV)/dev: $(VENV)/built
-	@test $@ -nt $(VENV)/installed || $(PIP) install --no-build-isolation --editable ".[dev]"
+	@[ $@ -nt $(VENV)/installed ] || $(PIP) install "smallthinker_edge[dev]"
 	@touch $@

@@ -142,9 +142,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decode", type=int, default=64, metavar="N", help="tokens decoded one by one (64)")
-    parser.add_argument(
-        "--contexts", type=int, nargs="*", default=[0], help="decode after so many tokens (0)"
-    )
+    parser.add_argument("--contexts", type=int, nargs="*", default=[0], help="decode after so many tokens (0)")
     parser.add_argument("--prompts", type=int, nargs="*", default=[128, 512], help="prompt lengths (128 512)")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--flash-attention", choices=sorted(FLASH_ATTENTION), default="auto")

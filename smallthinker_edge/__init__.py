@@ -1,8 +1,8 @@
 """smallthinker_edge: SmallThinker mixture-of-experts language models on small machines, as a library.
 
-    from smallthinker_edge import SmallThinker
-    with SmallThinker("model.gguf") as model:
-        print(model.generate("Once upon a time", max_tokens=50).text)
+from smallthinker_edge import SmallThinker
+with SmallThinker("model.gguf") as model:
+    print(model.generate("Once upon a time", max_tokens=50).text)
 """
 
 from smallthinker_edge._native.sampler import Sampler

@@ -32,7 +32,9 @@ def is_chatml(template: str | None) -> bool:
     """
     if template is None:
         return True
-    return "<|im_start|>" in template and not any(word in template for word in ("tools", "system", "raise_exception", "set "))
+    return "<|im_start|>" in template and not any(
+        word in template for word in ("tools", "system", "raise_exception", "set ")
+    )
 
 
 def render_chat(messages: Messages, *, template: str | None = None, bos_token: str = "", eos_token: str = "",

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from smallthinker_edge import __version__
 from smallthinker_edge.errors import ContextFull, SmallThinkerError
 
 if TYPE_CHECKING:
@@ -71,18 +71,14 @@ def token_bias(text: str) -> tuple[int, float]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m", "--model", required=True, metavar="FILE", help="GGUF file of a SmallThinker model"
-    )
+    parser.add_argument("-m", "--model", required=True, metavar="FILE", help="GGUF file of a SmallThinker model")
     parser.add_argument(
         "--memory",
         type=memory_size,
         metavar="SIZE",
         help="budget of the whole process, such as 8GiB (default: none)",
     )
-    parser.add_argument(
-        "--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)"
-    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
     parser.add_argument(
         "--context",
         type=positive_int,
@@ -94,26 +90,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options named as the arguments of SmallThinker.generate(); those not given keep the API's defaults."""
     group = parser.add_argument_group("sampling (default: greedy)", argument_default=argparse.SUPPRESS)
-    group.add_argument(
-        "--max-tokens", type=positive_int, metavar="N", help="most tokens to make (default: 256)"
-    )
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
-    )
+    group.add_argument("--max-tokens", type=positive_int, metavar="N", help="most tokens to make (default: 256)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default)")
-    group.add_argument(
-        "--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all (default)"
-    )
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all (default)")
     group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that make up P")
     group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one")
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is none (default)")
-    group.add_argument(
-        "--repetition-window", type=int, metavar="N", help="newest tokens the penalty looks at"
-    )
+    group.add_argument("--repetition-window", type=int, metavar="N", help="newest tokens the penalty looks at")
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
-    group.add_argument(
-        "--logit-bias", type=token_bias, action="append", metavar="ID=BIAS", help="may be repeated"
-    )
+    group.add_argument("--logit-bias", type=token_bias, action="append", metavar="ID=BIAS", help="may be repeated")
 
 
 SAMPLING = (
@@ -165,9 +151,7 @@ def show(pieces: Iterator[str]) -> str:
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - is stdin")
-    parser.add_argument(
-        "--stats", action="store_true", help="print tokens, speed and memory to stderr at the end"
-    )
+    parser.add_argument("--stats", action="store_true", help="print tokens, speed and memory to stderr at the end")
     add_sampling_arguments(parser)
 
 
@@ -234,9 +218,7 @@ def read_line() -> str | None:
         return None
 
 
-def answer_turn(
-    model: SmallThinker, history: list[dict[str, str]], line: str, options: dict[str, Any]
-) -> None:
+def answer_turn(model: SmallThinker, history: list[dict[str, str]], line: str, options: dict[str, Any]) -> None:
     """Prints the answer to a line and adds both to the history; Ctrl-C ends an answer early."""
     question = {"role": "user", "content": line}
     pieces: list[str] = []
@@ -322,13 +304,7 @@ def print_config(config: ModelConfig) -> None:
         value = getattr(config, field.name)
         if isinstance(value, tuple):
             layers = [str(layer) for layer, flag in enumerate(value) if flag]
-            value = (
-                "all layers"
-                if len(layers) == len(value)
-                else "layers " + ", ".join(layers)
-                if layers
-                else "none"
-            )
+            value = "all layers" if len(layers) == len(value) else "layers " + ", ".join(layers) if layers else "none"
         print(f"  {field.name:<22}  {value}")
 
 
@@ -341,9 +317,7 @@ def mebibytes(size: int) -> str:
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--interactive", action="store_true", help="then type commands of your own")
-    parser.add_argument(
-        "--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)"
-    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -362,12 +336,8 @@ COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="smallthinker-edge", description="Runs SmallThinker language models."
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {metadata.version('smallthinker_edge')}"
-    )
+    parser = argparse.ArgumentParser(prog="smallthinker-edge", description="Runs SmallThinker language models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         subparser = commands.add_parser(command.name, help=command.help, description=command.help)

@@ -281,9 +281,7 @@ def _read_sizes(keys: _Keys) -> dict[str, int]:
     if head_dim < 2 or head_dim % 2:
         keys.fail("smallthinker.attention.key_length", f"the head width must be even, not {head_dim}")
     if value_dim != head_dim:
-        keys.fail(
-            "smallthinker.attention.value_length", f"must equal the key length {head_dim}, not {value_dim}"
-        )
+        keys.fail("smallthinker.attention.value_length", f"must equal the key length {head_dim}, not {value_dim}")
     d_ffn = _read_d_ffn(keys)
     for key, width in (
         ("embedding_length", d_model),

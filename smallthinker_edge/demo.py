@@ -32,7 +32,7 @@ class DemoCommand:
     expected: Any
 
 
-def load_commands(path: Path = COMMANDS) -> list[DemoCommand]:
+def load_commands(path: Path) -> list[DemoCommand]:
     """The sentences that the demo shows. Raises OSError where the file cannot be read."""
     entries = json.loads(path.read_text(encoding="utf-8"))
     return [DemoCommand(entry["command"], entry["expected"]) for entry in entries]
@@ -68,10 +68,8 @@ def run_demo(*, interactive: bool = False, threads: int | None = None) -> None:
     """
     for path in (MODEL, COMMANDS):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"the embedded demo model is not part of this installation ({path} is missing)"
-            )
-    commands = load_commands()
+            raise FileNotFoundError(f"the embedded demo model is not part of this installation ({path} is missing)")
+    commands = load_commands(COMMANDS)
     with SmallThinker(MODEL, threads=threads) as model:
         config = model.config
         print(
@@ -94,8 +92,7 @@ def show_command(model: SmallThinker, command: DemoCommand) -> GenerationResult:
 
 def print_summary(model: SmallThinker, commands: list[DemoCommand], results: list[GenerationResult]) -> None:
     right = sum(
-        parse(result.text) == (True, command.expected)
-        for command, result in zip(commands, results, strict=True)
+        parse(result.text) == (True, command.expected) for command, result in zip(commands, results, strict=True)
     )
     valid = sum(parse(result.text)[0] for result in results)
     prompt_tokens = sum(result.timings.prompt_tokens for result in results)

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from smallthinker_edge._native.engine import Engine, dequantize_rows
+from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.config import ModelConfig, tensor_name
 
@@ -43,7 +43,7 @@ def _cgroup_quota() -> int:
 
 
 class Loader:
-    """One pass over a file's tensors. `exact` as in Engine."""
+    """One pass over a file's tensors into an engine made for the same config."""
 
     def __init__(self, gguf: GGUFFile, config: ModelConfig, engine: Engine) -> None:
         self.gguf = gguf
@@ -69,14 +69,10 @@ class Loader:
         def name(role: str) -> str:
             return tensor_name(role, layer)
 
-        self.engine.set_layer(
-            layer,
-            self._floats(name("attn_norm")),
-            self._floats(name("ffn_norm")),
-            self._floats(name("ffn_gate_inp")),
-            *self._query_key_value(layer),
-            self._matrix(name("attn_output")),
-        )
+        norms = self._floats(name("attn_norm")), self._floats(name("ffn_norm"))
+        router = self._floats(name("ffn_gate_inp"))
+        q, k, v = self._query_key_value(layer)
+        self.engine.set_layer(layer, *norms, router, q, k, v, self._matrix(name("attn_output")))
         roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
         self.engine.set_experts(layer, *(self._matrix(name(role)) for role in roles))
         for role in (*roles, "attn_output"):
@@ -86,16 +82,8 @@ class Loader:
         return TYPE_NUMBER[self.gguf.tensors[name].type], self.gguf.data(name)
 
     def _floats(self, name: str) -> np.ndarray:
-        """A small tensor (norm, router) as float32, whatever its type."""
-        number, data = self._matrix(name)
-        kind = self.gguf.tensors[name].type
-        if kind == "F32":
-            return np.frombuffer(data.tobytes(), np.float32)
-        if kind == "F16":
-            return np.frombuffer(data.tobytes(), np.float16).astype(np.float32)
-        if kind == "BF16":
-            return (np.frombuffer(data.tobytes(), np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return dequantize_rows(number, data, self.gguf.tensors[name].shape[0])
+        """A norm or router, which ModelConfig has checked to be F32, as one flat array."""
+        return np.frombuffer(self.gguf.data(name).tobytes(), np.float32)
 
     def _query_key_value(self, layer: int) -> list[tuple[int, np.ndarray]]:
         """q, k and v, cut out of the fused tensor where the file has that."""

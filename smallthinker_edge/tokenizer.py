@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from tokenizers import Regex, Tokenizer as BPETokenizer, models, pre_tokenizers
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as BPETokenizer
 
 from smallthinker_edge.errors import ModelFormatError
 
@@ -56,8 +57,8 @@ class Tokenizer:
         self._specials: dict[str, int] = {}
         self._load_bytes(tokens, types)
         self._bpe = self._build(tokens, merges, types)
-        self._byte_ids = [self._bpe.token_to_id(char) for char in self._alphabet]
-        self._byte_ids = [id_ for _, id_ in sorted(zip(self._alphabet.values(), self._byte_ids, strict=True))]
+        chars = {byte: char for char, byte in self._alphabet.items()}
+        self._byte_ids: list[int] = [self._bpe.token_to_id(chars[byte]) or 0 for byte in range(256)]  # _build checked
         names = sorted(self._specials, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, names))) if names else None
         ends = {self._specials[name] for name in END_TOKENS if name in self._specials}
@@ -199,6 +200,11 @@ class StreamDecoder:
 
 def _strings(metadata: Mapping[str, object], key: str) -> Sequence[str]:
     value = metadata.get(key)
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not len(value) or not isinstance(value[0], str):
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str | bytes)
+        or not len(value)
+        or not isinstance(value[0], str)
+    ):
         raise ModelFormatError("is missing or not an array of strings", field=key)
     return value

@@ -268,9 +268,7 @@ def write_model(path: str | os.PathLike[str], **options: Any) -> str:
     return os.fspath(path)
 
 
-def write_split_model(
-    path: str | os.PathLike[str], *, tensors_per_part: int = 12, **options: Any
-) -> list[str]:
+def write_split_model(path: str | os.PathLike[str], *, tensors_per_part: int = 12, **options: Any) -> list[str]:
     """Writes write_model's file as `STEM-00001-of-0000N.gguf` parts next to `path`; returns them in order."""
     target = Path(path)
     writer = gguf.GGUFWriter(target, "smallthinker", split_max_tensors=tensors_per_part)
@@ -315,9 +313,7 @@ class RawGGUF:
     ) -> RawGGUF:
         dims = b"".join(struct.pack("<Q", size) for size in shape)
         count = len(shape) if n_dims is None else n_dims
-        self.infos.append(
-            self.string(name) + struct.pack("<I", count) + dims + struct.pack("<IQ", kind, offset)
-        )
+        self.infos.append(self.string(name) + struct.pack("<I", count) + dims + struct.pack("<IQ", kind, offset))
         return self
 
     def to_bytes(self) -> bytes:
@@ -339,9 +335,7 @@ def truncate(path: str | os.PathLike[str], size: int, target: str | os.PathLike[
     return os.fspath(target)
 
 
-def overwrite(
-    path: str | os.PathLike[str], offset: int, replacement: bytes, target: str | os.PathLike[str]
-) -> str:
+def overwrite(path: str | os.PathLike[str], offset: int, replacement: bytes, target: str | os.PathLike[str]) -> str:
     """Copies `path` to `target` with `replacement` written over the bytes at `offset`."""
     content = bytearray(Path(path).read_bytes())
     content[offset : offset + len(replacement)] = replacement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import sysconfig
+from pathlib import Path
 
 import check_setup
 import pytest
@@ -16,9 +16,9 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "build-essential" in problem
 
 
-def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CPATH", raising=False)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(check_setup, "headers", lambda: str(tmp_path))
     assert "python3-dev" in check_setup.compiler_problem()
 
 

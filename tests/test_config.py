@@ -89,9 +89,7 @@ def test_rope_layout_key_overrides_the_rule(read: Any) -> None:
     assert read(rope_layout=[True, False, True, True]).rope_layout == (True, False, True, True)
 
 
-@pytest.mark.parametrize(
-    ("written", "gating"), [("sigmoid", "sigmoid"), ("softmax", "softmax"), (None, "sigmoid")]
-)
+@pytest.mark.parametrize(("written", "gating"), [("sigmoid", "sigmoid"), ("softmax", "softmax"), (None, "sigmoid")])
 def test_gating_and_its_default(read: Any, written: str | None, gating: str) -> None:
     assert read(gating=written).gating == gating
 

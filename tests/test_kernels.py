@@ -71,10 +71,14 @@ def weights(kind: int, rows: int, cols: int, seed: int = 1, extreme: bool = Fals
         block = raw.reshape(-1, 18 if kind == 2 else 34)
         block[:, 2:] = np.random.default_rng(seed).choice([0x00, 0xFF, 0xF0, 0x80, 0x7F], block[:, 2:].shape)
         raw = block.reshape(raw.shape)
-    return np.ascontiguousarray(raw).reshape(-1), quants.dequantize(raw, TYPES[kind]).astype(np.float64).reshape(rows, cols)
+    return np.ascontiguousarray(raw).reshape(-1), quants.dequantize(raw, TYPES[kind]).astype(np.float64).reshape(
+        rows, cols
+    )
 
 
-def assert_close(result: np.ndarray, expected: np.ndarray, magnitude: np.ndarray | float, tolerance: float = 2e-6) -> None:
+def assert_close(
+    result: np.ndarray, expected: np.ndarray, magnitude: np.ndarray | float, tolerance: float = 2e-6
+) -> None:
     """Within `tolerance` of the sum of the absolute products: the error that float32 summation may have."""
     assert np.all(np.abs(result - expected) <= tolerance * magnitude + 1e-30)
 
@@ -147,7 +151,10 @@ def test_rows_multiplies_the_chosen_rows(name: str, cols: int, kind: str) -> Non
 
 
 def activated(name: str, g: np.ndarray, up: np.ndarray) -> np.ndarray:
-    return np.array([Table(name).activate(a, b) for a, b in zip(g.reshape(-1, 32), up.reshape(-1, 32), strict=True)], ACTIVE)
+    return np.array(
+        [Table(name).activate(a, b) for a, b in zip(g.reshape(-1, 32), up.reshape(-1, 32), strict=True)],
+        ACTIVE,
+    )
 
 
 def neuron_values(active: np.ndarray) -> np.ndarray:
@@ -209,15 +216,22 @@ def test_attention_is_softmax_over_the_chunk(name: str, heads: int, head_dim: in
     for n in (1, 5, 16, 100, 256):
         q = rng.standard_normal((heads, head_dim)).astype(np.float32) * 3
         k, v = (rng.standard_normal((n, head_dim)).astype(np.float16) for _ in range(2))
-        acc, m, l, scores = Guarded(heads * head_dim), Guarded(heads), Guarded(heads), Guarded(heads * 256)
+        acc, m, lsum, scores = Guarded(heads * head_dim), Guarded(heads), Guarded(heads), Guarded(heads * 256)
         Table(name).attention(
-            q, k.view(np.uint16), v.view(np.uint16), 0.3, scores.inner, acc.inner.reshape(heads, head_dim), m.inner, l.inner
+            q,
+            k.view(np.uint16),
+            v.view(np.uint16),
+            0.3,
+            scores.inner,
+            acc.inner.reshape(heads, head_dim),
+            m.inner,
+            lsum.inner,
         )
         scores.check()
         s = q.astype(np.float64) @ k.T.astype(np.float64) * 0.3
         e = np.exp(s - s.max(1, keepdims=True))
         expected = e @ v.astype(np.float64) / e.sum(1, keepdims=True)
-        got = acc.check().reshape(heads, head_dim) / l.check()[:, None]
+        got = acc.check().reshape(heads, head_dim) / lsum.check()[:, None]
         assert np.abs(got - expected).max() < 2e-5
         assert np.abs(m.check() - s.max(1)).max() < 1e-4
 
@@ -226,9 +240,9 @@ def test_attention_survives_far_apart_scores(name: str) -> None:
     q = np.full((1, 32), 100, np.float32)
     k = np.stack([np.full(32, 60), np.full(32, -60)]).astype(np.float16)
     v = np.stack([np.full(32, 1), np.full(32, 2)]).astype(np.float16)
-    acc, m, l = np.empty((1, 32), np.float32), np.empty(1, np.float32), np.empty(1, np.float32)
-    Table(name).attention(q, k.view(np.uint16), v.view(np.uint16), 1.0, np.empty(256, np.float32), acc, m, l)
-    assert np.allclose(acc / l, 1)
+    acc, m, lsum = np.empty((1, 32), np.float32), np.empty(1, np.float32), np.empty(1, np.float32)
+    Table(name).attention(q, k.view(np.uint16), v.view(np.uint16), 1.0, np.empty(256, np.float32), acc, m, lsum)
+    assert np.allclose(acc / lsum, 1)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 31, 64, 1537])

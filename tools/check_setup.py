@@ -23,13 +23,17 @@ def compiler() -> list:
     return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
 
 
+def headers() -> str:
+    """The folder where Python.h should be."""
+    return sysconfig.get_paths()["include"]
+
+
 def python_problem() -> str:
     if sys.version_info >= (3, 10):  # noqa: UP036
         return ""
     version = sys.version.split()[0]
     return (
-        f"Python 3.10 or later is needed; {sys.executable} is {version}. "
-        "Name another one: make PYTHON=python3.11 ..."
+        f"Python 3.10 or later is needed; {sys.executable} is {version}. Name another one: make PYTHON=python3.11 ..."
     )
 
 
@@ -53,13 +57,12 @@ def compiler_problem() -> str:
             f"no C compiler was found ({command[0]}). On Debian, Ubuntu and Raspberry Pi OS: "
             "sudo apt-get install build-essential. Another compiler: make CC=clang ..."
         )
-    include = "-I" + sysconfig.get_paths()["include"]
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "check.c")
         with open(source, "w") as file:
             file.write(PROGRAM)
         result = subprocess.run(
-            [*command, include, "-c", source, "-o", source + ".o"],
+            [*command, "-I" + headers(), "-c", source, "-o", source + ".o"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             universal_newlines=True,  # noqa: UP021

@@ -109,7 +109,9 @@ class Draw:
         hour, minute = self.rng.randrange(1, 12), self.rng.choice([0, 15, 30, 45, 10, 20, 5, 50])
         evening = self.rng.random() < 0.4
         clock = f"{hour + 12 if evening else hour:02d}:{minute:02d}"
-        suffix = self.rng.choice([" pm", " in the evening"]) if evening else self.rng.choice(["", " am", " in the morning"])
+        suffix = (
+            self.rng.choice([" pm", " in the evening"]) if evening else self.rng.choice(["", " am", " in the morning"])
+        )
         style = self.rng.random()
         if style < 0.25:
             return clock, clock
@@ -184,7 +186,12 @@ def _cover(d: Draw) -> tuple[str, Command]:
     device, room = d.rng.choice(COVERS), d.room()
     if d.rng.random() < 0.25:
         level, spoken = d.level()
-        return f"set the {room} {device} to {spoken}", {"action": "set", "device": device, "room": room, "level": level}
+        return f"set the {room} {device} to {spoken}", {
+            "action": "set",
+            "device": device,
+            "room": room,
+            "level": level,
+        }
     opening = d.rng.random() < 0.5
     verb = d.rng.choice(["open", "raise", "pull up"] if opening else ["close", "lower", "pull down"])
     text = d.wording(
@@ -200,7 +207,11 @@ def _media(d: Draw) -> tuple[str, Command]:
     if kind < 0.4:
         music = str(d.value("music", MUSIC))
         text = d.wording(
-            [f"play {music} in the {room}", f"put on {music} in the {room}", f"i'd like to hear {music} in the {room}"],
+            [
+                f"play {music} in the {room}",
+                f"put on {music} in the {room}",
+                f"i'd like to hear {music} in the {room}",
+            ],
             [f"start {music} in the {room}", f"let me hear {music} in the {room}"],
         )
         return text, {"action": "play", "media": music, "room": room}
@@ -229,7 +240,12 @@ def _timer(d: Draw) -> tuple[str, Command]:
 def _alarm(d: Draw) -> tuple[str, Command]:
     clock, spoken = d.time()
     text = d.wording(
-        [f"wake me at {spoken}", f"set an alarm for {spoken}", f"alarm at {spoken}", f"wake me up at {spoken}"],
+        [
+            f"wake me at {spoken}",
+            f"set an alarm for {spoken}",
+            f"alarm at {spoken}",
+            f"wake me up at {spoken}",
+        ],
         [f"i have to get up at {spoken}", f"ring at {spoken}"],
     )
     return text, {"action": "alarm", "time": clock}

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import gguf_files
 import reference
 
-ROUTING_MARGIN = 0.05  # standard deviations of the router logits
+ROUTING_MARGIN = 0.03  # standard deviations of the router logits
+TAIL = 64
 WINDOW = 4096  # llama.cpp uses this window whatever the file says
 
 # Small models that between them use every option llama.cpp and FORMATS section 4 share.
@@ -65,8 +66,11 @@ class Prompt:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class Judge:
@@ -143,9 +147,7 @@ def calm_tensors(options: dict[str, Any]) -> dict[str, tuple[np.ndarray, str]]:
     norm = np.ones(d_model, np.float32)
     kind = options["types"]
     if options.get("tied", True):
-        norm = (rng.choice([-1, 1], d_model) * rng.uniform(1.5, 3, d_model) / np.sqrt(d_model)).astype(
-            np.float32
-        )
+        norm = (rng.choice([-1, 1], d_model) * rng.uniform(1.5, 3, d_model) / np.sqrt(d_model)).astype(np.float32)
     return {
         "token_embd.weight": (embedding, kind if isinstance(kind, str) else kind["embedding"]),
         "output_norm.weight": (norm, "F32"),
@@ -176,11 +178,13 @@ class RoutingMargins(reference.Reference):
 def clear_prompt(model: RoutingMargins, vocab_size: int, n: int, rng: np.random.Generator) -> list[int]:
     """Random tokens of which none is routed by a margin that rounding could overturn.
 
+    Of a long prompt only the last TAIL tokens: one token among thousands hardly moves attention.
     Two correct programs that round differently may route a close call differently and disagree from there.
     """
     tokens = rng.integers(0, vocab_size, n)
     for _ in range(100):
         close = model.margins(tokens.tolist()) < ROUTING_MARGIN
+        close[:-TAIL] = False
         if not close.any():
             break
         tokens[close] = rng.integers(0, vocab_size, int(close.sum()))
@@ -230,9 +234,7 @@ def record_fixtures(folder: Path, threads: int) -> None:
         if options.get("window"):
             lengths.append((WINDOW + 64, 16))
         rng, margins = np.random.default_rng(1), RoutingMargins.from_gguf(model)
-        prompts = [
-            Prompt(clear_prompt(margins, options["vocab_size"], n, rng), None, last) for n, last in lengths
-        ]
+        prompts = [Prompt(clear_prompt(margins, options["vocab_size"], n, rng), None, last) for n, last in lengths]
         context = max(512, -(-max(n for n, _ in lengths) // 256) * 256)
         record(model, prompts, folder / f"{name}.npz", context, threads)
 

@@ -14,14 +14,14 @@ import os
 import random
 import struct
 import time
+from collections.abc import Iterator
 
+import demo_grammar
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-
-import demo_grammar
 
 D, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, USED, FFN, PERIOD = 256, 4, 2, 64, 8, 2, 128, 4
 WINDOW, CONTEXT, THETA, EPS = 4096, 2048, 10000.0, 1e-6
@@ -53,11 +53,15 @@ def train_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
 
 
 def fake_q4_0(w: torch.Tensor) -> torch.Tensor:
-    """The weights as Q4_0 would store them (FORMATS: d = v / -8, v the largest by magnitude), gradients straight through."""
+    """The weights as Q4_0 would store them (d = v / -8, v the largest by magnitude); gradients pass straight through."""
     blocks = w.detach().reshape(-1, 32)
     v = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     d = v / -8
-    q = torch.where(d == 0, torch.full_like(blocks, 8.0), (blocks / torch.where(d == 0, torch.ones_like(d), d) + 8.5).floor().clamp(0, 15))
+    q = torch.where(
+        d == 0,
+        torch.full_like(blocks, 8.0),
+        (blocks / torch.where(d == 0, torch.ones_like(d), d) + 8.5).floor().clamp(0, 15),
+    )
     return w + (((q - 8) * d.half().float()).reshape(w.shape) - w).detach()
 
 
@@ -119,7 +123,11 @@ class Layer(nn.Module):
         usage.append(silent)
         # Load balance in groups of eight sequences: a topic may have its own experts, the mixture may not.
         group = max(1, b // 8)
-        picked = torch.zeros(b * t, EXPERTS).scatter_(1, chosen, 1.0)[: group * (b // group) * t].view(b // group, -1, EXPERTS)
+        picked = (
+            torch.zeros(b * t, EXPERTS)
+            .scatter_(1, chosen, 1.0)[: group * (b // group) * t]
+            .view(b // group, -1, EXPERTS)
+        )
         share = logits.sigmoid().reshape(-1, EXPERTS)[: picked.shape[0] * picked.shape[1]].view_as(picked)
         share = share / share.sum(-1, keepdim=True)
         balance = (picked.mean(1) / USED * share.mean(1)).sum(-1).mean() * EXPERTS
@@ -159,18 +167,25 @@ class Model(nn.Module):
         return F.linear(rms_norm(x, self.norm), matrix), balance
 
 
-def make_batch(tokenizer: Tokenizer, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids [B, T] and loss weights of the next token [B, T]: 1 on the answer, 0.1 on the sentence."""
-    rows, weights = [], []
-    for _ in range(size):
-        sentence, answer = demo_grammar.example(rng)
-        prompt = tokenizer.encode(demo_grammar.chat(sentence)).ids
-        rest = tokenizer.encode(answer + "<|im_end|>").ids
-        rows.append(prompt + rest)
-        weights.append([0.1] * (len(prompt) - 1) + [1.0] * len(rest) + [0.0])
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    return ids, torch.tensor([w + [0.0] * (longest - len(w)) for w in weights])
+def make_batches(tokenizer: Tokenizer, rng: random.Random, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids [B, T], loss weights of the next token [B, T]): 1 on the answer, 0.1 on the sentence.
+
+    Sentences of like length share a batch, so that little of it is padding.
+    """
+    while True:
+        drawn = []
+        for _ in range(16 * size):
+            sentence, answer = demo_grammar.example(rng)
+            prompt = tokenizer.encode(demo_grammar.chat(sentence)).ids
+            rest = tokenizer.encode(answer + "<|im_end|>").ids
+            drawn.append((prompt + rest, [0.1] * (len(prompt) - 1) + [1.0] * len(rest) + [0.0]))
+        drawn.sort(key=lambda pair: len(pair[0]))
+        batches = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+        rng.shuffle(batches)
+        for batch in batches:
+            longest = max(len(row) for row, _ in batch)
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in batch])
+            yield ids, torch.tensor([w + [0.0] * (longest - len(w)) for _, w in batch])
 
 
 @torch.no_grad()
@@ -203,7 +218,11 @@ def write_checkpoint(model: Model, tokenizer: Tokenizer, out: str) -> None:
     header, blobs, offset = {}, [], 0
     for name, tensor in tensors.items():
         raw = tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, offset + len(raw)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + len(raw)],
+        }
         blobs.append(raw)
         offset += len(raw)
     encoded = json.dumps(header).encode()
@@ -226,7 +245,11 @@ def write_checkpoint(model: Model, tokenizer: Tokenizer, out: str) -> None:
     }  # fmt: skip
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     settings = {"add_bos_token": False, "chat_template": TEMPLATE, "tokenizer_class": "Qwen2Tokenizer"}
-    for name, content in (("config", config), ("generation_config", generation), ("tokenizer_config", settings)):
+    for name, content in (
+        ("config", config),
+        ("generation_config", generation),
+        ("tokenizer_config", settings),
+    ):
         with open(os.path.join(out, name + ".json"), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
     tokenizer.save(os.path.join(out, "tokenizer.json"))
@@ -241,11 +264,13 @@ def train(args: argparse.Namespace) -> None:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
     )
     pairs = demo_grammar.held_out_set(1000)
     known = random.Random("known")
     seen = [demo_grammar.example(known) for _ in range(200)]
+    batches = make_batches(tokenizer, rng, args.batch)
     start = saved = time.monotonic()
     step = tokens = 0
     while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
@@ -253,7 +278,7 @@ def train(args: argparse.Namespace) -> None:
         rate = args.rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        ids, weights = make_batch(tokenizer, rng, args.batch)
+        ids, weights = next(batches)
         logits, balance = model(ids)
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, args.vocab), ids[:, 1:].reshape(-1), reduction="none")
         loss = (loss * weights[:, :-1].reshape(-1)).sum() / weights.sum()
@@ -264,19 +289,29 @@ def train(args: argparse.Namespace) -> None:
         step, tokens = step + 1, tokens + ids.numel()
         if step % 50 == 0:
             speed = tokens / (time.monotonic() - start)
-            print(f"{done:.3f} step {step} loss {loss.item():.4f} balance {balance.item():.3f} {speed:.0f} tok/s", flush=True)
+            print(
+                f"{done:.3f} step {step} loss {loss.item():.4f} balance {balance.item():.3f} {speed:.0f} tok/s",
+                flush=True,
+            )
         if time.monotonic() - saved > 120:
             saved = time.monotonic()
             write_checkpoint(model, tokenizer, args.out)
-            print(f"  seen {exact_match(model, tokenizer, seen):.3f} held out {exact_match(model, tokenizer, pairs[:200]):.3f}", flush=True)
+            print(
+                f"  seen {exact_match(model, tokenizer, seen):.3f} held out {exact_match(model, tokenizer, pairs[:200]):.3f}",
+                flush=True,
+            )
     write_checkpoint(model, tokenizer, args.out)
     for quantised in (False, True):
         Linear.quantised = quantised
         print(f"{'Q4_0' if quantised else 'float'}: seen {exact_match(model, tokenizer, seen):.4f} "
               f"held out {exact_match(model, tokenizer, pairs):.4f}")  # fmt: skip
     usage: list[torch.Tensor] = []
-    model(make_batch(tokenizer, rng, 64)[0], usage)
-    print("silent neurons per layer:", np.round([float(u) for u in usage], 3).tolist(), f"steps {step} tokens {tokens}")
+    model(next(batches)[0], usage)
+    print(
+        "silent neurons per layer:",
+        np.round([float(u) for u in usage], 3).tolist(),
+        f"steps {step} tokens {tokens}",
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from smallthinker_edge.config import ModelConfig
 
 Matrix = tuple[int, npt.NDArray[np.uint8]]
 
-def dequantize_rows(type: int, data: npt.NDArray[np.uint8], cols: int) -> npt.NDArray[np.float32]: ...
-
 class KVCache:
     position: int
     context: int
@@ -19,7 +17,12 @@ class Engine:
     threads: int
     exact: bool
     def __init__(
-        self, config: ModelConfig, threads: int, kernels: str | None = ..., batch: int = ..., exact: bool = ...
+        self,
+        config: ModelConfig,
+        threads: int,
+        kernels: str | None = ...,
+        batch: int = ...,
+        exact: bool = ...,
     ) -> None: ...
     @property
     def kernels(self) -> str: ...
@@ -41,6 +44,4 @@ class Engine:
         o: Matrix,
     ) -> None: ...
     def set_experts(self, l: int, gate: Matrix, up: Matrix, down: Matrix) -> None: ...
-    def decode(
-        self, cache: KVCache, tokens: npt.NDArray[np.int32], logits: npt.NDArray[np.float32] | None
-    ) -> None: ...
+    def decode(self, cache: KVCache, tokens: npt.NDArray[np.int32], logits: npt.NDArray[np.float32] | None) -> None: ...

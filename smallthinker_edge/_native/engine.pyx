@@ -9,8 +9,6 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-import numpy as np
-
 from smallthinker_edge._native.core cimport *
 
 cdef enum:
@@ -332,7 +330,7 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
 cdef void output_phase(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept nogil:
     """x += W_o . attention"""
     cdef int64_t hd = c.s.hd, G = c.s.heads // c.s.kv_heads, width = c.s.heads * hd, kv, chunk0, chunks, base, t, r
-    cdef int64_t u, r0, r1, i
+    cdef int64_t u, r0, r1
     cdef const float *xf
     if c.n == 1:
         chunk0 = first_chunk(layer, c.position)
@@ -400,7 +398,7 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
 cdef void neurons_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t g, const float *xf,
                        Scratch *s) noexcept nogil:
     """The same over GGUF rows in float arithmetic."""
-    cdef int64_t i, j, n, m = c.list_start[e + 1] - c.list_start[e], d = c.s.d
+    cdef int64_t i, n, m = c.list_start[e + 1] - c.list_start[e], d = c.s.d
     cdef int32_t *slots = c.list_slot + c.list_start[e]
     cdef size_t gate_row = st_row_bytes(layer.gate_type, d), up_row = st_row_bytes(layer.up_type, d)
     cdef const uint8_t *up = blob + c.s.f * gate_row
@@ -885,17 +883,3 @@ cdef class Engine:
         self.partials = arena
         c.max_chunks = chunks
         return 0
-
-
-def dequantize_rows(int type, data, int64_t cols):
-    """GGUF rows of `cols` elements each, any supported type, as a flat float32 array."""
-    cdef const uint8_t[::1] src = data
-    cdef size_t row = st_row_bytes(type, cols)
-    if row == 0 or src.shape[0] % row:
-        raise ValueError("bytes do not make whole rows of that type")
-    cdef int64_t rows = src.shape[0] // row, r
-    result = np.empty(rows * cols, np.float32)
-    cdef float[::1] out = result
-    for r in range(rows):
-        st_dequantize_row(type, &src[r * row], cols, &out[r * cols])
-    return result

@@ -102,7 +102,7 @@ cdef class Table:
     def gemm(self, int type, const uint8_t[::1] w, int64_t rows, int64_t cols, int64_t t0, int64_t t1,
              const uint8_t[:, ::1] x, float[::1] y, int64_t ldy, int64_t repeat=1):
         """x: [n][quantised row]; y[i * ldy + r - 16 * t0]. repeat: for timing."""
-        cdef int64_t n = x.shape[0], i
+        cdef int64_t n = x.shape[0], i, _
         need(w.shape[0] == <int64_t>st_tile16_bytes(type, rows, cols) and 0 <= t0 < t1 <= (rows + 15) // 16)
         need(x.shape[1] >= (cols + 127) // 128 * <int64_t>sizeof(st_q8x4))
         need(y.shape[0] >= (n - 1) * ldy + min(rows, 16 * t1) - 16 * t0)
@@ -110,7 +110,7 @@ cdef class Table:
         for i in range(n):
             p[i] = <const st_q8x4 *>&x[i, 0]
         with nogil:
-            for i in range(repeat):
+            for _ in range(repeat):
                 if type == ST_Q4_0:
                     self.k.gemm_q4_0(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
                 else:

@@ -51,7 +51,8 @@ cdef class Sampler:
             "top_k must be >= 0": top_k >= 0,
             "top_p must be in (0, 1]": 0 < top_p <= 1,
             "min_p must be in [0, 1]": 0 <= min_p <= 1,
-            "repetition_penalty must be a finite number > 0": math.isfinite(repetition_penalty) and repetition_penalty > 0,
+            "repetition_penalty must be a finite number > 0":
+                math.isfinite(repetition_penalty) and repetition_penalty > 0,
             "repetition_window must be >= 0": repetition_window >= 0,
         }
         for message, fine in checks.items():

@@ -26,7 +26,8 @@ static inline void prefetch_block(const uint8_t *p, int bytes) {
 /* exp for x <= 0: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2] (Taylor terms; error below 2e-7 there). */
 static inline __m512 exp16(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f)); /* the result there is below 2e-38: nothing to add to 1 */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
     __m512 p = _mm512_set1_ps(1.0f / 720);
@@ -153,8 +154,8 @@ static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_
             __m512i v = _mm512_maskz_loadu_epi32(mask, nibbles + 16 * b);
             __m128i d = _mm_maskz_loadu_epi16((__mmask8)(left >= 4 ? 15 : (1 << left) - 1), scales + 2 * b);
             __m512i even = _mm512_dpbusd_epi32(load512(q->corr), _mm512_and_si512(v, nibble), load512(q->q[0]));
-            __m512i odd = _mm512_dpbusd_epi32(_mm512_setzero_si512(),
-                                              _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), load512(q->q[1]));
+            __m512i odd = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble),
+                                              load512(q->q[1]));
             __m512 s = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_cvtph_ps(d)));
             sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)),
                                   _mm512_mul_ps(s, _mm512_loadu_ps(q->scale)), sum);
@@ -188,8 +189,8 @@ static void down_q4_0(const uint8_t *chunk, int64_t groups, const st_active *a, 
             __m512i l2 = load512(p + 64 * index[2]), l3 = load512(p + 64 * index[3]);
             __m512i a0 = _mm512_unpacklo_epi8(l0, l1), a1 = _mm512_unpackhi_epi8(l0, l1);
             __m512i b0 = _mm512_unpacklo_epi8(l2, l3), b1 = _mm512_unpackhi_epi8(l2, l3);
-            __m512i v[4] = {_mm512_unpacklo_epi16(a0, b0), _mm512_unpackhi_epi16(a0, b0),
-                            _mm512_unpacklo_epi16(a1, b1), _mm512_unpackhi_epi16(a1, b1)};
+            __m512i v[4] = {_mm512_unpacklo_epi16(a0, b0), _mm512_unpackhi_epi16(a0, b0), _mm512_unpacklo_epi16(a1, b1),
+                            _mm512_unpackhi_epi16(a1, b1)};
             __m512i h = broadcast4(a[g].h + k);
             for (int i = 0; i < 4; i++) {
                 sum[2 * i] = _mm512_dpbusd_epi32(sum[2 * i], _mm512_and_si512(v[i], nibble), h);
