@@ -83,12 +83,13 @@ def test_exact_activations_agree_with_the_reference(variant: str, tmp_path: Path
 @pytest.mark.parametrize("table", kernels.tables())
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_quantised_activations_stay_close_to_the_reference(variant: str, table: str, tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant])
+    # All experts are used: random weights route almost at random, so that the noise of quantisation would flip
+    # experts, which says nothing about the arithmetic. Measured: 3e-7 .. 1.6e-3 nats.
+    model = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant] | {"n_experts_used": 8})
     ids = tokens(60 if table != "ref" else 20)
     expected = Reference.from_gguf(model).logits(ids.tolist())
     got = open_session(model, table=table).decode(ids, all_logits=True)
-    # Random weights route almost at random, so that quantisation noise flips experts on some rows.
-    assert np.median(divergence(expected, got)) < 1e-2
+    assert divergence(expected, got).mean() < 2e-3
 
 
 @pytest.mark.parametrize("table", kernels.tables())

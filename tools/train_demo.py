@@ -53,7 +53,7 @@ def train_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
 
 
 def fake_q4_0(w: torch.Tensor) -> torch.Tensor:
-    """The weights as Q4_0 would store them (d = v / -8, v the largest by magnitude); gradients pass straight through."""
+    """The weights as Q4_0 would store them (d = v / -8, v of largest magnitude); gradients pass straight through."""
     blocks = w.detach().reshape(-1, 32)
     v = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     d = v / -8
@@ -296,10 +296,8 @@ def train(args: argparse.Namespace) -> None:
         if time.monotonic() - saved > 120:
             saved = time.monotonic()
             write_checkpoint(model, tokenizer, args.out)
-            print(
-                f"  seen {exact_match(model, tokenizer, seen):.3f} held out {exact_match(model, tokenizer, pairs[:200]):.3f}",
-                flush=True,
-            )
+            known_now, new_now = (exact_match(model, tokenizer, some) for some in (seen, pairs[:200]))
+            print(f"  seen {known_now:.3f} held out {new_now:.3f}", flush=True)
     write_checkpoint(model, tokenizer, args.out)
     for quantised in (False, True):
         Linear.quantised = quantised
