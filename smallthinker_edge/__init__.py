@@ -15,7 +15,7 @@ from smallthinker_edge.errors import (
     SessionBusy,
     SmallThinkerError,
 )
-from smallthinker_edge.model import GenerationResult, SmallThinker, Timings
+from smallthinker_edge.model import GenerationResult, SmallThinker, TextStream, Timings
 from smallthinker_edge.session import Session
 
 __version__ = "0.1.0"
@@ -32,5 +32,6 @@ __all__ = [
     "SessionBusy",
     "SmallThinker",
     "SmallThinkerError",
+    "TextStream",
     "Timings",
 ]

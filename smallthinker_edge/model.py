@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import psutil
@@ -55,22 +55,6 @@ class GenerationResult:
     timings: Timings
 
 
-@dataclass
-class _Run:
-    """What a generation leaves behind, filled while it is streamed."""
-
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = "cancelled"
-    prompt_tokens: int = 0
-    started: float = 0.0
-    first: float = 0.0
-    ended: float = 0.0
-
-    def timings(self) -> Timings:
-        first = self.first or self.ended
-        return Timings(self.prompt_tokens, first - self.started, max(0, len(self.tokens) - 1), self.ended - first)
-
-
 class _StopFilter:
     """Holds text back while it may be the beginning of a stop string."""
 
@@ -98,6 +82,91 @@ class _StopFilter:
     def flush(self) -> str:
         held, self._held = self._held, ""
         return held
+
+
+class TextStream(Iterator[str]):
+    """The pieces of a text while a model makes them. Made by SmallThinker.stream(); closing it stops the work.
+
+    Attributes:
+        result: the whole GenerationResult once the stream has ended or was closed, None before.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        prompt: list[int],
+        max_tokens: int,
+        stops: Sequence[str],
+        cancel: CancelSignal | None,
+    ) -> None:
+        self.result: GenerationResult | None = None
+        self._session, self._tokenizer, self._sampler = session, tokenizer, sampler
+        self._prompt, self._max_tokens, self._cancel = prompt, max_tokens, cancel
+        self._stops = _StopFilter(stops)
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+        self._reason = "cancelled"
+        self._started = self._first = 0.0
+        self._pieces = self._run()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the generation. Safe to call twice."""
+        self._pieces.close()
+        if self.result is None:  # it never started
+            self._finish()
+
+    def _run(self) -> Generator[str, None, None]:
+        self._started = time.perf_counter()
+        try:
+            for piece in self._generate():
+                self._text.append(piece)
+                yield piece
+        finally:
+            self._finish()
+
+    def _generate(self) -> Iterator[str]:
+        decoder = self._tokenizer.stream()
+        pending = self._prompt
+        while (token := self._next_token(pending)) is not None:
+            self._tokens.append(token)
+            if token in self._tokenizer.eos_ids:
+                self._reason = "stop"
+                break
+            if piece := self._stops.push(decoder.push(token)):
+                yield piece
+            if self._stops.hit:
+                self._reason = "stop"
+                return
+            if len(self._tokens) >= self._max_tokens or self._session.position >= self._session.context:
+                self._reason = "length"
+                break
+            pending = [token]
+        if rest := self._stops.push(decoder.flush()) + self._stops.flush():
+            yield rest
+
+    def _next_token(self, pending: list[int]) -> int | None:
+        """Decodes what is pending and samples; None when cancelled."""
+        if self._cancel is not None and self._cancel.is_set():
+            return None
+        logits = self._session.decode(pending, cancel=self._cancel)
+        if self._cancel is not None and self._cancel.is_set():
+            return None
+        self._first = self._first or time.perf_counter()
+        return self._sampler.sample(logits, self._prompt + self._tokens)
+
+    def _finish(self) -> None:
+        now = time.perf_counter()
+        started = self._started or now
+        first = self._first or now
+        decoded = max(0, len(self._tokens) - 1)
+        timings = Timings(len(self._prompt), first - started, decoded, now - first)
+        self.result = GenerationResult("".join(self._text), self._tokens, self._reason, timings)
+        self._session.close()
 
 
 class SmallThinker:
@@ -193,13 +262,24 @@ class SmallThinker:
         Raises:
             ContextFull: the prompt leaves no room. ValueError: an argument is out of range, or the prompt is empty.
         """
-        sampler = Sampler(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            repetition_window=repetition_window, seed=seed, logit_bias=logit_bias,
-        )  # fmt: skip
-        run = _Run()
-        text = "".join(self._run(prompt, sampler, max_tokens, stop, cancel, run))
-        return GenerationResult(text, run.tokens, run.finish_reason, run.timings())
+        stream = self.stream(
+            prompt,
+            max_tokens=max_tokens,
+            stop=stop,
+            cancel=cancel,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            repetition_window=repetition_window,
+            seed=seed,
+            logit_bias=logit_bias,
+        )
+        for _ in stream:
+            pass
+        assert stream.result is not None  # a stream that has ended has one
+        return stream.result
 
     def stream(
         self,
@@ -216,13 +296,24 @@ class SmallThinker:
         repetition_window: int = 64,
         seed: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
-    ) -> Iterator[str]:
-        """Like generate(), as pieces of text while they are made. Closing the iterator stops the generation."""
+    ) -> TextStream:
+        """Like generate(), as pieces of text while they are made; arguments are checked at once."""
         sampler = Sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
             repetition_window=repetition_window, seed=seed, logit_bias=logit_bias,
         )  # fmt: skip
-        return self._run(prompt, sampler, max_tokens, stop, cancel, _Run())
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise ValueError("stop must be a non-empty string or a list of them")
+        if max_tokens < 1:
+            raise ValueError("max_tokens must be at least 1")
+        ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
+        if not ids:
+            raise ValueError("the prompt has no tokens")
+        if len(ids) > self.context:
+            raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        session = self.session(min(self.context, len(ids) + max_tokens))
+        return TextStream(session, self.tokenizer, sampler, ids, max_tokens, stops, cancel)
 
     def chat(self, messages: Messages, **options: object) -> GenerationResult:
         """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options as in generate().
@@ -231,7 +322,7 @@ class SmallThinker:
         """
         return self.generate(encode_chat(self.tokenizer, messages, self.chat_template), **options)  # type: ignore[arg-type]
 
-    def stream_chat(self, messages: Messages, **options: object) -> Iterator[str]:
+    def stream_chat(self, messages: Messages, **options: object) -> TextStream:
         """Like chat(), as pieces of text while they are made. Options as in generate()."""
         return self.stream(encode_chat(self.tokenizer, messages, self.chat_template), **options)  # type: ignore[arg-type]
 
@@ -263,66 +354,3 @@ class SmallThinker:
         if self._engine is None:
             raise ValueError("the model is closed")
         return self._engine
-
-    def _run(
-        self,
-        prompt: str | Sequence[int],
-        sampler: Sampler,
-        max_tokens: int,
-        stop: str | Sequence[str],
-        cancel: CancelSignal | None,
-        run: _Run,
-    ) -> Iterator[str]:
-        """Checks the arguments at once, then returns the iterator that does the work."""
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise ValueError("stop must be a non-empty string or a list of them")
-        if max_tokens < 1:
-            raise ValueError("max_tokens must be at least 1")
-        ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
-        if not ids:
-            raise ValueError("the prompt has no tokens")
-        if len(ids) > self.context:
-            raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
-        session = self.session(min(self.context, len(ids) + max_tokens))
-        return self._pieces(ids, sampler, max_tokens, _StopFilter(stops), cancel, run, session)
-
-    def _pieces(
-        self,
-        ids: list[int],
-        sampler: Sampler,
-        max_tokens: int,
-        stops: _StopFilter,
-        cancel: CancelSignal | None,
-        run: _Run,
-        session: Session,
-    ) -> Iterator[str]:
-        run.prompt_tokens, run.started = len(ids), time.perf_counter()
-        decoder = self.tokenizer.stream()
-        pending: list[int] = ids
-        try:
-            while True:
-                logits = session.decode(pending, cancel=cancel)
-                if cancel is not None and cancel.is_set():
-                    run.finish_reason = "cancelled"
-                    break
-                token = sampler.sample(logits, ids + run.tokens)
-                run.tokens.append(token)
-                run.first = run.first or time.perf_counter()
-                if token in self.tokenizer.eos_ids:
-                    run.finish_reason = "stop"
-                    break
-                if piece := stops.push(decoder.push(token)):
-                    yield piece
-                if stops.hit:
-                    run.finish_reason = "stop"
-                    break
-                if len(run.tokens) >= max_tokens or session.position >= session.context:
-                    run.finish_reason = "length"
-                    break
-                pending = [token]
-            if not stops.hit and (rest := stops.push(decoder.flush()) + stops.flush()):
-                yield rest
-        finally:
-            run.ended = time.perf_counter()
-            session.close()

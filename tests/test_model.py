@@ -39,7 +39,21 @@ def test_generate_is_greedy_decoding_of_the_session(model: SmallThinker) -> None
 
 def test_stream_gives_the_text_of_generate(model: SmallThinker) -> None:
     options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "seed": 4}
-    assert "".join(model.stream("hello", **options)) == model.generate("hello", **options).text
+    stream = model.stream("hello", **options)
+    assert stream.result is None
+    assert "".join(stream) == model.generate("hello", **options).text
+    assert stream.result is not None
+    assert stream.result.finish_reason == "length"
+
+
+def test_closing_a_stream_ends_the_generation(model: SmallThinker) -> None:
+    stream = model.stream([65], max_tokens=100, temperature=3.0, seed=1)
+    shown = next(stream)
+    stream.close()
+    stream.close()
+    assert stream.result is not None
+    assert (stream.result.text, stream.result.finish_reason) == (shown, "cancelled")
+    assert list(stream) == []
 
 
 def test_same_seed_same_text(model: SmallThinker) -> None:

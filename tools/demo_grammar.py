@@ -1,6 +1,10 @@
 """Sentences of the demo model and their JSON: a seeded grammar of spoken-style home commands.
 
-Called by train_demo.py for training data and for the held-out set. A sentence is held out when it uses a held-out
+Called by train_demo.py for training data and for the held-out set; run by itself it writes the demo's commands:
+
+    python tools/demo_grammar.py 8 > smallthinker_edge/data/demo_commands.json
+
+A sentence is held out when it uses a held-out
 wording or a held-out slot value; those never occur in training. Nothing here knows about models.
 """
 
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -355,3 +360,8 @@ def held_out_set(count: int, seed: int = 1) -> list[tuple[str, str]]:
     while len(pairs) < count:
         pairs.setdefault(*example(rng, held_out=True))
     return list(pairs.items())
+
+
+if __name__ == "__main__":
+    chosen = held_out_set(int(sys.argv[1]), seed=2)
+    print(json.dumps([{"command": text, "expected": json.loads(answer)} for text, answer in chosen], indent=1))
