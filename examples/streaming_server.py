@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import select
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +24,19 @@ MAX_BODY = 1 << 20
 MAX_TOKENS = 512
 
 
+def cancel_when_gone(connection: socket.socket, cancel: threading.Event, done: threading.Event) -> None:
+    """Sets `cancel` when the client closes its side, which also stops a long prompt before its first token."""
+    while not done.is_set():
+        readable, _, _ = select.select([connection], [], [], 0.2)
+        try:
+            if readable and not connection.recv(1, socket.MSG_PEEK):
+                cancel.set()
+        except OSError:
+            cancel.set()
+        if readable:
+            return
+
+
 class Handler(BaseHTTPRequestHandler):
     """POST /chat with {"messages": [...], "max_tokens": N}; requests of several clients take turns computing."""
 
@@ -31,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/chat":
             self.send_error(404)
             return
-        cancel = threading.Event()
+        cancel, done = threading.Event(), threading.Event()
         try:
             messages, max_tokens = self.read_request()
             pieces = self.model.stream_chat(messages, max_tokens=max_tokens, cancel=cancel)
@@ -42,12 +57,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
+        threading.Thread(target=cancel_when_gone, args=(self.connection, cancel, done), daemon=True).start()
         try:
             for piece in pieces:
                 self.send_event({"text": piece})
             self.send_event({"done": True})
         except (BrokenPipeError, ConnectionResetError):
-            cancel.set()  # the reader went away: the generation ends within one token
+            cancel.set()
+        finally:
+            done.set()
+        if cancel.is_set():
+            self.log_message("the reader went away; stopped")
 
     def read_request(self) -> tuple[list[dict[str, str]], int]:
         """(messages, most tokens). Raises ValueError for a body that is not such a request."""

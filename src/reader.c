@@ -1,0 +1,87 @@
+/* Direct reads for the pager's I/O threads. Knows offsets and sizes, and nothing of experts. */
+#define _GNU_SOURCE
+#include "smallthinker/reader.h"
+
+#include "smallthinker/status.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#ifndef O_DIRECT
+#define O_DIRECT 0
+#endif
+
+enum { RETRIES = 3 };
+
+struct st_reader {
+    int fd;
+    int direct;
+};
+
+/* Some file systems take the flag at open and refuse the first read. */
+static int direct_works(int fd) {
+    void *buffer;
+    if (posix_memalign(&buffer, ST_READER_ALIGN, ST_READER_ALIGN) != 0)
+        return 0;
+    ssize_t got = pread(fd, buffer, ST_READER_ALIGN, 0);
+    free(buffer);
+    return got >= 0;
+}
+
+st_reader *st_reader_open(const char *path) {
+    st_reader *reader = calloc(1, sizeof *reader);
+    if (!reader)
+        return NULL;
+    reader->direct = O_DIRECT != 0;
+    reader->fd = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+    if (reader->fd >= 0 && reader->direct && !direct_works(reader->fd)) {
+        close(reader->fd);
+        reader->fd = -1;
+        errno = EINVAL;
+    }
+    if (reader->fd < 0 && errno == EINVAL) {
+        reader->direct = 0;
+        reader->fd = open(path, O_RDONLY | O_CLOEXEC);
+    }
+#ifdef F_NOCACHE
+    if (reader->fd >= 0)
+        (void)fcntl(reader->fd, F_NOCACHE, 1);
+#endif
+    if (reader->fd < 0) {
+        free(reader);
+        return NULL;
+    }
+    return reader;
+}
+
+void st_reader_close(st_reader *reader) {
+    if (!reader)
+        return;
+    close(reader->fd);
+    free(reader);
+}
+
+int st_reader_direct(const st_reader *reader) { return reader->direct; }
+
+int st_reader_read(void *arg, int64_t offset, size_t size, void *buffer) {
+    st_reader *reader = arg;
+    size_t done = 0;
+    for (int failures = 0; done < size;) {
+        ssize_t got = pread(reader->fd, (char *)buffer + done, size - done, offset + (int64_t)done);
+        if (got > 0) {
+            done += (size_t)got;
+            /* A direct read may stop inside a block at the end of a damaged file; never go on from there. */
+            if (reader->direct && done < size && done % ST_READER_ALIGN)
+                return ST_ERR_IO;
+        } else if (got == 0 || (errno != EINTR && ++failures > RETRIES)) {
+            return ST_ERR_IO;
+        }
+    }
+#if defined(POSIX_FADV_DONTNEED)
+    if (!reader->direct)
+        (void)posix_fadvise(reader->fd, offset, (off_t)size, POSIX_FADV_DONTNEED);
+#endif
+    return 0;
+}
