@@ -13,7 +13,10 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CORE = ["src/cpu.c", "src/memory.c", "src/packed.c", "src/threads.c", "src/kernels/ref.c"]
+CORE = [
+    *("src/cpu.c", "src/memory.c", "src/packed.c", "src/threads.c", "src/kernels/ref.c"),
+    *("src/reader.c", "src/eviction.c", "src/pager.c"),
+]
 X86 = {
     "src/kernels/x86/avx2.c": ["-mavx2", "-mfma", "-mf16c"],
     "src/kernels/x86/avxvnni.c": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],

@@ -1,21 +1,26 @@
 """What a model needs of memory, before anything is allocated.
 
-Called by model.py with the user's `memory=`. The whole model must fit: experts are not yet paged from storage.
+Called by model.py with the user's `memory=`, and by `smallthinker-edge plan`. It allocates nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+from dataclasses import dataclass
 
 import psutil
 
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.config import ModelConfig, tensor_name
 from smallthinker_edge.errors import MemoryBudgetError
+from smallthinker_edge.packed import PackedFile
+
+logger = logging.getLogger(__name__)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# The tokenizer, threads' stacks and what the allocator keeps, measured with a 152k-token vocabulary.
-MARGIN = 96 << 20
+# Thread stacks, the allocator's slack and what Python does while running.
+MARGIN = 24 << 20
 
 
 def parse_memory(memory: int | str) -> int:
@@ -36,28 +41,83 @@ def parse_memory(memory: int | str) -> int:
     return memory
 
 
-def parts(gguf: GGUFFile, config: ModelConfig, context: int, batch: int) -> dict[str, int]:
-    """Bytes by purpose of a process that runs the model wholly in memory."""
-    skip = {tensor_name("token_embd")} if not config.tied else set()
-    weights = sum(info.nbytes for name, info in gguf.tensors.items() if name not in skip)
+@dataclass(frozen=True)
+class Plan:
+    """Where a process's memory goes.
+
+    Attributes:
+        limit: the budget in bytes, None without one.
+        parts: bytes by purpose, expert slots not included.
+        slots: experts kept in memory; 0 where the weights are loaded whole.
+        slot_bytes: of one slot.
+    """
+
+    limit: int | None
+    parts: dict[str, int]
+    slots: int
+    slot_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything."""
+        return sum(self.parts.values()) + self.slots * self.slot_bytes
+
+    def table(self) -> str:
+        """The plan as lines of text, in MiB."""
+        rows = [*self.parts.items()]
+        if self.slots:
+            rows.append((f"{self.slots} expert slots", self.slots * self.slot_bytes))
+        rows.append(("total", self.total))
+        if self.limit is not None:
+            rows.append(("budget", self.limit))
+        return "\n".join(f"{name:<24}{size / 2**20:>10.1f} MiB" for name, size in rows)
+
+
+def make_plan(
+    file: GGUFFile | PackedFile,
+    config: ModelConfig,
+    context: int,
+    batch: int,
+    memory: int | str | None,
+    slot_bytes: int = 0,
+) -> Plan:
+    """Divides a budget.
+
+    Args:
+        file, config: the model. context: positions of a session. batch: most tokens computed together.
+        memory: the budget, see parse_memory(); None for no limit.
+        slot_bytes: of one expert where a packed file lets experts be paged, else 0.
+
+    Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little.
+    """
+    skip = set() if config.tied else {tensor_name("token_embd")}
+    if slot_bytes:
+        skip |= {name for name in file.tensors if name.endswith("_exps.weight")}
     cache = 0
     for windowed in config.window_layout:
         positions = min(context, config.window + batch) if windowed and config.window else context
-        cache += 2 * 2 * (positions + 255) // 256 * 256 * config.n_kv_heads * config.head_dim
-    width = 4 * config.d_model + 3 * config.n_heads * config.head_dim
-    buffers = batch * (4 * width + config.n_experts_used * config.d_ffn * 7) + 4 * config.vocab_size
-    process = psutil.Process().memory_info().rss
-    return {"process": process, "weights": weights, "KV cache": cache, "buffers": buffers, "margin": MARGIN}
-
-
-def check(memory: int | str, gguf: GGUFFile, config: ModelConfig, context: int, batch: int) -> None:
-    """Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little."""
+        cache += 2 * 2 * -(-positions // 256) * 256 * config.n_kv_heads * config.head_dim
+    widths = 3 * config.d_model + 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    parts = {
+        "process and tokenizer": psutil.Process().memory_info().rss,
+        "dense weights" if slot_bytes else "weights": sum(i.nbytes for n, i in file.tensors.items() if n not in skip),
+        "KV cache": cache,
+        "buffers": batch * (4 * widths + 3 * config.n_experts_used * config.d_ffn) + 4 * config.vocab_size,
+        "margin": MARGIN,
+    }
+    experts = config.n_layers * config.n_experts
+    if memory is None:
+        return Plan(None, parts, experts if slot_bytes else 0, slot_bytes)
     limit = parse_memory(memory)
-    needed = parts(gguf, config, context, batch)
-    total = sum(needed.values())
-    if total > limit:
-        table = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in needed.items())
+    # A prompt may use every expert of a layer at once.
+    least = Plan(limit, parts, config.n_experts if slot_bytes else 0, slot_bytes)
+    if least.total > limit:
+        hint = "" if slot_bytes else "; a packed file (smallthinker-edge pack) needs less"
         raise MemoryBudgetError(
-            f"a budget of {limit} bytes is too small: this model with a context of {context} needs "
-            f"{total} bytes ({table})"
+            f"a budget of {limit} bytes is too small: this model with a context of {context} needs {least.total} "
+            f"bytes{hint}\n{least.table()}"
         )
+    slots = min(experts, (limit - sum(parts.values())) // slot_bytes) if slot_bytes else 0
+    if slot_bytes and slots < config.n_layers * config.n_experts_used:
+        logger.warning("%d expert slots are fewer than one token uses: nearly every expert will be read again", slots)
+    return Plan(limit, parts, slots, slot_bytes)

@@ -6,11 +6,12 @@ Called by model.py when a model is opened. It knows tensor names and types, and 
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 import numpy as np
 
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.gguf import TensorInfo
 from smallthinker_edge.config import ModelConfig, tensor_name
 
 # Type numbers of the GGUF format, which the C core shares (packed.h).
@@ -42,13 +43,23 @@ def _cgroup_quota() -> int:
     return -(-int(quota) // int(period))
 
 
-class Loader:
-    """One pass over a file's tensors into an engine made for the same config."""
+class ModelSource(Protocol):
+    """What is needed of a model file: GGUFFile, or PackedFile."""
 
-    def __init__(self, gguf: GGUFFile, config: ModelConfig, engine: Engine) -> None:
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+    def data(self, name: str) -> np.ndarray: ...
+    def release(self, name: str) -> None: ...
+
+
+class Loader:
+    """One pass over a file's tensors into an engine made for the same config; paged leaves the experts out."""
+
+    def __init__(self, gguf: ModelSource, config: ModelConfig, engine: Engine, *, paged: bool = False) -> None:
         self.gguf = gguf
         self.config = config
         self.engine = engine
+        self.paged = paged
 
     def load(self) -> None:
         """Fills the engine. Raises MemoryError when the system has not enough memory."""
@@ -73,9 +84,12 @@ class Loader:
         router = self._floats(name("ffn_gate_inp"))
         q, k, v = self._query_key_value(layer)
         self.engine.set_layer(layer, *norms, router, q, k, v, self._matrix(name("attn_output")))
+        self.gguf.release(name("attn_output"))
+        if self.paged:
+            return
         roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
         self.engine.set_experts(layer, *(self._matrix(name(role)) for role in roles))
-        for role in (*roles, "attn_output"):
+        for role in roles:
             self.gguf.release(name(role))
 
     def _matrix(self, name: str) -> tuple[int, np.ndarray]:

@@ -21,7 +21,8 @@ from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.chat import Messages, encode_chat
 from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.errors import ContextFull, ModelFormatError
-from smallthinker_edge.loader import Loader, usable_cpus
+from smallthinker_edge.loader import TYPE_NUMBER, Loader, usable_cpus
+from smallthinker_edge.packed import PackedFile, expert_infos, is_packed
 from smallthinker_edge.session import CancelSignal, Session
 from smallthinker_edge.tokenizer import Tokenizer
 
@@ -173,8 +174,9 @@ class SmallThinker:
     """A SmallThinker model in memory.
 
     Args:
-        path: a GGUF file (or the first of a split one).
-        memory: budget of the whole process in bytes or as a string ("8GiB"); None sets no limit.
+        path: a GGUF file (or any part of a split one), or a packed file.
+        memory: budget of the whole process in bytes or as a string ("8GiB"); None sets no limit. A packed file's
+            experts are paged from storage where they do not all fit; a GGUF must fit whole.
         threads: compute threads; None takes what affinity and cgroup allow.
         context: positions of a session; None takes the model's own up to 4096.
 
@@ -197,27 +199,41 @@ class SmallThinker:
         if threads is not None and not 1 <= threads <= 256:
             raise ValueError("threads must be in 1..256")
         self._engine: Engine | None = None
-        self._gguf = GGUFFile(path)
+        gguf = GGUFFile(path)
         try:
-            self.config = ModelConfig.from_gguf(self._gguf)
+            self._file: GGUFFile | PackedFile = PackedFile(gguf) if is_packed(gguf) else gguf
+            self.config = ModelConfig.from_gguf(self._file)
             self.context = min(DEFAULT_CONTEXT, self.config.context_length) if context is None else context
             if not 1 <= self.context <= self.config.context_length:
                 raise ValueError(f"context must be in 1..{self.config.context_length}, the model's own")
-            self.tokenizer = Tokenizer.from_gguf_metadata(self._gguf.metadata)
+            self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
             if self.tokenizer.vocab_size != self.config.vocab_size:
                 raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
-            if memory is not None:
-                budget.check(memory, self._gguf, self.config, self.context, BATCH)
-            template = self._gguf.metadata.get("tokenizer.chat_template")
+            template = self._file.metadata.get("tokenizer.chat_template")
             self.chat_template = template if isinstance(template, str) else None
             kernels = os.environ.get("SMALLTHINKER_CPU") or None
             engine = Engine(self.config, threads or usable_cpus(), kernels, BATCH)
-            Loader(self._gguf, self.config, engine).load()
+            self.plan = self._load(engine, memory)
         except BaseException:
-            self._gguf.close()
+            gguf.close()
             raise
         self._engine = engine
         self._turn = threading.Lock()
+
+    def _load(self, engine: Engine, memory: int | str | None) -> budget.Plan:
+        """Fills the engine within the budget; the experts of a packed file stay there until they are needed."""
+        if not isinstance(self._file, PackedFile):
+            plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory)
+            Loader(self._file, self.config, engine).load()
+            return plan
+        offsets, size = self._file.experts(self.config)
+        plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, size)
+        Loader(self._file, self.config, engine, paged=True).load()
+        layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
+        types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
+        engine.page_experts(self._file.path, offsets, size, plan.slots, types)
+        self._file.drop_cache()
+        return plan
 
     def tokenize(self, text: str | bytes, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
         """Token ids; see Tokenizer.encode."""
@@ -327,7 +343,7 @@ class SmallThinker:
         return self.stream(encode_chat(self.tokenizer, messages, self.chat_template), **options)  # type: ignore[arg-type]
 
     def stats(self) -> dict[str, object]:
-        """Bytes and settings: weights and buffers, resident memory of the process, threads, kernel table."""
+        """Bytes and settings, and for a packed file the pager's counts (see Engine.pager_stats)."""
         engine = self._open_engine()
         return {
             "model_bytes": engine.bytes,
@@ -335,12 +351,13 @@ class SmallThinker:
             "threads": engine.threads,
             "kernels": engine.kernels,
             "context": self.context,
+            **(engine.pager_stats() or {}),
         }
 
     def close(self) -> None:
         """Frees the weights once no session uses them. Safe to call twice."""
         self._engine = None
-        self._gguf.close()
+        self._file.close()
 
     def __enter__(self) -> SmallThinker:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def test_bad_arguments_are_refused(path: str) -> None:
 def test_a_budget_that_cannot_work_names_one_that_does(path: str) -> None:
     with pytest.raises(MemoryBudgetError, match=r"needs (\d+) bytes") as caught:
         SmallThinker(path, memory="1MiB")
-    needed = int(str(caught.value).split("needs ")[1].split(" ")[0])
+    needed = int(re.findall(r"needs (\d+) bytes", str(caught.value))[0])
     SmallThinker(path, memory=needed + (8 << 20)).close()
 
 

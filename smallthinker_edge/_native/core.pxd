@@ -79,6 +79,43 @@ cdef extern from "smallthinker/threads.h" nogil:
     void st_team_barrier(st_team *team)
     int64_t st_team_claim(st_team *team, int64_t count)
 
+cdef extern from "smallthinker/reader.h" nogil:
+    ctypedef struct st_reader:
+        pass
+    st_reader *st_reader_open(const char *path)
+    void st_reader_close(st_reader *reader)
+    int st_reader_direct(const st_reader *reader)
+    int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer)
+
+cdef extern from "smallthinker/pager.h" nogil:
+    ctypedef struct st_pager:
+        pass
+    ctypedef int (*st_pager_read)(void *source, int64_t offset, size_t size, void *buffer) noexcept nogil
+    ctypedef struct st_pager_config:
+        st_pager_read read
+        void *source
+        int64_t experts
+        const int64_t *offsets
+        size_t bytes
+        uint8_t *memory
+        int64_t slots
+        int io_threads
+        const char *policy
+    ctypedef struct st_pager_stats:
+        int64_t hits
+        int64_t misses
+        int64_t bytes_read
+        int64_t read_errors
+        int64_t evictions
+        int64_t stall_ns
+    st_pager *st_pager_create(const st_pager_config *config)
+    void st_pager_destroy(st_pager *pager)
+    void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *tokens, int64_t n, double now)
+    int st_pager_ready(st_pager *pager, int32_t id)
+    const uint8_t *st_pager_take(st_pager *pager, int32_t id)
+    void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n)
+    void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
+
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)
     void st_memory_free(void *p, size_t bytes)

@@ -4,12 +4,17 @@
 Called by loader.py (weights) and session.py (decode). It never opens files and never sees text. One Engine
 serves one decode at a time (session.py holds the lock); a KVCache belongs to one session.
 """
+from libc.errno cimport errno
 from libc.math cimport cos, expf, pow, sin, sqrtf
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+import os
+
 from smallthinker_edge._native.core cimport *
+
+from smallthinker_edge.errors import ExpertReadError
 
 cdef enum:
     TILE = 1   # Tile16 of Q4_0 or Q8_0, integer kernels
@@ -65,13 +70,19 @@ cdef struct Call:
     const st_kernels *kernels
     st_team *team
     Layer *layers
-    const uint8_t **experts
+    const uint8_t **experts  # [L * E]; NULL where a pager holds them
+    st_pager *pager
+    int32_t *held         # pager ids pinned for the layer in work
+    int64_t n_held
+    int32_t *held_tokens  # how many tokens use each
+    double clock          # tokens that this engine has computed
     Matrix embedding, head
     float *output_norm
     Scratch *scratch
     const int32_t *tokens
     int64_t n, position
     int all_logits
+    int failed            # an expert could not be read
     uint16_t **cache_k
     uint16_t **cache_v
     int64_t *capacity
@@ -84,7 +95,8 @@ cdef struct Call:
     float *weight         # [n][K]
     int32_t *list_start   # [E + 1]
     int32_t *list_slot    # [n * K]: t * K + k, grouped by expert
-    int32_t *active_expert
+    int32_t *active_expert  # those with tokens, ascending
+    int32_t *order        # the same, experts that are in memory first
     int64_t n_active
     float *q              # [n][H*hd]
     float *attn           # [n][H*hd]
@@ -251,6 +263,36 @@ cdef void list_tokens(Call *c) noexcept nogil:
     c.list_start[0] = 0
 
 
+cdef void page_in(Call *c, int64_t l) noexcept nogil:
+    """Lets go of the last layer's experts and asks for this layer's; one thread, as soon as they are known."""
+    cdef int64_t i, e, front = 0
+    cdef int pass_
+    list_tokens(c)
+    if c.pager == NULL:
+        memcpy(c.order, c.active_expert, c.n_active * sizeof(int32_t))
+        return
+    st_pager_release(c.pager, c.held, c.n_held)
+    for i in range(c.n_active):
+        e = c.active_expert[i]
+        c.held[i] = <int32_t>(l * c.s.experts + e)
+        c.held_tokens[i] = c.list_start[e + 1] - c.list_start[e]
+    c.n_held = c.n_active
+    st_pager_want(c.pager, c.held, c.held_tokens, c.n_held, c.clock + c.n)
+    for pass_ in range(2):
+        for i in range(c.n_active):
+            if (st_pager_ready(c.pager, c.held[i]) != 0) == (pass_ == 0):
+                if front < c.n_active:
+                    c.order[front] = c.active_expert[i]
+                    front += 1
+
+
+cdef const uint8_t *expert_blob(Call *c, int64_t l, int64_t e) noexcept nogil:
+    """The weights of an expert, waiting for them; NULL where they cannot be read."""
+    if c.pager == NULL:
+        return c.experts[l * c.s.experts + e]
+    return st_pager_take(c.pager, <int32_t>(l * c.s.experts + e))
+
+
 cdef void attention_chunk(Call *c, Layer *layer, int64_t l, int64_t t, int64_t kv, int64_t chunk, float *acc,
                           float *m, float *lsum, Scratch *s) noexcept nogil:
     """Positions of one 256-aligned chunk that token t may see, for the heads of one KV head."""
@@ -299,7 +341,7 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
                 break
             if u == 0:
                 choose_experts(c, 0)
-                list_tokens(c)
+                page_in(c, l)
                 continue
             kv = (u - 1) // chunks
             i = (u - 1) % chunks
@@ -348,7 +390,7 @@ cdef void output_phase(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept no
             if t > c.n:
                 break
             if t == c.n:
-                list_tokens(c)
+                page_in(c, l)
             else:
                 c.kernels.quantize(c.attn + t * width, width // 32 * 32, c.xq + t * c.nq)
         st_team_barrier(c.team)
@@ -449,21 +491,29 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
             x[r] += c.weight[slots[i]] * c.kernels.dot(s.row, c.h + slots[i] * f, f)
 
 
-cdef void expert_phases(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept nogil:
+cdef bint expert_phases(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept nogil:
+    """x += the experts' weighted outputs. False, for every thread alike, when an expert could not be read."""
     cdef const st_q8x4 *const *xq
     cdef const float *xf
+    cdef const uint8_t *blob
     cdef int64_t u, i, e, units, packed = layer.expert_layout == EXPERT_PACKED
     inputs(c, s, layer.ffn_norm, &xq, &xf)
     while True:
         u = st_team_claim(c.team, 1)
         if u >= c.n_active * c.s.groups:
             break
-        e = c.active_expert[u // c.s.groups]
+        e = c.order[u // c.s.groups]
+        blob = expert_blob(c, l, e)
+        if blob == NULL:
+            continue
         if packed:
-            neurons_packed(c, c.experts[l * c.s.experts + e], e, u % c.s.groups, xq, s)
+            neurons_packed(c, blob, e, u % c.s.groups, xq, s)
         else:
-            neurons_rows(c, layer, c.experts[l * c.s.experts + e], e, u % c.s.groups, xf, s)
+            neurons_rows(c, layer, blob, e, u % c.s.groups, xf, s)
     st_team_barrier(c.team)
+    for i in range(c.n_active):
+        if expert_blob(c, l, c.active_expert[i]) == NULL:
+            return False
     units = c.s.down_units if packed else (c.s.d + GENERIC_CHUNK - 1) // GENERIC_CHUNK
     while True:
         u = st_team_claim(c.team, 1)
@@ -471,11 +521,13 @@ cdef void expert_phases(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept n
             break
         for i in range(c.n_active):
             e = c.active_expert[i]
+            blob = expert_blob(c, l, e)
             if packed:
-                down_packed(c, c.experts[l * c.s.experts + e], e, u)
+                down_packed(c, blob, e, u)
             else:
-                down_rows(c, layer, c.experts[l * c.s.experts + e], e, u, s)
+                down_rows(c, layer, blob, e, u, s)
     st_team_barrier(c.team)
+    return True
 
 
 # ---------------------------------------------------------------- the whole pass
@@ -534,7 +586,10 @@ cdef void forward(void *arg, int tid) noexcept nogil:
         st_team_barrier(c.team)
         output_phase(c, layer, l, s)
         st_team_barrier(c.team)
-        expert_phases(c, layer, l, s)
+        if not expert_phases(c, layer, l, s):
+            if tid == 0:
+                c.failed = 1
+            return
     if c.logits != NULL:
         head_phase(c, s)
 
@@ -637,6 +692,8 @@ cdef class Engine:
     cdef Call call
     cdef Arena arena
     cdef Arena partials
+    cdef st_reader *reader
+    cdef readonly int64_t slots
     cdef list keep
     cdef readonly int threads
     cdef readonly bint exact
@@ -689,6 +746,9 @@ cdef class Engine:
         c.list_start = <int32_t *>self.arena.take((s.experts + 1) * 4)
         c.list_slot = <int32_t *>self.arena.take(n * s.used * 4)
         c.active_expert = <int32_t *>self.arena.take(s.experts * 4)
+        c.order = <int32_t *>self.arena.take(s.experts * 4)
+        c.held = <int32_t *>self.arena.take(s.experts * 4)
+        c.held_tokens = <int32_t *>self.arena.take(s.experts * 4)
         c.q = <float *>self.arena.take(n * s.heads * s.hd * 4)
         c.attn = <float *>self.arena.take(n * s.heads * s.hd * 4)
         c.kv = <float *>self.arena.take(2 * n * s.kv_heads * s.hd * 4)
@@ -709,6 +769,8 @@ cdef class Engine:
 
     def __dealloc__(self):
         st_team_destroy(self.call.team)
+        st_pager_destroy(self.call.pager)
+        st_reader_close(self.reader)
         free(self.call.layers)
         free(self.call.experts)
         free(self.call.scratch)
@@ -798,11 +860,9 @@ cdef class Engine:
                 or st_row_bytes(layer.up_type, s.d) * s.f * E != <size_t>u.shape[0]
                 or st_row_bytes(layer.down_type, down_cols) * down_rows_ * E != <size_t>d.shape[0]):
             raise ValueError("expert bytes do not match their shape and type")
-        layer.expert_layout = EXPERT_ROWS
+        layer.expert_layout = self.expert_layout(layer)
         gate_bytes, size = gs, gs + us + ds
-        if (not self.exact and not s.down_transposed and s.f % 32 == 0
-                and layer.gate_type == layer.up_type == layer.down_type == ST_Q4_0):
-            layer.expert_layout = EXPERT_PACKED
+        if layer.expert_layout == EXPERT_PACKED:
             gate_bytes = st_tile16_bytes(ST_Q4_0, s.f, s.d)
             size = gate_bytes + us + st_down_bytes(s.d, s.f)
         size = (size + 63) // 64 * 64
@@ -819,6 +879,62 @@ cdef class Engine:
                     memcpy(blob + gs, &u[e * us], us)
                     memcpy(blob + gs + us, &d[e * ds], ds)
                 blob += size
+
+    def page_experts(self, path, offsets, size_t blob_bytes, int64_t slots, types, *, io_threads=4, policy=None):
+        """Takes the experts from a packed file instead of set_experts().
+
+        Args:
+            path: the packed file. offsets: int64 [L * E], where each expert's blob starts; multiples of 4096.
+            blob_bytes: of one expert, a multiple of 4096. slots: how many are kept in memory, at least E.
+            types: per layer, the type numbers of gate, up and down.
+            io_threads: reads in flight at once. policy: an eviction policy ("frequency" or "lru"); None: the best.
+
+        Raises OSError where the file cannot be opened, ValueError for an unknown policy or too few slots.
+        """
+        cdef const int64_t[::1] table = offsets
+        cdef st_pager_config config
+        cdef int64_t l
+        if slots < self.call.s.experts or blob_bytes % 4096 or table.shape[0] != self.call.s.n_layers * self.call.s.experts:
+            raise ValueError("too few slots, or sizes that do not fit the model")
+        for l in range(self.call.s.n_layers):
+            layer = &self.call.layers[l]
+            layer.gate_type, layer.up_type, layer.down_type = types[l]
+            layer.expert_layout = self.expert_layout(layer)
+        name = os.fsencode(path)
+        self.reader = st_reader_open(name)
+        if self.reader == NULL:
+            raise OSError(errno, os.strerror(errno), os.fspath(path))
+        encoded = policy.encode() if policy is not None else b""
+        config.read, config.source = st_reader_read, self.reader
+        config.experts, config.offsets, config.bytes = table.shape[0], &table[0], blob_bytes
+        config.memory = <uint8_t *>self.arena.take(slots * blob_bytes)
+        config.slots, config.io_threads = slots, io_threads
+        config.policy = NULL
+        if policy is not None:
+            config.policy = encoded
+        self.call.pager = st_pager_create(&config)
+        if self.call.pager == NULL:
+            raise ValueError(f"cannot start the pager: unknown policy {policy!r}, or no memory")
+        self.slots = slots
+
+    cdef int expert_layout(self, Layer *layer) noexcept:
+        cdef Shape *s = &self.call.s
+        if (not self.exact and not s.down_transposed and s.f % 32 == 0
+                and layer.gate_type == layer.up_type == layer.down_type == ST_Q4_0):
+            return EXPERT_PACKED
+        return EXPERT_ROWS
+
+    def pager_stats(self):
+        """Counts since the model was opened, or None without a pager; stall_seconds is summed over threads."""
+        cdef st_pager_stats stats
+        if self.call.pager == NULL:
+            return None
+        st_pager_get_stats(self.call.pager, &stats)
+        return {
+            "slots": self.slots, "hits": stats.hits, "misses": stats.misses, "evictions": stats.evictions,
+            "bytes_read": stats.bytes_read, "read_errors": stats.read_errors, "stall_seconds": stats.stall_ns / 1e9,
+            "direct_io": bool(st_reader_direct(self.reader)),
+        }
 
     cdef int64_t check_layer(self, int64_t l) except -1:
         if not 0 <= l < self.call.s.n_layers:
@@ -842,6 +958,8 @@ cdef class Engine:
             cache: of this engine, with room for the tokens.
             tokens: int32 [n], 1 <= n <= batch, each below the vocabulary's size.
             logits: float32 [n, V] for all tokens, [1, V] for the last one, or None; filled in place.
+
+        Raises ExpertReadError when experts cannot be read: the cache's position stays, and decoding may be retried.
         """
         cdef Call *c = &self.call
         cdef const int32_t[::1] ids = tokens
@@ -865,8 +983,15 @@ cdef class Engine:
         c.cache_k, c.cache_v, c.capacity = cache.k, cache.v, cache.capacity
         self.fill_rope(c.rope, self.config.rope_theta, cache.position, n)
         self.fill_rope(c.rope_window, self.config.rope_theta_swa, cache.position, n)
+        c.failed = 0
         with nogil:
             st_team_run(c.team, forward, c)
+            if c.pager != NULL:
+                st_pager_release(c.pager, c.held, c.n_held)
+                c.n_held = 0
+        if c.failed:
+            raise ExpertReadError("expert weights could not be read from the model file; nothing was decoded")
+        c.clock += n
         cache.position += n
 
     cdef int size_partials(self, int64_t context) except -1:

@@ -32,6 +32,8 @@ class GGUFFile:
     alignment: int
     metadata: dict[str, object]
     tensors: dict[str, TensorInfo]
+    key_ranges: dict[str, tuple[int, int]]
+    header_end: int
     def __init__(self, path: str | os.PathLike[str]) -> None: ...
     def __enter__(self) -> GGUFFile: ...
     def __exit__(

@@ -428,6 +428,8 @@ cdef class Part:
     cdef readonly int version
     cdef readonly int index
     cdef readonly object alignment
+    cdef readonly dict key_ranges
+    cdef readonly object header_end
     cdef Cursor cursor
 
     def __init__(self, path, index=0):
@@ -435,6 +437,7 @@ cdef class Part:
         self.index = index
         self.metadata = {}
         self.tensors = []
+        self.key_ranges = {}
         self.mapping = map_file(path)
         self.cursor = Cursor(self.mapping, path)
         try:
@@ -462,6 +465,7 @@ cdef class Part:
         seen = set()
         for i in range(n_tensors):
             infos.append(self.read_tensor(i, seen))
+        self.header_end = cursor.pos
         data_start = (cursor.pos + self.alignment - 1) & ~(<uint64_t>self.alignment - 1)
         self.place_tensors(infos, data_start)
         return 0
@@ -493,6 +497,7 @@ cdef class Part:
         if key in self.metadata:
             raise cursor.error("the key occurs twice", start)
         self.metadata[key] = cursor.value(cursor.u32())
+        self.key_ranges[key] = (start, cursor.pos)
         return 0
 
     cdef int read_alignment(self) except -1:
@@ -662,6 +667,8 @@ class GGUFFile:
             str). A split model's metadata is that of its first part. Bytes that are not UTF-8 become lone
             surrogates.
         tensors: name -> TensorInfo, in file order.
+        key_ranges: key -> (first byte, end) of its whole entry, and header_end: the first byte after the tensor
+            table, both in the first part; for the packer, which copies entries as they are.
 
     Raises:
         ModelFormatError: anything malformed or unsupported, with path, field and offset; opening checks every
@@ -682,6 +689,8 @@ class GGUFFile:
         self.version = parts[0].version
         self.alignment = parts[0].alignment
         self.metadata = parts[0].metadata
+        self.key_ranges = parts[0].key_ranges
+        self.header_end = parts[0].header_end
         self.tensors = {}
         for part in parts:
             for info in part.tensors:

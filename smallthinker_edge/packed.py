@@ -1,0 +1,345 @@
+"""The packed model file (.stpk): a GGUF container whose experts are laid out for reading one at a time.
+
+Called by model.py to open one, and by `smallthinker-edge pack|verify|unpack`. It is a valid GGUF: the source's own
+metadata entries, copied as they are; its dense tensors, unchanged; and per layer one tensor `blk.N.experts.weight`,
+F32 in name only, of one 4096-aligned blob per expert (gate, up, down in the kernels' order: see packed.h). Keys
+`stpk.*` hold the layout's name, the source's tensor table and checksums. So one reader and one set of checks serve
+both kinds of file, and other GGUF tools can list it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from smallthinker_edge._native import kernels
+from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
+from smallthinker_edge.config import ModelConfig, tensor_name
+from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.loader import TYPE_NUMBER
+
+LAYOUT = "tile16-1"
+ALIGN = 4096
+EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+U32, STRING, ARRAY, F32_TYPE = 4, 8, 9, 0
+Bytes = npt.NDArray[np.uint8]
+Progress = Callable[[int, int], None]
+
+
+def is_packed(gguf: GGUFFile) -> bool:
+    """Whether an opened file is a packed one."""
+    return "stpk.layout" in gguf.metadata
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How one layer's experts stand in their blobs. types: GGUF names of gate, up and down."""
+
+    d_model: int
+    d_ffn: int
+    types: tuple[str, str, str]
+    interleaved: bool
+    sizes: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, config: ModelConfig, infos: tuple[TensorInfo, TensorInfo, TensorInfo]) -> ExpertLayout:
+        gate, up, down = infos
+        types = (gate.type, up.type, down.type)
+        # The rule of Engine.expert_layout: everything else stays in GGUF rows.
+        interleaved = set(types) == {"Q4_0"} and not config.down_transposed and config.d_ffn % 32 == 0
+        sizes = (gate.nbytes // config.n_experts, up.nbytes // config.n_experts, down.nbytes // config.n_experts)
+        return cls(config.d_model, config.d_ffn, types, interleaved, sizes)
+
+    def pack(self, gate: Bytes, up: Bytes, down: Bytes) -> Bytes:
+        """GGUF rows of one expert to its blob, without padding."""
+        if not self.interleaved:
+            return np.concatenate([gate, up, down])
+        return np.concatenate(
+            [
+                kernels.pack_tile16(TYPE_NUMBER["Q4_0"], gate, self.d_ffn, self.d_model),
+                kernels.pack_rows(up, self.d_ffn, self.d_model),
+                kernels.pack_down(down, self.d_model, self.d_ffn),
+            ]
+        )
+
+    def unpack(self, blob: Bytes) -> tuple[Bytes, Bytes, Bytes]:
+        """The GGUF rows of gate, up and down that a blob was made of."""
+        if not self.interleaved:
+            gate, up, down = np.split(blob[: sum(self.sizes)], np.cumsum(self.sizes)[:2])
+            return gate, up, down
+        q4_0 = TYPE_NUMBER["Q4_0"]
+        gate_end = -(-self.d_ffn // 16) * 16 * self.d_model // 32 * 18
+        up_end = gate_end + self.sizes[1]
+        down_end = up_end + -(-self.d_model // 128) * (self.d_ffn // 32 * 256 + self.d_ffn * 64)
+        return (
+            kernels.unpack_tile16(q4_0, np.ascontiguousarray(blob[:gate_end]), self.d_ffn, self.d_model),
+            kernels.pack_rows(np.ascontiguousarray(blob[gate_end:up_end]), self.d_ffn, self.d_model, True),
+            kernels.unpack_down(np.ascontiguousarray(blob[up_end:down_end]), self.d_model, self.d_ffn),
+        )
+
+
+def expert_infos(gguf: GGUFFile | PackedFile, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
+    """The tensor entries of a layer's gate, up and down."""
+    gate, up, down = (gguf.tensors[tensor_name(role, layer)] for role in EXPERT_ROLES)
+    return gate, up, down
+
+
+class PackedFile:
+    """A packed file seen as the model it was made of: what ModelConfig and the loader need.
+
+    Attributes: metadata, tensors (the source's entries), paths and path as in GGUFFile; container: the file itself.
+    Raises ModelFormatError where the `stpk.*` keys or blobs are not what pack() writes.
+    """
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self.container = gguf
+        self.path, self.paths = gguf.path, gguf.paths
+        if gguf.metadata["stpk.layout"] != LAYOUT:
+            raise self._error("stpk.layout", f"is {gguf.metadata['stpk.layout']!r}, this version reads {LAYOUT!r}")
+        self.metadata = {key: value for key, value in gguf.metadata.items() if not key.startswith("stpk.")}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            for name, kind, shape, offset, nbytes in json.loads(str(gguf.metadata["stpk.source_tensors"])):
+                known = (
+                    isinstance(name, str) and kind in TYPE_NUMBER and all(isinstance(n, int) and n > 0 for n in shape)
+                )
+                if not known or not isinstance(offset, int) or not isinstance(nbytes, int):
+                    raise ValueError(name)
+                self.tensors[name] = TensorInfo(name, kind, tuple(shape), offset, nbytes, 0)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise self._error("stpk.source_tensors", f"is damaged: {problem}") from None
+        self._check_dense()
+
+    def _error(self, field: str, message: str) -> ModelFormatError:
+        return ModelFormatError(message, path=self.path, field=field)
+
+    def _check_dense(self) -> None:
+        for name, info in self.tensors.items():
+            if name.split(".")[-2] in EXPERT_ROLES:
+                continue
+            own = self.container.tensors.get(name)
+            if own is None or (own.type, own.shape) != (info.type, info.shape):
+                raise self._error(name, "is missing or differs from the source's entry")
+
+    def data(self, name: str) -> Bytes:
+        """Bytes of a dense tensor; see GGUFFile.data."""
+        return self.container.data(name)
+
+    def release(self, name: str) -> None:
+        """See GGUFFile.release."""
+        if name in self.container.tensors:
+            self.container.release(name)
+
+    def close(self) -> None:
+        """See GGUFFile.close."""
+        self.container.close()
+
+    def drop_cache(self) -> None:
+        """Takes the file's pages out of the system's cache, which counts towards a memory limit; a hint."""
+        self.container.release()
+        if hasattr(os, "posix_fadvise"):
+            with open(self.path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def experts(self, config: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
+        """(offset of every expert's blob [L * E], bytes of one blob); checks that all are there and aligned."""
+        offsets, size = [], 0
+        for layer in range(config.n_layers):
+            name = blob_name(layer)
+            info = self.container.tensors.get(name)
+            needed = ExpertLayout.of(config, expert_infos(self, layer))
+            if info is None or len(info.shape) != 2 or info.shape[1] != config.n_experts:
+                raise self._error(name, "is missing or does not hold one blob per expert")
+            bytes_ = info.shape[0] * 4
+            if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < sum(needed.sizes):
+                raise self._error(name, f"has blobs of {bytes_} bytes at {info.offset}: not aligned, or too small")
+            size = bytes_
+            offsets += [info.offset + e * size for e in range(config.n_experts)]
+        return np.array(offsets, np.int64), size
+
+
+def blob_name(layer: int) -> str:
+    return f"blk.{layer}.experts.weight"
+
+
+def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
+    """Bytes of the largest layer's blob, padded: every expert of the file takes as many."""
+    largest = 0
+    for layer in range(config.n_layers):
+        layout = ExpertLayout.of(config, expert_infos(gguf, layer))
+        parts = [np.zeros(size, np.uint8) for size in layout.sizes]
+        largest = max(largest, layout.pack(*parts).size)
+    return -(-largest // ALIGN) * ALIGN
+
+
+# Writing
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _string_entry(key: str, value: str) -> bytes:
+    return _text(key) + struct.pack("<I", STRING) + _text(value)
+
+
+def _u32_array_entry(key: str, values: npt.NDArray[np.uint32]) -> bytes:
+    return _text(key) + struct.pack("<IIQ", ARRAY, U32, values.size) + values.astype("<u4").tobytes()
+
+
+def _tensor_entry(name: str, type_number: int, shape: tuple[int, ...], offset: int) -> bytes:
+    head = _text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+    return head + struct.pack("<IQ", type_number, offset)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def pack(source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> None:
+    """Writes the packed file of a GGUF model.
+
+    Streams: never more than one expert in memory. The file appears under its name only when it is whole and on disk
+    (temporary file, fsync, rename); a run that was killed is started again and overwrites its temporary file.
+
+    Args:
+        source: any GGUF that this library reads (all parts of a split one). target: the file to write.
+        progress: called with (experts done, all experts).
+
+    Raises ModelFormatError for a bad source or one that is packed already, OSError such as a full disk.
+    """
+    with GGUFFile(source) as gguf:
+        if is_packed(gguf):
+            raise ModelFormatError("is a packed file already", path=gguf.path, field="stpk.layout")
+        config = ModelConfig.from_gguf(gguf)
+        temporary = f"{os.fspath(target)}.part"
+        try:
+            with open(temporary, "wb") as file:
+                _write(file.fileno(), gguf, config, progress or (lambda done, total: None))
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+
+
+def _write(fd: int, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> None:
+    dense = [info for name, info in gguf.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
+    blob = blob_bytes(gguf, config)
+    total = config.n_layers * config.n_experts
+    sums = np.zeros(len(dense) + total, np.uint32)
+    header, places = _header(gguf, config, dense, blob, sums)
+    for i, info in enumerate(dense):
+        data = gguf.data(info.name)
+        sums[i] = zlib.crc32(data.data)
+        _write_at(fd, places[i], data)
+        gguf.release(info.name)
+    for i, data in enumerate(_blobs(gguf, config, blob)):
+        sums[len(dense) + i] = zlib.crc32(data.data)
+        _write_at(fd, places[len(dense)] + i * blob, data)
+        progress(i + 1, total)
+    header, _ = _header(gguf, config, dense, blob, sums)
+    _write_at(fd, 0, np.frombuffer(header, np.uint8))
+
+
+def _blobs(gguf: GGUFFile, config: ModelConfig, blob: int) -> Iterator[Bytes]:
+    """Every expert's padded blob, layer by layer."""
+    for layer in range(config.n_layers):
+        infos = expert_infos(gguf, layer)
+        layout = ExpertLayout.of(config, infos)
+        stacks = [gguf.data(info.name).reshape(config.n_experts, -1) for info in infos]
+        for e in range(config.n_experts):
+            padded = np.zeros(blob, np.uint8)
+            packed = layout.pack(*(np.ascontiguousarray(stack[e]) for stack in stacks))
+            padded[: packed.size] = packed
+            yield padded
+        for info in infos:
+            gguf.release(info.name)
+
+
+def _header(
+    gguf: GGUFFile, config: ModelConfig, dense: list[TensorInfo], blob: int, sums: npt.NDArray[np.uint32]
+) -> tuple[bytes, list[int]]:
+    """(the file's first bytes, absolute offsets of the dense tensors and of the first blob)."""
+    with open(gguf.paths[0], "rb") as file:
+        first = file.read(gguf.header_end)
+    dropped = {"general.alignment", "split.no", "split.count", "split.tensors.count"}
+    entries = [first[a:b] for key, (a, b) in gguf.key_ranges.items() if key not in dropped]
+    table = [[i.name, i.type, list(i.shape), i.offset, i.nbytes] for i in gguf.tensors.values()]
+    entries += [
+        _text("general.alignment") + struct.pack("<II", U32, ALIGN),
+        _string_entry("stpk.layout", LAYOUT),
+        _string_entry("stpk.source_tensors", json.dumps(table, separators=(",", ":"))),
+        _u32_array_entry("stpk.crc32", sums),
+    ]
+    sizes = [info.nbytes for info in dense] + [blob * config.n_experts] * config.n_layers
+    starts = np.cumsum([0, *map(_aligned, sizes)]).tolist()
+    infos = [_tensor_entry(d.name, TYPE_NUMBER[d.type], d.shape, at) for d, at in zip(dense, starts, strict=False)]
+    layers = enumerate(starts[len(dense) : len(dense) + config.n_layers])
+    infos += [_tensor_entry(blob_name(n), F32_TYPE, (blob // 4, config.n_experts), at) for n, at in layers]
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join(entries) + b"".join(infos)
+    data = _aligned(len(head))
+    return head.ljust(data, b"\0"), [data + at for at in starts]
+
+
+def _write_at(fd: int, offset: int, data: Bytes) -> None:
+    view = np.ascontiguousarray(data).data.cast("B")
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+# Checking
+
+
+def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> int:
+    """Checks every checksum of a packed file; returns how many parts it has.
+
+    Raises ModelFormatError naming the first tensor or expert that is damaged.
+    """
+    with GGUFFile(path) as gguf:
+        if not is_packed(gguf):
+            raise ModelFormatError("is not a packed file", path=gguf.path, field="stpk.layout")
+        packed = PackedFile(gguf)
+        config = ModelConfig.from_gguf(packed)
+        offsets, size = packed.experts(config)
+        dense = [info for name, info in packed.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
+        sums = gguf.metadata.get("stpk.crc32")
+        total = len(dense) + len(offsets)
+        if not isinstance(sums, list) or len(sums) != total:
+            raise ModelFormatError("does not hold a checksum for every part", path=gguf.path, field="stpk.crc32")
+        names = [info.name for info in dense]
+        names += [f"expert {e} of layer {layer}" for layer in range(config.n_layers) for e in range(config.n_experts)]
+        for i, name in enumerate(names):
+            if i < len(dense):
+                data = gguf.data(name)
+            else:
+                layer, e = divmod(i - len(dense), config.n_experts)
+                data = gguf.data(blob_name(layer))[e * size : (e + 1) * size]
+            if zlib.crc32(data.data) != sums[i]:
+                raise ModelFormatError("is damaged: its checksum does not match", path=gguf.path, field=name)
+            if progress:
+                progress(i + 1, total)
+        return total
+
+
+def unpack_layer(path: str | os.PathLike[str], layer: int) -> tuple[Bytes, Bytes, Bytes]:
+    """The stacked gate, up and down tensors of a layer as they stood in the source GGUF."""
+    with GGUFFile(path) as gguf:
+        packed = PackedFile(gguf)
+        config = ModelConfig.from_gguf(packed)
+        layout = ExpertLayout.of(config, expert_infos(packed, layer))
+        _, size = packed.experts(config)
+        blobs = gguf.data(blob_name(layer)).reshape(config.n_experts, size)
+        parts = [layout.unpack(blob) for blob in blobs]
+        gate, up, down = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        return gate, up, down
