@@ -312,7 +312,7 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-# demo and convert
+# demo
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,11 +327,76 @@ def demo(arguments: argparse.Namespace) -> int:
     return OK
 
 
+# Files: convert, pack, verify, plan
+
+
+def show_progress(done: int, total: int, name: str = "") -> None:
+    """One line on stderr that is rewritten; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r\x1b[K{done}/{total} {name}", end=end, file=sys.stderr, flush=True)
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="Hugging Face checkpoint of a SmallThinker model")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
+    parser.add_argument(
+        "--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of the matrices (default: q4_0)"
+    )
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.convert import convert as write_gguf
+
+    write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
+    return OK
+
+
+def pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="GGUF", help="model to pack")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="packed file to write")
+
+
+def pack(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.packed import pack as write_packed
+
+    write_packed(arguments.file, arguments.output, show_progress)
+    return OK
+
+
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="packed file to check")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.packed import verify as check_packed
+
+    print(f"{check_packed(arguments.file, show_progress)} parts, every checksum matches")
+    return OK
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="GGUF or packed file")
+    parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 1GiB")
+    parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="positions (default: 4096)")
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.model import plan_memory
+
+    print(plan_memory(arguments.file, arguments.memory, arguments.context).table())
+    return OK
+
+
 COMMANDS = (
     Command("generate", "continue a text", generate_arguments, generate),
     Command("chat", "talk with a model in the terminal", chat_arguments, chat),
     Command("info", "print what is in a model file", info_arguments, info),
     Command("demo", "turn home commands into JSON with the embedded model", demo_arguments, demo),
+    Command("convert", "write the GGUF of a Hugging Face checkpoint folder", convert_arguments, convert),
+    Command("pack", "write a packed file, whose experts can be paged from storage", pack_arguments, pack),
+    Command("verify", "check every checksum of a packed file", verify_arguments, verify),
+    Command("plan", "show where the memory of a process would go", plan_arguments, plan),
 )
 
 

@@ -371,3 +371,20 @@ class SmallThinker:
         if self._engine is None:
             raise ValueError("the model is closed")
         return self._engine
+
+
+def plan_memory(
+    path: str | os.PathLike[str], memory: int | str | None = None, context: int = DEFAULT_CONTEXT
+) -> budget.Plan:
+    """How SmallThinker(path, memory, context=context) would divide its memory; loads no weights.
+
+    Raises as SmallThinker() does.
+    """
+    with GGUFFile(path) as gguf:
+        file = PackedFile(gguf) if is_packed(gguf) else gguf
+        config = ModelConfig.from_gguf(file)
+        tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
+        slot_bytes = file.experts(config)[1] if isinstance(file, PackedFile) else 0
+        plan = budget.make_plan(file, config, min(context, config.context_length), BATCH, memory, slot_bytes)
+        del tokenizer  # it was built so that its memory counts
+        return plan

@@ -1,17 +1,19 @@
 """Text to token ids and back, from the vocabulary and merges in the GGUF file, through the `tokenizers` library.
 
-Called by model.py and chat.py. Text is taken as it is (no Unicode normalisation), so that any bytes survive the
-round trip; this is what llama.cpp does too. It never reads files.
+Called by model.py and chat.py. Text is taken as it is: no Unicode normalisation, so that any bytes survive the
+round trip. llama.cpp does the same; Hugging Face's Qwen2 tokenizer normalises to NFC, so text that is not in NFC
+gets other ids there. This room never reads files.
 """
 
 from __future__ import annotations
 
 import codecs
+import ctypes
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as BPETokenizer
 
 from smallthinker_edge.errors import ModelFormatError
@@ -22,6 +24,9 @@ QWEN2_SPLIT = (
 )
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 END_TOKENS = ("<|endoftext|>", "<|im_end|>")
+# The regex engine behind `tokenizers` aborts the call after 10 million steps back in one match, which only a run of
+# white space that long can cause. Runs are cut at this length; the round trip stays exact.
+LONGEST_SPACE = 1 << 20
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -31,14 +36,43 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+BYTE_OF = _byte_alphabet()
+CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
+# For str.translate: the alphabet to Latin-1, and what is not of the alphabet to something that is not Latin-1.
+TO_LATIN1 = dict.fromkeys(range(256), 65535) | {ord(character): byte for character, byte in BYTE_OF.items()}
+
+
+def _alphabet_bytes(token: str) -> bytes | None:
+    """The bytes that a token of the byte alphabet spells, or None where a character is not of the alphabet."""
+    try:
+        return token.translate(TO_LATIN1).encode("latin-1")
+    except UnicodeEncodeError:
+        return None
+
+
+def _quoted(token: str) -> str:
+    """A JSON string of characters of the byte alphabet, which has no control characters."""
+    return '"' + token.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _return_free_memory() -> None:
+    """Gives freed heap pages back to the system where the C library can (glibc): 15 MB after loading Qwen2."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Tokenizer:
     """Byte-level BPE with special tokens. Safe to use from several threads.
 
     Attributes:
         vocab_size: number of ids, unused padding included.
         bos_id: id put before a text when the file asks for it, or None.
-        add_bos: whether the file asks for it.
-        eos_ids: ids that end a generation.
+        eos_id: the file's own end-of-sequence id, or None.
+        add_bos: whether the file asks for bos_id before a text.
+        eos_ids: ids that end a generation: the file's eos and eot, <|im_end|> and <|endoftext|> where present.
+
+    With Qwen2's 152k tokens it takes about 40 MB, nearly all of it in the `tokenizers` library, and 0.6 s to make.
     """
 
     def __init__(
@@ -48,76 +82,75 @@ class Tokenizer:
         types: Sequence[int],
         *,
         bos_id: int | None = None,
+        eos_id: int | None = None,
         eos_ids: Iterable[int] = (),
         add_bos: bool = False,
     ) -> None:
-        self._alphabet = _byte_alphabet()
+        """Args: as in the file's metadata; `merges` are "left right", `types` one number for each token.
+
+        Raises ModelFormatError where merges or tokens do not make a byte-level BPE.
+        """
         self.vocab_size = len(tokens)
-        self.bos_id, self.add_bos = bos_id, add_bos
+        self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self._specials: dict[str, int] = {}
-        self._load_bytes(tokens, types)
-        self._bpe = self._build(tokens, merges, types)
-        chars = {byte: char for char, byte in self._alphabet.items()}
-        self._byte_ids: list[int] = [self._bpe.token_to_id(chars[byte]) or 0 for byte in range(256)]  # _build checked
+        vocabulary = self._load_tokens(tokens, types)
+        self._bpe = _build_bpe(vocabulary, merges)
+        del vocabulary
+        self._byte_ids = [self._byte_id(byte) for byte in range(256)]
+        self._special_ids = frozenset(self._specials.values())
         names = sorted(self._specials, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, names))) if names else None
         ends = {self._specials[name] for name in END_TOKENS if name in self._specials}
-        self.eos_ids = frozenset(ends | set(eos_ids))
+        self.eos_ids = frozenset(ends | set(eos_ids) | ({eos_id} if eos_id is not None else set()))
+        _return_free_memory()
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """Builds the tokenizer of a GGUF file's metadata.
+        """Builds the tokenizer of a GGUF file's metadata; its string arrays may be any sequence of str.
 
         Raises ModelFormatError, naming the key, where something is missing or of another kind.
         """
-        if metadata.get("tokenizer.ggml.model") != "gpt2":
-            raise ModelFormatError("only byte-level BPE ('gpt2') is supported", field="tokenizer.ggml.model")
-        if metadata.get("tokenizer.ggml.pre", "qwen2") != "qwen2":
-            raise ModelFormatError("only the 'qwen2' pre-tokeniser is supported", field="tokenizer.ggml.pre")
+        for name, only in (("model", "gpt2"), ("pre", "qwen2")):
+            if (found := metadata.get(f"tokenizer.ggml.{name}")) != only:
+                raise ModelFormatError(f"must be {only!r}, not {found!r:.40}", field=f"tokenizer.ggml.{name}")
         tokens, merges = (_strings(metadata, f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
         types = metadata.get("tokenizer.ggml.token_type")
         if not isinstance(types, Sequence) or len(types) != len(tokens):
             raise ModelFormatError("must hold one type for every token", field="tokenizer.ggml.token_type")
-        ids = {}
-        for name in ("bos", "eos", "eot"):
-            value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if value is not None and not (isinstance(value, int) and 0 <= value < len(tokens)):
-                raise ModelFormatError("is outside the vocabulary", field=f"tokenizer.ggml.{name}_token_id")
-            ids[name] = value
-        ends = [id_ for name in ("eos", "eot") if (id_ := ids[name]) is not None]
-        add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", False)) and ids["bos"] is not None
-        return cls(tokens, merges, types, bos_id=ids["bos"], eos_ids=ends, add_bos=add_bos)
+        bos, eos, eot = (_token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot"))
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
+        if not isinstance(add_bos, bool):
+            raise ModelFormatError("must be true or false", field="tokenizer.ggml.add_bos_token")
+        if add_bos and bos is None:
+            raise ModelFormatError("is set, but there is no bos_token_id", field="tokenizer.ggml.add_bos_token")
+        ends = [] if eot is None else [eot]
+        return cls(tokens, merges, types, bos_id=bos, eos_id=eos, eos_ids=ends, add_bos=add_bos)
 
-    def _load_bytes(self, tokens: Sequence[str], types: Sequence[int]) -> None:
-        """All tokens' bytes in one block, with offsets: a tenth of the memory of a list of bytes objects."""
-        blob, ends = bytearray(), []
+    def _load_tokens(self, tokens: Sequence[str], types: Sequence[int]) -> str:
+        """Keeps all tokens' bytes in one block with offsets, a tenth of the memory of a list of bytes objects.
+
+        Returns the JSON items of the vocabulary that BPE may produce.
+        """
+        blob, ends, items = bytearray(), [0], []
         for id_, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-            if kind in (CONTROL, USER_DEFINED):
-                self._specials[token] = id_
+            spelled = None if kind in (CONTROL, USER_DEFINED) else _alphabet_bytes(token)
+            if spelled is None:
                 blob += token.encode("utf-8", "surrogateescape")
-            elif all(char in self._alphabet for char in token):
-                blob += bytes(self._alphabet[char] for char in token)
+                if kind in (CONTROL, USER_DEFINED) and token:
+                    self._specials.setdefault(token, id_)
             else:
-                blob += token.encode("utf-8", "surrogateescape")
+                blob += spelled
+                if kind != UNUSED and spelled:
+                    items.append(f"{_quoted(token)}:{id_}")
             ends.append(len(blob))
-        self._blob, self._ends = bytes(blob), np.array([0, *ends], np.int64)
+        self._blob, self._ends = bytes(blob), np.array(ends, np.int64)
+        return ",".join(items)
 
-    def _build(self, tokens: Sequence[str], merges: Sequence[str], types: Sequence[int]) -> BPETokenizer:
-        vocabulary = {token: id_ for id_, token in enumerate(tokens) if types[id_] not in (CONTROL, UNUSED)}
-        pairs = []
-        for i, merge in enumerate(merges):
-            left, _, right = merge.partition(" ")
-            if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-                raise ModelFormatError(f"merge {i} is not made of known tokens", field="tokenizer.ggml.merges")
-            pairs.append((left, right))
-        for char in self._alphabet:
-            if char not in vocabulary:
-                raise ModelFormatError(f"no token for byte {self._alphabet[char]}", field="tokenizer.ggml.tokens")
-        bpe = BPETokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        return bpe
+    def _byte_id(self, byte: int) -> int:
+        id_: int | None = self._bpe.token_to_id(CHARACTER_OF[byte])
+        if id_ is None:
+            raise ModelFormatError(f"no token for byte {byte}", field="tokenizer.ggml.tokens")
+        return id_
 
     def encode(self, text: str | bytes, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
         """Token ids of a text; bytes that are not UTF-8 become their single-byte tokens.
@@ -125,35 +158,36 @@ class Tokenizer:
         Args:
             text: str, or bytes of any content.
             add_bos: put bos_id first; None does what the file says.
-            parse_special: recognise special tokens such as <|im_end|>; off, they are ordinary characters.
+            parse_special: recognise control and user-defined tokens such as <|im_end|>, the longest first; off,
+                they are ordinary characters. Text from people belongs there with it off, see chat.encode_chat.
+
+        Raises ValueError for a str with lone surrogates other than those of "surrogateescape".
         """
         ids: list[int] = []
         if (self.add_bos if add_bos is None else add_bos) and self.bos_id is not None:
             ids.append(self.bos_id)
-        if isinstance(text, str):
-            text = text.encode("utf-8", "surrogateescape")
-        while text:
-            try:
-                valid, bad = text.decode("utf-8"), b""
-                text = b""
-            except UnicodeDecodeError as error:
-                valid, bad = text[: error.start].decode("utf-8"), text[error.start : error.end]
-                text = text[error.end :]
-            ids += self._encode_valid(valid, parse_special)
-            ids += [self._byte_ids[byte] for byte in bad]
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+        # Bytes that are not UTF-8 are lone surrogates now, each run of them between stretches of valid text.
+        for piece in re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
+            if "\udc80" <= piece[:1] <= "\udcff":
+                ids += [self._byte_ids[byte] for byte in piece.encode("utf-8", "surrogateescape")]
+            elif parse_special and self._special_pattern is not None:
+                ids += self._encode_with_specials(piece, self._special_pattern)
+            else:
+                ids += self._encode_plain(piece)
         return ids
 
-    def _encode_valid(self, text: str, parse_special: bool) -> list[int]:
-        if not parse_special or self._special_pattern is None:
-            return self._bpe.encode(text).ids if text else []
+    def _encode_with_specials(self, text: str, pattern: re.Pattern[str]) -> list[int]:
         ids: list[int] = []
         at = 0
-        for match in self._special_pattern.finditer(text):
-            if match.start() > at:
-                ids += self._bpe.encode(text[at : match.start()]).ids
+        for match in pattern.finditer(text):
+            ids += self._encode_plain(text[at : match.start()])
             ids.append(self._specials[match.group()])
             at = match.end()
-        return ids + (self._bpe.encode(text[at:]).ids if at < len(text) else [])
+        return ids + self._encode_plain(text[at:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return [id_ for part in _without_endless_space(text) for id_ in self._bpe.encode(part).ids]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token. Raises ValueError for an id outside the vocabulary."""
@@ -175,7 +209,7 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         """Whether the id is a control or user-defined token."""
-        return token in self._specials.values()
+        return token in self._special_ids
 
     def stream(self) -> StreamDecoder:
         """A decoder for tokens that arrive one at a time."""
@@ -196,6 +230,53 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left, with U+FFFD for an unfinished character."""
         return self._utf8.decode(b"", final=True)
+
+
+def _build_bpe(vocabulary: str, merges: Sequence[str]) -> BPETokenizer:
+    """The library's tokenizer of the JSON items of a vocabulary.
+
+    It is handed over as JSON because a dict of 152k str and a list of as many pairs would take 50 MB on the way,
+    and no less time.
+    """
+    pairs = []
+    for i, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if not (left and right) or _alphabet_bytes(left) is None or _alphabet_bytes(right) is None:
+            raise ModelFormatError(f"merge {i} is not two tokens and a space between", field="tokenizer.ggml.merges")
+        pairs.append(_quoted(merge))
+    model = f'{{"type":"BPE","vocab":{{{vocabulary}}},"merges":[{",".join(pairs)}]}}'
+    del pairs
+    try:
+        bpe = BPETokenizer.from_buffer(f'{{"version":"1.0","added_tokens":[],"model":{model}}}'.encode())
+    except Exception as error:  # the library raises Exception itself; the JSON is ours, so only a merge can be wrong
+        raise ModelFormatError(f"a merge is not of known tokens: {error}", field="tokenizer.ggml.merges") from None
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    return bpe
+
+
+def _without_endless_space(text: str) -> Iterator[str]:
+    """The text in parts that hold no run of white space above LONGEST_SPACE, nearly always in one part."""
+    at = 0
+    if len(text) > LONGEST_SPACE:
+        for run in re.finditer(r"\s+", text):
+            while run.end() - max(at, run.start()) > LONGEST_SPACE:
+                cut = max(at, run.start()) + LONGEST_SPACE
+                yield text[at:cut]
+                at = cut
+    if at < len(text):
+        yield text[at:] if at else text
+
+
+def _token_id(metadata: Mapping[str, object], name: str, vocab_size: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise ModelFormatError(f"must be a token id below {vocab_size}, not {value!r:.40}", field=key)
+    return value
 
 
 def _strings(metadata: Mapping[str, object], key: str) -> Sequence[str]:

@@ -1,0 +1,173 @@
+"""The converter: a checkpoint written here comes out as the GGUF that FORMATS describes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from smallthinker_edge import ModelFormatError, SmallThinker
+from smallthinker_edge.cli import main
+from smallthinker_edge.convert import convert
+
+D, HEADS, KV, HEAD_DIM, EXPERTS, FFN, LAYERS, VOCAB = 64, 2, 1, 32, 4, 32, 5, 320
+
+
+def tensors(tied: bool) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, D), "model.norm.weight": (D,)}
+    if not tied:
+        shapes["lm_head.weight"] = (VOCAB, D)
+    for layer in range(LAYERS):
+        p = f"model.layers.{layer}."
+        shapes |= {p + "input_layernorm.weight": (D,), p + "post_attention_layernorm.weight": (D,)}
+        shapes |= {
+            p + "self_attn.q_proj.weight": (HEADS * HEAD_DIM, D),
+            p + "self_attn.o_proj.weight": (D, HEADS * HEAD_DIM),
+        }
+        shapes |= {p + f"self_attn.{name}_proj.weight": (KV * HEAD_DIM, D) for name in "kv"}
+        shapes[p + "block_sparse_moe.primary_router.weight"] = (EXPERTS, D)
+        for e in range(EXPERTS):
+            q = f"{p}block_sparse_moe.experts.{e}."
+            shapes |= {q + "gate.weight": (FFN, D), q + "up.weight": (FFN, D), q + "down.weight": (D, FFN)}
+    return {name: (rng.standard_normal(shape) / 8).astype(np.float32) for name, shape in shapes.items()}
+
+
+def to_bf16_bits(values: np.ndarray) -> np.ndarray:
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def write_bf16(path: Path, values: dict[str, np.ndarray]) -> None:
+    """safetensors for NumPy knows no BF16: written as U16, then renamed in the header (the same length plus one)."""
+    save_file({name: to_bf16_bits(value) for name, value in values.items()}, path)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"U16"', b'"BF16"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
+def write_checkpoint(
+    folder: Path, *, tied: bool = True, changes: dict[str, Any] | None = None, shards: int = 1
+) -> dict[str, np.ndarray]:
+    folder.mkdir()
+    values = tensors(tied)
+    names = list(values)
+    files = {}
+    for i in range(shards):
+        file = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        write_bf16(folder / file, {name: values[name] for name in names[i::shards]})
+        files |= dict.fromkeys(names[i::shards], file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    layout = [int(layer % 4 != 0) for layer in range(LAYERS)]
+    config = {
+        "model_type": "smallthinker", "num_hidden_layers": LAYERS, "hidden_size": D, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV, "head_dim": HEAD_DIM, "moe_num_primary_experts": EXPERTS,
+        "moe_num_active_primary_experts": 2, "moe_ffn_hidden_size": FFN, "moe_primary_router_apply_softmax": False,
+        "rope_layout": layout, "sliding_window_layout": layout, "sliding_window_size": 4096, "rope_theta": 1e4,
+        "rope_scaling": None, "rms_norm_eps": 1e-6, "vocab_size": VOCAB, "tie_word_embeddings": tied,
+        "max_position_embeddings": 256, "bos_token_id": 300, "eos_token_id": [300, 302],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | (changes or {})))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["hello world hello there"] * 9,
+        trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet, show_progress=False),
+    )
+    data = json.loads(tokenizer.to_str())
+    specials = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>"}
+    data["added_tokens"] = [{"id": i, "content": s, "special": True, "single_word": False, "lstrip": False,
+                             "rstrip": False, "normalized": False} for i, s in specials.items()]  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": False, "chat_template": "{{ messages }}"})
+    )
+    return {name: (to_bf16_bits(v).astype(np.uint32) << 16).view(np.float32) for name, v in values.items()}
+
+
+@pytest.mark.parametrize(("type_", "tied", "shards"), [("q4_0", True, 1), ("q8_0", False, 3), ("f16", True, 2)])
+def test_tensors_and_keys_are_those_of_the_checkpoint(tmp_path: Path, type_: str, tied: bool, shards: int) -> None:
+    values = write_checkpoint(tmp_path / "hf", tied=tied, shards=shards)
+    target = tmp_path / "model.gguf"
+    convert(tmp_path / "hf", target, type_)
+    reader = gguf.GGUFReader(target)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    kind = gguf.GGMLQuantizationType[type_.upper()]
+    assert ("output.weight" in found) is not tied
+    for name, source in (("token_embd", "model.embed_tokens"), ("blk.3.attn_k", "model.layers.3.self_attn.k_proj")):
+        expected = gguf.quants.quantize(values[source + ".weight"], kind)
+        assert found[name + ".weight"].data.tobytes() == expected.tobytes()
+    stack = np.stack([values[f"model.layers.2.block_sparse_moe.experts.{e}.down.weight"] for e in range(EXPERTS)])
+    assert found["blk.2.ffn_down_exps.weight"].data.tobytes() == gguf.quants.quantize(stack, kind).tobytes()
+    router = found["blk.1.ffn_gate_inp.weight"]
+    assert router.tensor_type == gguf.GGMLQuantizationType.F32
+    assert np.array_equal(router.data, values["model.layers.1.block_sparse_moe.primary_router.weight"])
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    assert keys["smallthinker.expert_gating_func"] == 2
+    assert keys["smallthinker.attention.sliding_window"] == 4096
+    assert "smallthinker.rope_layout" not in keys
+    assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (300, 302)
+    with SmallThinker(target) as model:
+        assert model.config.rope_layout == (False, True, True, True, False)
+        assert model.tokenizer.eos_ids == {300, 302}
+        assert model.detokenize(model.tokenize("hello wörld")) == "hello wörld"
+        assert len(model.generate("hello", max_tokens=3).tokens) >= 1
+
+
+def test_what_llama_cpp_cannot_express_is_kept_and_told(tmp_path: Path) -> None:
+    layout = [1, 1, 0, 1, 0]
+    write_checkpoint(tmp_path / "hf", changes={"rope_layout": layout, "sliding_window_size": 128})
+    with pytest.warns(UserWarning, match=r"llama\.cpp"):
+        convert(tmp_path / "hf", tmp_path / "m.gguf")
+    with SmallThinker(tmp_path / "m.gguf") as model:
+        assert model.config.rope_layout == tuple(map(bool, layout))
+        assert model.config.window == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model_type": "llama"}, "model_type"), ({"hidden_size": "64"}, "hidden_size"),
+        ({"rope_layout": [1, 0]}, "rope_layout"), ({"hidden_size": 96}, "model.embed_tokens.weight"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"), ({"num_hidden_layers": 6}, "rope_layout"),
+        ({"tie_word_embeddings": False}, "lm_head.weight"), ({"vocab_size": 200}, "model.vocab"),
+    ],
+)  # fmt: skip
+def test_a_bad_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    write_checkpoint(tmp_path / "hf", changes=changes)
+    with pytest.raises(ModelFormatError) as caught:
+        convert(tmp_path / "hf", tmp_path / "m.gguf")
+    assert caught.value.field == field
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    whole = file.read_bytes()
+    for cut in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(ModelFormatError, match=r"model\.safetensors"):
+            convert(tmp_path / "hf", tmp_path / "m.gguf")
+
+
+def test_the_command_converts_packs_verifies_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "hf")
+    model, packed = str(tmp_path / "m.gguf"), str(tmp_path / "m.stpk")
+    assert main(["convert", str(tmp_path / "hf"), "-o", model, "--type", "q8_0"]) == 0
+    assert main(["pack", model, "-o", packed]) == 0
+    assert main(["verify", packed]) == 0
+    assert "checksum" in capsys.readouterr().out
+    assert main(["plan", packed, "--memory", "1GiB", "--context", "128"]) == 0
+    assert f"{LAYERS * EXPERTS} expert slots" in capsys.readouterr().out
+    assert main(["plan", packed, "--memory", "1MiB"]) == 1
+    assert "needs" in capsys.readouterr().err
