@@ -340,9 +340,7 @@ def show_progress(done: int, total: int, name: str = "") -> None:
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="Hugging Face checkpoint of a SmallThinker model")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
-    parser.add_argument(
-        "--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of the matrices (default: q4_0)"
-    )
+    parser.add_argument("--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of matrices (default: q4_0)")
 
 
 def convert(arguments: argparse.Namespace) -> int:

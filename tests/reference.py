@@ -67,8 +67,10 @@ class Reference:
     def from_gguf(cls, path: str | os.PathLike[str]) -> Reference:
         """Reads a whole GGUF file. Every tensor is held as float64: for small models only."""
         reader = GGUFReader(path)
-        weights = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
-        weights = {name: w.reshape(_numpy_shape(reader, name)) for name, w in weights.items()}
+        weights = {
+            t.name: dequantize(t.data, t.tensor_type).reshape([int(n) for n in reversed(t.shape)])
+            for t in reader.tensors
+        }
         return cls(_read_params(reader), weights)
 
     def logits(self, tokens: Sequence[int], *, kv_f16: bool = False) -> Array:
@@ -196,11 +198,6 @@ def _log_softmax(logits: npt.ArrayLike) -> Array:
     x = np.atleast_2d(np.asarray(logits, np.float64))
     x = x - x.max(axis=-1, keepdims=True)
     return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))
-
-
-def _numpy_shape(reader: GGUFReader, name: str) -> tuple[int, ...]:
-    shape = next(t.shape for t in reader.tensors if t.name == name)
-    return tuple(int(n) for n in reversed(shape))
 
 
 def _metadata(reader: GGUFReader) -> Callable[..., Any]:

@@ -138,7 +138,7 @@ def test_what_llama_cpp_cannot_express_is_kept_and_told(tmp_path: Path) -> None:
     [
         ({"model_type": "llama"}, "model_type"), ({"hidden_size": "64"}, "hidden_size"),
         ({"rope_layout": [1, 0]}, "rope_layout"), ({"hidden_size": 96}, "model.embed_tokens.weight"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"), ({"num_hidden_layers": 6}, "rope_layout"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"), ({"num_hidden_layers": 6}, "sliding_window_layout"),
         ({"tie_word_embeddings": False}, "lm_head.weight"), ({"vocab_size": 200}, "model.vocab"),
     ],
 )  # fmt: skip

@@ -201,9 +201,8 @@ def exact_match(model: Model, tokenizer: Tokenizer, pairs: list[tuple[str, str]]
     return right / len(pairs)
 
 
-def write_checkpoint(model: Model, tokenizer: Tokenizer, out: str) -> None:
-    """config.json, model.safetensors (bf16) and the tokenizer, in the released models' names."""
-    os.makedirs(out, exist_ok=True)
+def named_tensors(model: Model) -> dict[str, torch.Tensor]:
+    """The parameters by the released models' names."""
     tensors = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm}
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}."
@@ -215,6 +214,13 @@ def write_checkpoint(model: Model, tokenizer: Tokenizer, out: str) -> None:
         for e in range(EXPERTS):
             for name in ("gate", "up", "down"):
                 tensors[f"{prefix}block_sparse_moe.experts.{e}.{name}.weight"] = getattr(layer, name).weight[e]
+    return tensors
+
+
+def write_checkpoint(model: Model, tokenizer: Tokenizer, out: str) -> None:
+    """config.json, model.safetensors (bf16) and the tokenizer, as the released models have them."""
+    os.makedirs(out, exist_ok=True)
+    tensors = named_tensors(model)
     header, blobs, offset = {}, [], 0
     for name, tensor in tensors.items():
         raw = tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
@@ -255,12 +261,27 @@ def write_checkpoint(model: Model, tokenizer: Tokenizer, out: str) -> None:
     tokenizer.save(os.path.join(out, "tokenizer.json"))
 
 
+def read_checkpoint(model: Model, folder: str) -> Tokenizer:
+    """Fills the model with what write_checkpoint() wrote, and returns its tokenizer."""
+    with open(os.path.join(folder, "model.safetensors"), "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        data = file.read()
+    parameters = named_tensors(model)
+    with torch.no_grad():
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            bits = np.frombuffer(data[start:end], np.int16).copy()
+            parameters[name].copy_(torch.from_numpy(bits).view(torch.bfloat16).view(entry["shape"]))
+    return Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed)
-    tokenizer = train_tokenizer(args.vocab, args.seed)
     model = Model(args.vocab, args.layers)
+    tokenizer = read_checkpoint(model, args.init) if args.init else train_tokenizer(args.vocab, args.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimiser = torch.optim.AdamW(
@@ -315,6 +336,7 @@ def train(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder of the checkpoint")
+    parser.add_argument("--init", help="folder of an earlier checkpoint to go on from")
     parser.add_argument("--minutes", type=float, default=25, help="wall time of training (default 25)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=1024, help="tokens, special ones included")
