@@ -894,7 +894,8 @@ cdef class Engine:
         cdef const int64_t[::1] table = offsets
         cdef st_pager_config config
         cdef int64_t l
-        if slots < self.call.s.experts or blob_bytes % 4096 or table.shape[0] != self.call.s.n_layers * self.call.s.experts:
+        cdef int64_t experts = self.call.s.n_layers * self.call.s.experts
+        if slots < self.call.s.experts or blob_bytes % 4096 or table.shape[0] != experts:
             raise ValueError("too few slots, or sizes that do not fit the model")
         for l in range(self.call.s.n_layers):
             layer = &self.call.layers[l]
