@@ -39,7 +39,7 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 # For str.translate: the alphabet to Latin-1, and what is not of the alphabet to something that is not Latin-1.
-TO_LATIN1 = dict.fromkeys(range(256), 65535) | {ord(character): byte for character, byte in BYTE_OF.items()}
+TO_LATIN1 = dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for character, byte in BYTE_OF.items()}
 
 
 def _alphabet_bytes(token: str) -> bytes | None:

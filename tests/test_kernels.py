@@ -61,7 +61,8 @@ def values_of(xq: np.ndarray, cols: int) -> np.ndarray:
     blocks = xq.reshape(len(xq), -1, Q8X4_BYTES)
     q = blocks[..., :128].view(np.int8).reshape(len(xq), -1, 2, 4, 16).transpose(0, 1, 3, 2, 4)
     scale = blocks[..., 192:].copy().view(np.float32)[..., ::4]
-    return (q.reshape(*q.shape[:3], 32) * scale[..., None].astype(np.float64)).reshape(len(xq), -1)[:, :cols]
+    with np.errstate(invalid="ignore"):  # zero times an infinite scale is meant to be NaN
+        return (q.reshape(*q.shape[:3], 32) * scale[..., None].astype(np.float64)).reshape(len(xq), -1)[:, :cols]
 
 
 def weights(kind: int, rows: int, cols: int, seed: int = 1, extreme: bool = False) -> tuple[np.ndarray, np.ndarray]:
