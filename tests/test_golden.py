@@ -6,19 +6,24 @@ import hashlib
 import json
 from pathlib import Path
 
+import demo_grammar
 import numpy as np
 import pytest
+from reference import Reference
 from test_engine import divergence, open_session
 
 from smallthinker_edge._native import kernels
+from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+DEMO = Path(__file__).parents[1] / "smallthinker_edge" / "data" / "demo.gguf"
 
 
 @pytest.mark.parametrize("table", kernels.tables())
-@pytest.mark.parametrize("name", ["random", "mixed"])
+@pytest.mark.parametrize("name", ["random", "mixed", "demo"])
 def test_logits_agree_with_llama_cpp(name: str, table: str) -> None:
-    model = GOLDEN / f"{name}.gguf"
+    model = DEMO if name == "demo" else GOLDEN / f"{name}.gguf"
     with np.load(GOLDEN / f"{name}.npz") as recorded:
         provenance = json.loads(str(recorded["provenance"]))
         assert hashlib.sha256(model.read_bytes()).hexdigest() in json.dumps(provenance)
@@ -28,4 +33,23 @@ def test_logits_agree_with_llama_cpp(name: str, table: str) -> None:
             tokens, first = recorded[f"tokens_{i}"], int(recorded[f"first_{i}"])
             expected = recorded[f"logits_{i}"].astype(np.float32)
             got = open_session(str(model), table=table, context=len(tokens)).decode(tokens, all_logits=True)[first:]
-            assert divergence(expected, got).mean() < 1e-3
+            # The demo model's routers have near-ties; where llama.cpp's rounding takes the other expert, it leaves the
+            # float64 reference and we do not (docs/demo-model.md): so its typical row is compared.
+            kl = divergence(expected, got)
+            assert (np.median(kl) if name == "demo" else kl.mean()) < 1e-3
+
+
+@pytest.mark.parametrize("table", kernels.tables())
+def test_the_demo_model_agrees_with_the_reference(table: str) -> None:
+    reference = Reference.from_gguf(DEMO)
+    agree, kls = [], []
+    for sentence, answer in demo_grammar.held_out_set(6, seed=5):
+        ids = np.array(
+            Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata).encode(demo_grammar.chat(sentence, answer))
+        )
+        expected = reference.logits(ids.tolist())
+        got = open_session(str(DEMO), table=table, context=len(ids)).decode(ids, all_logits=True)
+        agree.append(expected.argmax(1) == got.argmax(1))
+        kls.append(divergence(expected, got))
+    assert np.concatenate(kls).mean() < 1e-3
+    assert np.concatenate(agree).mean() > 0.99
