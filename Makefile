@@ -10,7 +10,8 @@ MAKEFLAGS += --no-print-directory
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
-NATIVE := $(C_FILES) $(wildcard smallthinker_edge/_native/*.pyx smallthinker_edge/_native/*.pxd) setup.py
+TEST_C_FILES := $(wildcard tests/native/*.c)
+NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
 MODEL ?= smallthinker_edge/data/demo.gguf
 
 .PHONY: help demo test lint bench build install clean
@@ -29,7 +30,7 @@ lint: $(VENV)/dev ## Check style and types of Python, Cython and C
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint smallthinker_edge
-	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES) $(TEST_C_FILES)
 
 bench: $(VENV)/built ## Measure prompt and decode speed of MODEL=file.gguf (default: the embedded model)
 	@$(BIN)/python benchmarks/decode.py $(MODEL)
