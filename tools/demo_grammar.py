@@ -89,7 +89,7 @@ class Draw:
         if self.held_out and self.rng.random() < 0.25:
             self.used_held_out = True
             return self.rng.choice(HELD_OUT_VALUES[kind])
-        if not self.held_out and kind in ("items", "rooms", "music") and self.rng.random() < 0.35:
+        if not self.held_out and kind in ("items", "rooms", "music") and self.rng.random() < 0.2:
             return invented(self.rng)
         return self.rng.choice(common)
 
