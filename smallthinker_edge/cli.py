@@ -22,7 +22,7 @@ from smallthinker_edge.errors import ContextFull, SmallThinkerError
 if TYPE_CHECKING:
     from smallthinker_edge._native.gguf import GGUFFile
     from smallthinker_edge.config import ModelConfig
-    from smallthinker_edge.model import SmallThinker
+    from smallthinker_edge.model import GenerationResult, SmallThinker
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 VALUE_WIDTH = 72
@@ -165,12 +165,11 @@ def generate(arguments: argparse.Namespace) -> int:
         finally:
             print(flush=True)
         if arguments.stats:
-            print_stats(model, stream)
+            print_stats(model, stream.result)
     return OK
 
 
-def print_stats(model: SmallThinker, stream: object) -> None:
-    result = getattr(stream, "result", None)
+def print_stats(model: SmallThinker, result: GenerationResult | None) -> None:
     if result is not None:
         timings = result.timings
         print(
