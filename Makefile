@@ -12,12 +12,24 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
 TEST_C_FILES := $(wildcard tests/native/*.c)
 NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
-MODEL ?= smallthinker_edge/data/demo.gguf
 
-.PHONY: help demo test lint bench build install clean
+# make bench: the model, and Pythons that have llama-cpp-python. Without them it is built into environments of its own,
+# for this machine (native) and without AVX-512, which takes some minutes. BENCH passes options to compare.py.
+MODEL ?= smallthinker_edge/data/demo.gguf
+LLAMA_PYTHON ?= .venv-llama/bin/python
+LLAMA_AVX2_PYTHON ?= .venv-llama-avx2/bin/python
+BENCH_NAME = build/bench/$(basename $(notdir $(MODEL)))
+COMPARE = $(BIN)/python benchmarks/compare.py
+define BENCH_EXTRA
+from importlib.metadata import requires
+print(next(line.partition(";")[0] for line in requires("smallthinker_edge") if "bench" in line))
+endef
+export BENCH_EXTRA
+
+.PHONY: help demo test lint bench bench-avx2 bench-docs build install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 	@$(BIN)/python -m smallthinker_edge demo
@@ -32,13 +44,19 @@ lint: $(VENV)/dev ## Check style and types of Python, Cython and C
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint smallthinker_edge
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES) $(TEST_C_FILES)
 
-bench: $(VENV)/built ## Measure prompt and decode speed of MODEL=file.gguf (default: the embedded model)
-	@$(BIN)/python benchmarks/decode.py $(MODEL)
+bench: $(VENV)/built $(LLAMA_PYTHON) $(MODEL) ## Compare with llama.cpp on MODEL=file.gguf (default: the embedded model)
+	@$(COMPARE) $(MODEL) --llama-python $(LLAMA_PYTHON) --output $(BENCH_NAME) $(BENCH)
+
+bench-avx2: $(VENV)/built $(LLAMA_AVX2_PYTHON) $(MODEL) ## The same, both engines without AVX-512
+	@SMALLTHINKER_CPU=avx2 $(COMPARE) $(MODEL) --llama-python $(LLAMA_AVX2_PYTHON) --output $(BENCH_NAME)-avx2 $(BENCH)
+
+bench-docs: $(VENV)/built ## Put docs/measurements/ into the tables of docs/performance.md
+	@$(BIN)/python benchmarks/report.py
 
 build: $(VENV)/built ## Compile what changed, in place
 
 clean: ## Remove .venv, compiled files and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-llama .venv-llama-avx2 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f smallthinker_edge/_native/*.so smallthinker_edge/_native/*.c
 	find smallthinker_edge tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -66,3 +84,18 @@ install:
 $(VENV)/dev: $(VENV)/built
 	@[ $@ -nt $(VENV)/installed ] || $(PIP) install "smallthinker_edge[dev]"
 	@touch $@
+
+# Synthetic models of the real shapes, for the benchmark: make bench MODEL=build/models/4b.gguf (2.3 GB), or 21b (12 GB).
+build/models/%.gguf: $(VENV)/built
+	@mkdir -p $(@D)
+	@[ -f $@ ] || $(BIN)/python tools/make_synthetic.py $* -o $@ --stats $(@:.gguf=.json)
+
+.venv-llama/bin/python: LLAMA_FLAGS = -DGGML_NATIVE=ON
+.venv-llama-avx2/bin/python: LLAMA_FLAGS = -DGGML_NATIVE=OFF -DGGML_AVX512=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
+	-DGGML_BMI2=ON
+.venv-llama/bin/python .venv-llama-avx2/bin/python: | $(VENV)/built
+	@echo "Building llama.cpp into $(@:/bin/python=) ..."
+	@"$(PYTHON)" -m venv $(@:/bin/python=).part
+	@CMAKE_ARGS="$(LLAMA_FLAGS)" $(@:/bin/python=).part/bin/python -m pip install --disable-pip-version-check --quiet \
+	  --no-binary llama-cpp-python "$$($(BIN)/python -c "$$BENCH_EXTRA")"
+	@mv $(@:/bin/python=).part $(@:/bin/python=)

@@ -385,6 +385,30 @@ def plan(arguments: argparse.Namespace) -> int:
     return OK
 
 
+# bench
+
+
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("memory", "kernels", "sparsity"), help="what to measure on this machine")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="largest team (default: usable CPUs)")
+    parser.add_argument("--tables", nargs="+", metavar="NAME", help="kernel tables (default: all of this CPU)")
+    parser.add_argument("--shapes", nargs="+", choices=("4b", "21b"), default=("4b", "21b"), help="default: both")
+    parser.add_argument("--json", metavar="FILE", dest="json_path", help="write all figures there too")
+    parser.add_argument("--plot", metavar="FILE", help="of sparsity: draw the curves (needs the [plots] extra)")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.bench import run_bench
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command")}
+    try:
+        with checking_arguments():
+            print(run_bench(**options))
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--plot needs {error.name}: pip install 'smallthinker_edge[plots]'") from error
+    return OK
+
+
 COMMANDS = (
     Command("generate", "continue a text", generate_arguments, generate),
     Command("chat", "talk with a model in the terminal", chat_arguments, chat),
@@ -394,6 +418,7 @@ COMMANDS = (
     Command("pack", "write a packed file, whose experts can be paged from storage", pack_arguments, pack),
     Command("verify", "check every checksum of a packed file", verify_arguments, verify),
     Command("plan", "show where the memory of a process would go", plan_arguments, plan),
+    Command("bench", "time memory and kernels of this machine", bench_arguments, bench),
 )
 
 

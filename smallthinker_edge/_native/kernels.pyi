@@ -11,6 +11,8 @@ Q8X4_BYTES: int
 ACTIVE_BYTES: int
 ACTIVE: np.dtype[Any]
 
+READ_STEP: int
+
 def tables() -> list[str]: ...
 def pack_tile16(type: int, src: Bytes, rows: int, cols: int) -> Bytes: ...
 def unpack_tile16(type: int, src: Bytes, rows: int, cols: int) -> Bytes: ...
@@ -53,3 +55,43 @@ class Table:
     def dot(self, a: Floats, b: Floats) -> float: ...
     def axpy(self, a: float, x: Floats, y: Floats) -> None: ...
     def to_f16(self, x: Floats, out: Halves) -> None: ...
+
+def allocate(size: int) -> Bytes: ...
+
+class Timer:
+    threads: int
+    def __init__(self, table: str, threads: int) -> None: ...
+    @staticmethod
+    def kernels() -> list[str]: ...
+    @staticmethod
+    def item_bytes(kernel: str, rows: int, cols: int, tokens: int = ...) -> int: ...
+    def run(
+        self,
+        kernel: str,
+        data: Bytes,
+        stride: int,
+        first: int,
+        count: int,
+        *,
+        rows: int = ...,
+        cols: int = ...,
+        tokens: int = ...,
+        index: npt.NDArray[np.int32] | None = ...,
+        active: npt.NDArray[Any] | None = ...,
+        streams: int = ...,
+        ahead: int = ...,
+    ) -> float: ...
+    def ffn(
+        self,
+        data: Bytes,
+        d: int,
+        f: int,
+        used: int,
+        gate: Floats,
+        index: npt.NDArray[np.int32],
+        start: npt.NDArray[np.int32],
+        *,
+        whole: bool,
+        first: int,
+        tokens: int,
+    ) -> float: ...

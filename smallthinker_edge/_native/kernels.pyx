@@ -4,7 +4,8 @@
 Never called by the forward pass. Buffers are the caller's NumPy arrays, so that a test can put guard zones around
 them; only their sizes are checked.
 """
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 import numpy as np
@@ -15,6 +16,8 @@ Q8X4_BYTES = sizeof(st_q8x4)
 ACTIVE_BYTES = sizeof(st_active)
 ACTIVE = np.dtype([("h", "i1", 32), ("index", "u1", 32), ("corr", "i4"), ("quads", "i4"), ("scale", "f4"),
                    ("count", "i4")])
+
+include "timing.pxi"
 
 
 def tables():

@@ -1,0 +1,347 @@
+"""Compares this library with llama.cpp on one GGUF file: `make bench` runs it, docs/performance.md shows its results.
+
+    python benchmarks/compare.py MODEL.gguf --llama-python PYTHON [--threads 2] [--output build/bench/NAME]
+
+Each engine lives in a process of its own and sleeps while the other one works; they take turns job by job on the same
+random tokens. Writes NAME.json and NAME.md. Random tokens route differently from text: compare engines and builds
+with these figures, not experts' use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+from report import markdown
+from traffic import traffic_of
+
+from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge.config import ModelConfig
+from smallthinker_edge.loader import usable_cpus
+from smallthinker_edge.packed import pack
+
+HERE = Path(__file__).resolve().parent
+OURS, LLAMA = "smallthinker_edge", "llama.cpp"
+SETTLE_SECONDS = 0.1  # between turns: threads that wait by spinning give up in far less
+FIRST_TOKEN_PROMPT = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kind of work.
+
+    Attributes:
+        tokens: how many are timed. context: how many stand in the KV cache before them.
+        steps: one by one (decode), or as one prompt.
+    """
+
+    tokens: int
+    context: int
+    steps: bool
+
+    @property
+    def name(self) -> str:
+        return f"decode {self.tokens} tokens at {self.context}" if self.steps else f"prompt of {self.tokens}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine with its settings. stream: what its streams' names end in."""
+
+    name: str
+    engine: str
+    stream: str
+
+
+class Worker:
+    """An engine's process, sleeping until asked. started: when it was, by time.perf_counter()."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.description = self._answer()
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"compare: {self.process.args} ended with exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: on which file, by whom, how often."""
+
+    model: str
+    llama_python: str | None
+    threads: int
+    vocab_size: int
+    jobs: tuple[Job, ...]
+    contenders: tuple[Contender, ...]
+    repetitions: int
+    seed: int
+
+    @property
+    def engines(self) -> list[str]:
+        return list(dict.fromkeys(contender.engine for contender in self.contenders))
+
+    @property
+    def context(self) -> int:
+        """Positions that the longest stream grows to, in whole attention chunks."""
+        most = max(job.context + job.tokens * (self.repetitions if job.context else 1) for job in self.jobs)
+        return -(-max(most, FIRST_TOKEN_PROMPT) // 256) * 256
+
+    def worker(self, engine: str, model: str | None = None) -> Worker:
+        python, script = (
+            (sys.executable, "worker_smallthinker.py")
+            if engine == OURS
+            else (self.llama_python or "", "worker_llama.py")
+        )
+        options = ["--threads", str(self.threads), "--context", str(self.context)]
+        return Worker([python, str(HERE / script), model or self.model, *options])
+
+    def ids(self, job: Job, repetition: int) -> list[int]:
+        """The tokens of a job, the same for every engine. Repetition -1: those that stand before it."""
+        rng = random.Random(f"{self.seed} {job} {repetition}")
+        return [rng.randrange(self.vocab_size) for _ in range(job.context if repetition < 0 else job.tokens)]
+
+
+def prepare(worker: Worker, plan: Plan, contenders: Sequence[Contender]) -> None:
+    """Warms a worker up and fills the streams that start with a context; nothing of it counts."""
+    for contender in contenders:
+        warm = Job(8, 0, True)
+        ask(worker, contender, warm, plan.ids(warm, 0))
+        for job in plan.jobs:
+            if job.context:
+                ids = plan.ids(job, -1)
+                ask(worker, contender, Job(len(ids), job.context, False), ids)
+
+
+def ask(worker: Worker, contender: Contender, job: Job, ids: list[int]) -> dict[str, Any]:
+    """Runs a job. A stream with a context is filled once and then grows from repetition to repetition."""
+    stream = f"{job.context}{contender.stream}"
+    return worker.ask({"stream": stream, "tokens": ids, "steps": job.steps, "reset": job.context == 0})
+
+
+def measure(workers: dict[str, Worker], plan: Plan, repetition: int) -> Iterator[dict[str, Any]]:
+    """One repetition: every job by every contender whose worker is there, in turns; the order alternates."""
+    contenders = [contender for contender in plan.contenders if contender.engine in workers]
+    for job in plan.jobs:
+        for contender in contenders if repetition % 2 == 0 else reversed(contenders):
+            time.sleep(SETTLE_SECONDS)
+            busy = busy_seconds()
+            answer = ask(workers[contender.engine], contender, job, plan.ids(job, repetition))
+            foreign = max(0.0, busy_seconds() - busy - answer["cpu_seconds"])
+            answer["foreign_cpu_share"] = foreign / answer["seconds"]
+            yield {"job": asdict(job), "contender": contender.name, "repetition": repetition, **answer}
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes of the machine have used, in ticks of 10 ms."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+
+
+def read_limits(workers: dict[str, Worker], pattern: list[int] | None) -> list[dict[str, Any]]:
+    """The memory-read limit, where the worker that can measure it is there."""
+    if OURS not in workers:
+        return []
+    return [workers[OURS].ask({"call": "read_limit", "arguments": {"pattern": pattern}})]
+
+
+@contextmanager
+def running(plan: Plan, engines: Sequence[str]) -> Iterator[dict[str, Worker]]:
+    """Prepared workers of the engines."""
+    with ExitStack() as stack:
+        workers = {}
+        for engine in engines:
+            workers[engine] = plan.worker(engine)
+            stack.callback(workers[engine].close)
+            prepare(workers[engine], plan, [c for c in plan.contenders if c.engine == engine])
+            progress(f"{engine} is loaded")
+        yield workers
+
+
+def run(plan: Plan, together: bool) -> dict[str, Any]:
+    """Everything but the time to the first token.
+
+    together: both engines stay loaded and alternate job by job; else, for models that do not fit twice, each is loaded
+    anew in every repetition, and only one is in memory.
+    """
+    runs: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
+    descriptions: dict[str, Any] = {}
+
+    def repetition(workers: dict[str, Worker], number: int) -> None:
+        descriptions.update({engine: worker.description for engine, worker in workers.items()})
+        limits.extend(read_limits(workers, limits[0]["pattern"] if limits else None))
+        runs.extend(measure(workers, plan, number))
+        progress(f"repetition {number + 1} of {plan.repetitions}: {', '.join(workers)}")
+
+    if together:
+        with running(plan, plan.engines) as workers:
+            for number in range(plan.repetitions):
+                repetition(workers, number)
+            limits.extend(read_limits(workers, limits[0]["pattern"]))
+    else:
+        for number in range(plan.repetitions):
+            for engine in plan.engines:
+                with running(plan, [engine]) as workers:
+                    repetition(workers, number)
+    return {"engines": descriptions, "read_limits": limits, "runs": runs}
+
+
+def first_token(plan: Plan, packed: str | None, repetitions: int) -> list[dict[str, Any]]:
+    """Seconds from starting a process to the logits after a prompt, in turns; files are in the page cache."""
+    starts = [(engine, plan.model) for engine in plan.engines] + ([(OURS, packed)] if packed else [])
+    prompt = Job(FIRST_TOKEN_PROMPT, 0, False)
+    times: dict[tuple[str, str], list[float]] = {start: [] for start in starts}
+    for repetition in range(repetitions):
+        for (engine, file), seconds in times.items():
+            worker = plan.worker(engine, file)
+            contender = next(c for c in plan.contenders if c.engine == engine)
+            ask(worker, contender, prompt, plan.ids(prompt, repetition))
+            seconds.append(time.perf_counter() - worker.started)
+            worker.close()
+    return [
+        {"engine": engine, "file": "packed" if file == packed else "GGUF", "seconds": seconds}
+        for (engine, file), seconds in times.items()
+    ]
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know of this machine."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        fields = [line.partition(":") for line in lines]
+        model = next((v.strip() for k, _, v in fields if k.strip() in ("model name", "Model")), model)
+    return {
+        "cpu": model,
+        "cpus": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def active_share(model: str, given: float | None) -> tuple[float | None, str]:
+    """(share of a used expert's neurons whose gate is positive, where that is known from); None if it is not."""
+    if given is not None:
+        return given, "given"
+    statistics = Path(model).with_suffix(".json")
+    if statistics.is_file():
+        measured = json.loads(statistics.read_text(encoding="utf-8"))
+        return 1 - measured["silent"], f"measured by make_synthetic.py ({statistics.name})"
+    return None, "not known: every neuron is counted"
+
+
+def fits_twice(model: str) -> bool:
+    """Whether both engines' weights and the file's page cache fit into memory, with a quarter to spare."""
+    return psutil.virtual_memory().available > 3.25 * os.path.getsize(model)
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", metavar="MODEL.gguf")
+    parser.add_argument(
+        "--llama-python", metavar="PYTHON", help="has llama-cpp-python; without, only this library runs"
+    )
+    parser.add_argument(
+        "--packed", metavar="FILE", help="the same model packed (made if it is not there), to time its first token"
+    )
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="of both engines (default: usable CPUs)")
+    parser.add_argument("--decode", type=int, default=64, metavar="N", help="tokens decoded one by one (64)")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[0, 4096], metavar="N", help="before them (0 4096)")
+    parser.add_argument("--prompts", type=int, nargs="*", default=[128, 512], metavar="N", help="lengths (128 512)")
+    parser.add_argument(
+        "--flash-attention", nargs="+", choices=("on", "off"), default=["on", "off"], help="of llama.cpp"
+    )
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of everything; medians count (5)")
+    parser.add_argument("--starts", type=int, default=3, metavar="N", help="process starts timed per file (3)")
+    parser.add_argument("--active-share", type=float, metavar="X", help="active neurons, to count bytes (default: from"
+                        " MODEL.json as make_synthetic.py --stats writes it)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="build/bench/result", metavar="NAME", help="writes NAME.json and NAME.md")
+    return parser
+
+
+def make_plan(arguments: argparse.Namespace, vocab_size: int, context_length: int) -> Plan:
+    """The work asked for, less the contexts that the model does not reach."""
+    contexts = [n for n in arguments.contexts if n + arguments.decode * arguments.repetitions <= context_length]
+    jobs = [Job(n, 0, False) for n in arguments.prompts if n <= context_length]
+    jobs += [Job(arguments.decode, n, True) for n in contexts]
+    contenders = [Contender(OURS, OURS, "")]
+    if arguments.llama_python:
+        variants = arguments.flash_attention
+        contenders += [Contender(f"{LLAMA}, flash attention {v}", LLAMA, f"/{v}") for v in variants]
+    return Plan(
+        *(arguments.model, arguments.llama_python, arguments.threads, vocab_size, tuple(jobs), tuple(contenders)),
+        *(arguments.repetitions, arguments.seed),
+    )
+
+
+def main() -> None:
+    arguments = arguments_parser().parse_args()
+    with GGUFFile(arguments.model) as file:
+        config = ModelConfig.from_gguf(file)
+        share, source = active_share(arguments.model, arguments.active_share)
+        traffic = traffic_of(file.tensors, config, 1.0 if share is None else share)
+        name = str(file.metadata.get("general.name", Path(arguments.model).name))
+    if arguments.packed and not os.path.exists(arguments.packed):
+        pack(arguments.model, arguments.packed)
+    plan = make_plan(arguments, config.vocab_size, config.context_length)
+    together = fits_twice(arguments.model)
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "model": {"name": name, "file_bytes": os.path.getsize(arguments.model)},
+        "threads": plan.threads,
+        "turns": "job by job" if together else "process by process",
+        "active_share": share,
+        "active_share_source": source,
+        "traffic": traffic.as_dict(),
+        **run(plan, together),
+        "first_token": first_token(plan, arguments.packed, arguments.starts) if arguments.starts else [],
+    }
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = markdown(result)
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    progress(f"written to {output.with_suffix('.json')} and {output.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()

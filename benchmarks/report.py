@@ -1,0 +1,193 @@
+"""Puts the figures of compare.py into words: medians, ratios, bytes per second. It measures nothing.
+
+python benchmarks/report.py                  # refreshes the tables of docs/performance.md
+python benchmarks/report.py RESULT.json      # prints one result as Markdown
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from traffic import Traffic
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "docs" / "measurements"
+OURS = "smallthinker_edge"
+
+Result = dict[str, Any]
+
+
+def job_name(job: dict[str, Any]) -> str:
+    if not job["steps"]:
+        return f"prompt of {job['tokens']}"
+    return "decode, " + (f"context {job['context']}" if job["context"] else "empty context")
+
+
+def rates(result: Result, job: dict[str, Any], contender: str) -> list[float]:
+    """Tokens per second in each repetition, in their order."""
+    runs = [run for run in result["runs"] if run["job"] == job and run["contender"] == contender]
+    return [job["tokens"] / run["seconds"] for run in sorted(runs, key=lambda run: run["repetition"])]
+
+
+def jobs_of(result: Result) -> list[dict[str, Any]]:
+    jobs: list[dict[str, Any]] = []
+    for run in result["runs"]:
+        if run["job"] not in jobs:
+            jobs.append(run["job"])
+    return jobs
+
+
+def best_rival(result: Result, job: dict[str, Any]) -> str | None:
+    """The other engine's setting with the larger median for this job; None where it did not run."""
+    rivals = {run["contender"] for run in result["runs"] if run["contender"] != OURS}
+    return max(sorted(rivals), key=lambda name: statistics.median(rates(result, job, name)), default=None)
+
+
+def summary(result: Result, job: dict[str, Any]) -> dict[str, Any]:
+    """Medians of a job: "ours"; with a rival "rival", "rival_name", "ratio", and "ratios" of pairs that took turns."""
+    ours = rates(result, job, OURS)
+    rival = best_rival(result, job)
+    values: dict[str, Any] = {"ours": statistics.median(ours), "ours_all": ours}
+    if rival is not None:
+        theirs = rates(result, job, rival)
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        values |= {"rival_name": rival, "rival": statistics.median(theirs), "rival_all": theirs}
+        values |= {"ratio": statistics.median(ratios), "ratios": ratios}
+    return values
+
+
+def read_limit(result: Result) -> float:
+    """Bytes per second that memory gives: the median of the run's measurements."""
+    return statistics.median(limit["bytes_per_second"] for limit in result["read_limits"])
+
+
+def bytes_per_second(result: Result, job: dict[str, Any], contender: str, whole: bool) -> float:
+    """Median over the repetitions; a stream with a context grows by the job's tokens each time."""
+    traffic = Traffic(**result["traffic"])
+    figures = []
+    for repetition, rate in enumerate(rates(result, job, contender)):
+        position = job["context"] + (job["tokens"] * repetition if job["context"] else 0) + (job["tokens"] + 1) / 2
+        figures.append(rate * (traffic.whole_at(position) if whole else traffic.at(position)))
+    return statistics.median(figures)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Median and, in brackets, the range."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def setting(name: str) -> str:
+    """What is added to a figure of llama.cpp: which of its settings it was."""
+    return f", flash {name.rpartition(' ')[2]}" if "flash" in name else ""
+
+
+def speed_table(result: Result) -> str:
+    rows = []
+    for job in jobs_of(result):
+        values = summary(result, job)
+        row = [job_name(job), spread(values["ours_all"])]
+        if "rival" in values:
+            row += [spread(values["rival_all"]) + setting(values["rival_name"]), f"**{spread(values['ratios'], 2)}**"]
+        rows.append(row)
+    head = ["tokens per second: median (range)", OURS, "llama.cpp, its better setting", "ratio of pairs"]
+    return table(head[: len(rows[0])], rows)
+
+
+def traffic_table(result: Result) -> str:
+    limit, traffic = read_limit(result), Traffic(**result["traffic"])
+    rows = []
+    for job in jobs_of(result):
+        if not job["steps"]:
+            continue
+        values = summary(result, job)
+        position = job["context"] + (job["tokens"] + 1) / 2
+        entries = [(OURS, False, OURS)]
+        if "rival" in values:
+            entries.append((values["rival_name"], True, "llama.cpp"))
+        for contender, whole, label in entries:
+            size = traffic.whole_at(position) if whole else traffic.at(position)
+            speed = bytes_per_second(result, job, contender, whole)
+            row = [
+                f"{label}, {job_name(job)}",
+                f"{size / 1e6:.0f} MB",
+                f"{speed / 1e9:.1f} GB/s",
+                f"{speed / limit:.0%}",
+            ]
+            rows.append(row)
+    return table(["", "bytes per token", "per second", f"of the read limit, {limit / 1e9:.1f} GB/s"], rows)
+
+
+def first_token_table(result: Result) -> str:
+    rows = [[f"{start['engine']}, {start['file']}", spread(start["seconds"], 2)] for start in result["first_token"]]
+    return table(["seconds from process start to the logits after 16 tokens", ""], rows)
+
+
+def notes(result: Result) -> str:
+    """How it was measured, in a paragraph."""
+    machine, share = result["machine"], result["active_share"]
+    engines = [f"{d['engine']}" + (f" ({d['kernels']})" if "kernels" in d else "") for d in result["engines"].values()]
+    repetitions = 1 + max(run["repetition"] for run in result["runs"])
+    idle = max(run["idle_cpu_seconds"] for run in result["runs"])
+    foreign = [run["foreign_cpu_share"] for run in result["runs"]]
+    disturbed = (
+        f"other processes took {statistics.median(foreign):.0%} of a CPU in the median turn, {max(foreign):.0%} at most"
+    )
+    how = f"{share:.3f}, {result['active_share_source']}" if share is not None else result["active_share_source"]
+    return (
+        f"{result['date']}; {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{machine['system']}, Python {machine['python']}. {' against '.join(engines)}; "
+        f"{result['threads']} threads each; "
+        f"{result['model']['name']}, {result['model']['file_bytes'] / 1e9:.2f} GB. {repetitions} repetitions, turns "
+        f"{result['turns']}; no engine used more than {idle * 1e3:.0f} ms of CPU between two of its turns, "
+        f"{disturbed}. "
+        f"Share of active neurons: {how}."
+    )
+
+
+def markdown(result: Result) -> str:
+    """All tables of one result."""
+    parts = [speed_table(result)]
+    if result["read_limits"] and any(job["steps"] for job in jobs_of(result)):
+        parts.append(traffic_table(result))
+    if result["first_token"]:
+        parts.append(first_token_table(result))
+    return "\n\n".join([*parts, notes(result)]) + "\n"
+
+
+def refreshed(document: str, results: Path) -> str:
+    """The document with what stands between `<!-- NAME -->` and `<!-- end -->` made anew from the file results/NAME."""
+
+    def section(match: re.Match[str]) -> str:
+        path = results / match.group(1)
+        if path.suffix == ".json":
+            text = markdown(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            text = path.read_text(encoding="utf-8")
+        return f"<!-- {match.group(1)} -->\n{text.strip()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\S+\.(?:json|md)) -->\n.*?<!-- end -->", section, document, flags=re.DOTALL)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+        return
+    DOCUMENT.write_text(refreshed(DOCUMENT.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+# Times kernels where they run: in C, on a thread team, without Python in between. Included by kernels.pyx; called by
+# smallthinker_edge/bench. A new kernel is one `apply_` function and one line of APPLY. It checks no results: that is
+# the tests' work.
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+    enum:
+        CLOCK_MONOTONIC
+
+cdef extern from "smallthinker/bandwidth.h" nogil:
+    enum:
+        ST_READ_STEP
+    uint64_t st_read_memory(const uint8_t *p, size_t bytes, int streams, size_t ahead)
+
+READ_STEP = ST_READ_STEP
+
+
+cdef double seconds_now() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
+
+
+cdef class Memory:
+    """Bytes from the system, in huge pages where it has them, as the engine's weights are; a writable buffer."""
+    cdef uint8_t *data
+    cdef readonly Py_ssize_t size
+
+    def __cinit__(self, Py_ssize_t size):
+        self.data = <uint8_t *>st_memory_alloc(size)
+        if self.data == NULL:
+            raise MemoryError(f"cannot get {size} bytes from the system")
+        self.size = size
+
+    def __dealloc__(self):
+        st_memory_free(self.data, self.size)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.data, self.size, 0, flags)
+
+
+def allocate(Py_ssize_t size):
+    """A uint8 array over Memory."""
+    return np.frombuffer(Memory(size), np.uint8)
+
+
+# What a kernel is applied to: `count` items of `stride` bytes, from item `first` on, round and round.
+cdef struct Job:
+    const st_kernels *k
+    st_team *team
+    void (*apply)(const Job *job, const uint8_t *item, int tid) noexcept nogil
+    const uint8_t *data
+    int64_t stride, items, first, count
+    int64_t rows, cols, tokens
+    const int32_t *index      # [n_index] rows of the row and down kernels
+    int64_t n_index
+    const st_active *active   # [rows / 32]
+    const st_q8x4 *const *xq  # [tokens] quantised rows of `cols` columns
+    float *x                  # [rows of attention, or cols]
+    float *out                # one of out_stride floats for every thread
+    int64_t out_stride
+    int streams
+    int64_t ahead
+
+
+cdef void apply_read(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.out[tid * j.out_stride] = <float>st_read_memory(item, j.stride, j.streams, j.ahead)
+
+
+cdef void apply_gemm_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.gemm_q4_0(item, j.rows, j.cols // 32, 0, (j.rows + 15) // 16, j.xq, j.tokens, j.out + tid * j.out_stride,
+                  j.rows)
+
+
+cdef void apply_gemm_q8_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.gemm_q8_0(item, j.rows, j.cols // 32, 0, (j.rows + 15) // 16, j.xq, j.tokens, j.out + tid * j.out_stride,
+                  j.rows)
+
+
+cdef void apply_rows_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.rows_q4_0(item, j.cols // 32, j.index, j.n_index, j.xq[0], j.out + tid * j.out_stride)
+
+
+cdef void apply_down_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """A whole matrix [cols][rows]: rows are the neurons, as everywhere here."""
+    cdef int64_t chunk, bytes = j.rows // 32 * ST_DOWN_CHUNK * 2 + j.rows * (ST_DOWN_CHUNK // 2)
+    for chunk in range((j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK):
+        j.k.down_q4_0(item + chunk * bytes, j.rows // 32, j.active, 1e-3,
+                      j.out + tid * j.out_stride + chunk * ST_DOWN_CHUNK)
+
+
+cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """`rows` query heads of `cols` against `tokens` positions: keys, then values."""
+    cdef const uint16_t *keys = <const uint16_t *>item
+    cdef float *out = j.out + tid * j.out_stride
+    cdef float *scores = out + j.rows * j.cols
+    cdef float *m = scores + j.rows * ST_ATTN_CHUNK
+    j.k.attention(j.x, j.rows, j.cols, keys, keys + j.tokens * j.cols, j.tokens, 0.1, scores, out, m, m + j.rows)
+
+
+cdef void apply_quantize(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.quantize(j.x, j.cols, <st_q8x4 *>(j.out + tid * j.out_stride))
+
+
+cdef void apply_activate(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.activate(j.x, j.x + 32, <st_active *>(j.out + tid * j.out_stride))
+
+
+cdef void apply_rmsnorm(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.rmsnorm(j.x, j.x, j.cols, 1e-6, j.out + tid * j.out_stride)
+
+
+cdef void apply_dot(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.out[tid * j.out_stride] = j.k.dot(<const float *>item, j.x, j.cols)
+
+
+cdef void apply_axpy(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.axpy(1e-6, j.x, j.out + tid * j.out_stride, j.cols)
+
+
+cdef void apply_to_f16(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.to_f16(j.x, <uint16_t *>(j.out + tid * j.out_stride), j.cols)
+
+
+ctypedef void (*apply_t)(const Job *job, const uint8_t *item, int tid) noexcept nogil
+
+cdef struct Named:
+    const char *name
+    apply_t apply
+
+cdef Named[12] APPLY
+APPLY[0] = Named("read", apply_read)
+APPLY[1] = Named("gemm_q4_0", apply_gemm_q4_0)
+APPLY[2] = Named("gemm_q8_0", apply_gemm_q8_0)
+APPLY[3] = Named("rows_q4_0", apply_rows_q4_0)
+APPLY[4] = Named("down_q4_0", apply_down_q4_0)
+APPLY[5] = Named("attention", apply_attention)
+APPLY[6] = Named("quantize", apply_quantize)
+APPLY[7] = Named("activate", apply_activate)
+APPLY[8] = Named("rmsnorm", apply_rmsnorm)
+APPLY[9] = Named("dot", apply_dot)
+APPLY[10] = Named("axpy", apply_axpy)
+APPLY[11] = Named("to_f16", apply_to_f16)
+
+
+cdef void run_job(void *arg, int tid) noexcept nogil:
+    cdef const Job *j = <const Job *>arg
+    cdef int64_t i = tid
+    while i < j.count:
+        j.apply(j, j.data + (j.first + i) % j.items * j.stride, tid)
+        i += st_team_size(j.team)
+
+
+# A token's FFN: `used` experts after one another in the pool, from expert `first` on. Each expert is gate [f][d],
+# up [f][d] and down [d][f], every one of d * f * 18 / 32 bytes in any of the layouts.
+cdef struct Ffn:
+    const st_kernels *k
+    st_team *team
+    const uint8_t *data
+    int64_t experts, first, tokens, used, d, f
+    int whole                 # 1: gate, up and down as dense matrices; 0: by neuron
+    const int32_t *index      # neurons of up that are computed, 32-groups one after another
+    const int32_t *start      # [f / 32 + 1] where each group begins in index
+    const float *gate         # [f] what the gate is taken to be, so that the share of active neurons is the wanted one
+    const st_q8x4 *x
+    float *hidden             # [used][f]
+    st_active *active         # [used][f / 32]
+    float *y                  # [d rounded up to 128]
+    uint8_t *scratch          # per thread: scratch_stride bytes
+    int64_t scratch_stride
+
+
+cdef void neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, float *out) noexcept nogil:
+    """Gate and up of 32 neurons. Only the cost of the computed gate counts: its sign is replaced."""
+    cdef int64_t nb = t.d // 32, bytes = t.d * t.f * 18 // 32, i, n
+    cdef const uint8_t *up = expert + bytes
+    cdef const int32_t *index = t.index + t.start[group]
+    cdef float *value = out + 32
+    t.k.gemm_q4_0(expert, t.f, nb, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
+    if t.whole:
+        t.k.gemm_q4_0(up, t.f, nb, 2 * group, 2 * group + 2, &t.x, 1, value, 32)
+        for i in range(32):
+            t.hidden[slot * t.f + 32 * group + i] = max(t.gate[32 * group + i], <float>0) * value[i]
+        return
+    n = t.start[group + 1] - t.start[group]
+    for i in range(32):
+        out[64 + i] = 0
+    t.k.rows_q4_0(up, nb, index, n, t.x, value)
+    for i in range(n):
+        out[64 + index[i] % 32] = value[i]
+    t.k.activate(t.gate + 32 * group, out + 64, t.active + slot * (t.f // 32) + group)
+
+
+cdef void down(Ffn *t, int64_t token, int64_t chunk, const st_q8x4 *hidden, float *out) noexcept nogil:
+    """128 outputs of every expert."""
+    cdef int64_t slot, i, third = t.d * t.f * 18 // 32, groups = t.f // 32, first = chunk * ST_DOWN_CHUNK
+    cdef int64_t last = min(first + ST_DOWN_CHUNK, t.d), bytes = groups * ST_DOWN_CHUNK * 2 + t.f * (ST_DOWN_CHUNK // 2)
+    cdef const uint8_t *w
+    for slot in range(t.used):
+        w = t.data + (t.first + token * t.used + slot) % t.experts * 3 * third + 2 * third
+        if t.whole:
+            hidden_row = hidden + slot * ((t.f + 127) // 128)
+            t.k.gemm_q4_0(w, t.d, groups, first // 16, last // 16, &hidden_row, 1, out, ST_DOWN_CHUNK)
+            for i in range(last - first):
+                t.y[first + i] += out[i]
+        else:
+            t.k.down_q4_0(w + chunk * bytes, groups, t.active + slot * groups, 0.25, t.y + first)
+
+
+cdef void run_ffn(void *arg, int tid) noexcept nogil:
+    cdef Ffn *t = <Ffn *>arg
+    cdef float *out = <float *>(t.scratch + tid * t.scratch_stride)
+    cdef st_q8x4 *hidden = <st_q8x4 *>(t.scratch + tid * t.scratch_stride + 1024)
+    cdef int64_t token, u, slot, third = t.d * t.f * 18 // 32, groups = t.f // 32
+    for token in range(t.tokens):
+        while True:
+            u = st_team_claim(t.team, 1)
+            if u >= t.used * groups:
+                break
+            slot = u // groups
+            neurons(t, t.data + (t.first + token * t.used + slot) % t.experts * 3 * third, slot, u % groups, out)
+        st_team_barrier(t.team)
+        if t.whole:
+            for slot in range(t.used):
+                t.k.quantize(t.hidden + slot * t.f, t.f, hidden + slot * ((t.f + 127) // 128))
+        while True:
+            u = st_team_claim(t.team, 1)
+            if u * ST_DOWN_CHUNK >= t.d:
+                break
+            down(t, token, u, hidden, out)
+        st_team_barrier(t.team)
+
+
+cdef class Timer:
+    """Times kernels of one table on a team of `threads`. One thread uses it at a time.
+
+    Raises ValueError for a table that this CPU cannot run, MemoryError where threads or memory are missing.
+    """
+    cdef const st_kernels *k
+    cdef st_team *team
+    cdef readonly int threads
+
+    def __cinit__(self, str table, int threads):
+        encoded = table.encode()
+        self.k = st_cpu_table(encoded)
+        if self.k == NULL or threads < 1:
+            raise ValueError(f"no kernel table {table!r} on this CPU, or no threads")
+        self.threads = threads
+        self.team = st_team_create(threads)
+        if self.team == NULL:
+            raise MemoryError("cannot start the threads")
+
+    def __dealloc__(self):
+        st_team_destroy(self.team)
+
+    @staticmethod
+    def kernels():
+        """Names of what run() can time."""
+        return [named.name.decode() for named in APPLY]
+
+    def run(self, str kernel, const uint8_t[::1] data, int64_t stride, int64_t first, int64_t count, *, int64_t rows=0,
+            int64_t cols=0, int64_t tokens=1, index=None, active=None, int streams=1, int64_t ahead=0):
+        """Applies a kernel to `count` items of `data`, `stride` bytes each, round and round from item `first` on.
+
+        Args:
+            kernel: one of kernels(). The threads take items in turns.
+            data: 64-byte aligned, followed by memory that may be prefetched (allocate()).
+            rows, cols, tokens: of a matrix kernel: its shape and how many inputs it is multiplied with; of attention:
+                query heads, their size and positions; of the others only cols counts, their length.
+            index: int32, rows that rows_q4_0 computes. active: [rows / 32] of dtype ACTIVE, for down_q4_0.
+            streams, ahead: of "read", see bandwidth.h; stride must be a multiple of streams * READ_STEP.
+
+        Returns seconds. Raises ValueError where sizes do not fit.
+        """
+        cdef Job job
+        cdef const int32_t[::1] chosen = np.zeros(1, np.int32) if index is None else index
+        cdef const uint8_t[::1] a = np.zeros((rows // 32 + 1) * ACTIVE_BYTES, np.uint8) if active is None else \
+            active.view(np.uint8)
+        cdef int64_t i, q_bytes = (cols + 127) // 128 * <int64_t>sizeof(st_q8x4)
+        cdef int64_t width = max(cols, 64 + rows * cols if kernel == "attention" else 64)
+        cdef double started
+        job.apply = NULL
+        for named in APPLY:
+            if named.name.decode() == kernel:
+                job.apply = named.apply
+        need(job.apply != NULL and stride > 0 and count > 0 and tokens > 0 and 0 <= first)
+        need(self.item_bytes(kernel, rows, cols, tokens) <= stride <= data.shape[0])
+        need(a.shape[0] >= rows // 32 * <int64_t>ACTIVE_BYTES and streams >= 1 and ahead >= 0)
+        need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
+        need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
+        need(not np.any(np.asarray(chosen) < 0) and (kernel != "rows_q4_0" or np.all(np.asarray(chosen) < rows)))
+        job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
+        job.first, job.count, job.rows, job.cols, job.tokens = first % job.items, count, rows, cols, tokens
+        job.index, job.n_index, job.active = &chosen[0], chosen.shape[0], <const st_active *>&a[0]
+        job.streams, job.ahead = streams, ahead
+        cdef float[::1] x = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+        job.x = &x[0]
+        inputs = Memory(tokens * q_bytes + 64)
+        cdef uint8_t[::1] quantized = inputs
+        pointers = np.empty(tokens, np.uintp)
+        cdef size_t[::1] p = pointers
+        for i in range(tokens):
+            p[i] = <size_t>&quantized[i * q_bytes]
+            self.k.quantize(&x[0], cols // 32 * 32, <st_q8x4 *>&quantized[i * q_bytes])
+        job.xq = <const st_q8x4 *const *>&p[0]
+        job.out_stride = (rows * max(tokens, 1) + rows * (cols + ST_ATTN_CHUNK + 2) * (kernel == "attention")
+                          + 2 * cols + chosen.shape[0] + 1024) // 64 * 64
+        outputs = Memory(self.threads * job.out_stride * 4)
+        cdef uint8_t[::1] out = outputs
+        job.out = <float *>&out[0]
+        with nogil:
+            started = seconds_now()
+            st_team_run(self.team, run_job, &job)
+            started = seconds_now() - started
+        return started
+
+    @staticmethod
+    def item_bytes(str kernel, int64_t rows, int64_t cols, int64_t tokens=1):
+        """Bytes of one item that a kernel reads, 0 where it reads none."""
+        if kernel in ("gemm_q4_0", "gemm_q8_0"):
+            return st_tile16_bytes(ST_Q4_0 if kernel == "gemm_q4_0" else ST_Q8_0, rows, cols)
+        if kernel == "rows_q4_0":
+            return rows * st_row_bytes(ST_Q4_0, cols)
+        if kernel == "down_q4_0":
+            return st_down_bytes(cols, rows)
+        if kernel == "attention":
+            return 2 * 2 * tokens * cols
+        return 4 * cols if kernel == "dot" else 0
+
+    def ffn(self, const uint8_t[::1] data, int64_t d, int64_t f, int64_t used, const float[::1] gate,
+            const int32_t[::1] index, const int32_t[::1] start, *, bint whole, int64_t first, int64_t tokens):
+        """The FFN of `tokens` tokens, one after another, each with the next `used` experts of the pool `data`.
+
+        Args:
+            d, f: multiples of 128 and of 32. gate: [f], what the gate's outputs are taken to be, so that the share of
+                positive ones is the wanted one; the product is computed all the same.
+            index: neurons of up to compute, group of 32 by group; start: [f / 32 + 1], where each group begins.
+            whole: gate, up and down as dense matrices (Tile16) instead; index is then not used.
+
+        Returns seconds. Raises ValueError where sizes do not fit.
+        """
+        cdef Ffn t
+        cdef double started
+        need(d % 128 == 0 and f % 32 == 0 and d > 0 and f > 0 and used > 0 and tokens > 0 and first >= 0)
+        need(gate.shape[0] == f and start.shape[0] == f // 32 + 1 and start[0] == 0)
+        need(np.all(np.diff(start) >= 0) and np.all(np.diff(start) <= 32) and start[f // 32] <= index.shape[0])
+        need(np.all(np.asarray(index) >= 0) and np.all(np.asarray(index) < f))
+        t.experts = data.shape[0] // (3 * d * f * 18 // 32)
+        need(t.experts >= used)
+        t.k, t.team, t.data, t.first, t.tokens, t.used = self.k, self.team, &data[0], first % t.experts, tokens, used
+        t.d, t.f, t.whole, t.start, t.gate = d, f, whole, &start[0], &gate[0]
+        t.index = &index[0] if index.shape[0] else &start[0]
+        t.scratch_stride = (1024 + used * ((f + 127) // 128) * <int64_t>sizeof(st_q8x4) + 4096) // 64 * 64
+        cdef int64_t q_bytes = (d + 127) // 128 * <int64_t>sizeof(st_q8x4)
+        cdef int64_t active_bytes = used * f // 32 * <int64_t>sizeof(st_active)
+        memory = Memory(q_bytes + active_bytes + used * f * 4 + d * 4 + self.threads * t.scratch_stride + 512)
+        cdef uint8_t[::1] bytes = memory
+        cdef float[::1] x = np.random.default_rng(0).standard_normal(d).astype(np.float32)
+        t.x = <const st_q8x4 *>&bytes[0]
+        self.k.quantize(&x[0], d, <st_q8x4 *>&bytes[0])
+        t.active = <st_active *>&bytes[q_bytes]
+        t.hidden = <float *>&bytes[q_bytes + active_bytes]
+        t.y = t.hidden + used * f
+        t.scratch = &bytes[(q_bytes + active_bytes + used * f * 4 + d * 4 + 63) // 64 * 64]
+        with nogil:
+            started = seconds_now()
+            st_team_run(self.team, run_ffn, &t)
+            started = seconds_now() - started
+        return started

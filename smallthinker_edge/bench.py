@@ -1,0 +1,367 @@
+"""What kernels and memory of this machine do: `smallthinker-edge bench`, and the yardstick of make bench.
+
+Everything is timed in C (_native/timing.pxi); here the work is laid out and the results are put into words. It never
+opens a model: the shapes are those of the real ones, the weights are arbitrary.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from smallthinker_edge._native import kernels
+from smallthinker_edge._native.kernels import Timer
+from smallthinker_edge.loader import usable_cpus
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model that decide how its kernels are called, in elements."""
+
+    name: str
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ffn: int
+    n_experts_used: int
+
+
+SHAPES = (Shape("4b", 1536, 12, 2, 128, 768, 4), Shape("21b", 2560, 28, 4, 128, 768, 6))
+ACTIVE_SHARE = 0.38  # neurons of a chosen expert whose gate is positive (technical report, figures 4-6)
+# Loads side by side and bytes of prefetch ahead: which is fastest differs between machines.
+READ_PATTERNS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
+READ_ITEM = 1 << 20
+REPETITIONS = 3
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the first CPU reports; 32 MiB where it reports none."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        unit = {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KM")) * unit)
+    return max(sizes) or 32 << 20
+
+
+def streaming_bytes() -> int:
+    """How much memory to walk through so that no cache holds it: twice the largest cache, or what is free if less."""
+    return max(64 << 20, min(2 * last_level_cache(), int(psutil.virtual_memory().available) // 3))
+
+
+def arbitrary_weights(size: int) -> Bytes:
+    """Bytes that are sound fp16 scales wherever a kernel looks for one: no infinities, NaN or denormals."""
+    memory = kernels.allocate(size)
+    block = np.random.default_rng(0).integers(0x24, 0x38, min(size, 1 << 20), np.uint8)
+    for start in range(0, size, block.size):
+        memory[start : start + block.size] = block[: size - start]
+    return memory
+
+
+def rate(run: Callable[[int, int], float], threads: int, seconds: float) -> float:
+    """Items per second of run(first, count) -> seconds: the median of REPETITIONS, each about `seconds` long.
+
+    Each repetition goes on where the last one stopped, so that memory larger than the caches stays out of them. Each
+    thread has an item at least.
+    """
+    first, count = 0, threads
+    while (taken := run(first, count)) < seconds:
+        first += count
+        # Short runs tell little about the length needed: go there in steps.
+        count = -(-min(16 * count, max(2 * count, int(count * seconds / max(taken, 1e-9)))) // threads) * threads
+    rates = []
+    for _ in range(REPETITIONS):
+        first += count
+        rates.append(count / run(first, count))
+    return statistics.median(rates)
+
+
+def warm_up(timer: Timer, memory: Bytes) -> None:
+    """Reads for a moment: a new thread may share its maker's CPU until the scheduler notices."""
+    timer.run("read", memory, READ_ITEM, 0, 1000 * timer.threads)
+
+
+@dataclass(frozen=True)
+class ReadLimit:
+    """How fast memory is read.
+
+    Attributes:
+        bytes_per_second: of the best pattern, the median of its repetitions.
+        threads: how many read at once.
+        streams, ahead: the best pattern: pieces that each thread reads side by side, bytes of prefetch.
+        patterns: bytes per second of each, by "streams/ahead".
+    """
+
+    bytes_per_second: float
+    threads: int
+    streams: int
+    ahead: int
+    patterns: dict[str, float]
+
+
+def read_limit(
+    threads: int,
+    memory: Bytes | None = None,
+    seconds: float = 0.05,
+    patterns: Sequence[tuple[int, int]] = READ_PATTERNS,
+) -> ReadLimit:
+    """Measures how fast `threads` threads read memory that no cache holds.
+
+    Args:
+        memory: what to read, for callers that have some; default: streaming_bytes() of it.
+        seconds: least time of each repetition of each pattern. patterns: (streams, ahead) to try.
+    """
+    memory = arbitrary_weights(streaming_bytes()) if memory is None else memory
+    timer = Timer("ref", threads)
+    warm_up(timer, memory)
+    measured = {}
+    for streams, ahead in patterns:
+
+        def run(first: int, count: int, streams: int = streams, ahead: int = ahead) -> float:
+            return timer.run("read", memory, READ_ITEM, first, count, streams=streams, ahead=ahead)
+
+        measured[streams, ahead] = rate(run, threads, seconds) * READ_ITEM
+    best = max(measured, key=lambda pattern: measured[pattern])
+    named = {f"{streams}/{ahead}": value for (streams, ahead), value in measured.items()}
+    return ReadLimit(measured[best], threads, *best, named)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of a kernel.
+
+    Attributes:
+        kernel: a name of Timer.kernels(). what: where the forward pass uses it.
+        rows, cols, tokens: as Timer.run() has them.
+        active: share of the rows that a kernel which skips reads.
+        streamed: whether the forward pass reads its operand from memory; then it is timed that way too.
+    """
+
+    kernel: str
+    what: str
+    rows: int
+    cols: int
+    tokens: int = 1
+    active: float = 1.0
+    streamed: bool = True
+
+
+def cases(shape: Shape) -> list[Case]:
+    """Every kernel at the sizes of a model."""
+    d, f, heads = shape.d_model, shape.d_ffn, shape.n_heads * shape.head_dim
+    group = shape.n_heads // shape.n_kv_heads
+    return [
+        Case("gemm_q4_0", "gate", f, d),
+        Case("gemm_q4_0", "output", d, heads),
+        Case("gemm_q4_0", "head, 512 rows", 512, d),
+        Case("gemm_q4_0", "gate, 64 tokens", f, d, 64, streamed=False),
+        Case("gemm_q8_0", "head, 512 rows", 512, d),
+        Case("rows_q4_0", f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
+        Case("rows_q4_0", "up, all", f, d),
+        Case("down_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
+        Case("down_q4_0", "down, all", f, d),
+        Case("attention", f"{group} heads, 256 positions", group, shape.head_dim, 256),
+        Case("quantize", "d", 0, d, streamed=False),
+        Case("rmsnorm", "d", 0, d, streamed=False),
+        Case("dot", "router row", 0, d, streamed=False),
+        Case("axpy", "d", 0, d, streamed=False),
+        Case("to_f16", "key of a head", 0, shape.head_dim, streamed=False),
+        Case("activate", "32 neurons", 0, 64, streamed=False),
+    ]
+
+
+@dataclass(frozen=True)
+class KernelResult:
+    """One line of `bench kernels`.
+
+    Attributes:
+        streaming: operand from memory, or from the cache.
+        nanoseconds: one call on one thread; with several threads, one call's share of the wall time.
+        bytes_per_call: of weights, keys or values that it reads; 0 for operations on activations alone.
+        multiplies_per_call: multiply-adds of a matrix kernel.
+    """
+
+    table: str
+    shape: str
+    case: Case
+    threads: int
+    streaming: bool
+    nanoseconds: float
+    bytes_per_call: int
+    multiplies_per_call: int
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes_per_call / self.nanoseconds * 1e9
+
+
+def choose_rows(rows: int, share: float, seed: int = 0) -> np.ndarray:
+    """A random choice of the share of the rows, ascending, at least one."""
+    count = max(1, round(rows * share))
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:count]).astype(np.int32)
+
+
+def active_groups(table: str, f: int, chosen: np.ndarray) -> np.ndarray:
+    """What activate() makes of f neurons of which the chosen fire."""
+    gate = np.full(f, -1, np.float32)
+    gate[chosen] = np.random.default_rng(1).uniform(0.5, 1, len(chosen))
+    up = np.ones(f, np.float32)
+    one = kernels.Table(table).activate
+    return np.array([one(gate[i : i + 32], up[i : i + 32]) for i in range(0, f, 32)], kernels.ACTIVE)
+
+
+def bytes_of(case: Case) -> int:
+    """Weights, keys or values that one call reads: for kernels that skip, what is left, and all scales of down."""
+    whole = Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)
+    if case.kernel == "rows_q4_0":
+        return whole // case.rows * len(choose_rows(case.rows, case.active))
+    if case.kernel == "down_q4_0":
+        padded = -(-case.cols // 128) * 128
+        return case.rows // 32 * padded * 2 + len(choose_rows(case.rows, case.active)) * padded // 2
+    return whole
+
+
+def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bool, seconds: float) -> float:
+    """Nanoseconds of wall time per call."""
+    stride = -(-max(1, Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)) // 4096) * 4096
+    items = memory.size // stride if streaming else timer.threads
+    view = memory[: items * stride]
+    chosen = choose_rows(case.rows, case.active) if case.kernel in ("rows_q4_0", "down_q4_0") else None
+    active = active_groups(table, case.rows, chosen) if case.kernel == "down_q4_0" and chosen is not None else None
+
+    def run(first: int, count: int) -> float:
+        return timer.run(
+            case.kernel,
+            view,
+            stride,
+            first,
+            count,
+            rows=case.rows,
+            cols=case.cols,
+            tokens=case.tokens,
+            index=chosen if case.kernel == "rows_q4_0" else None,
+            active=active,
+        )
+
+    return 1e9 / rate(run, timer.threads, seconds)
+
+
+def bench_kernels(
+    memory: Bytes,
+    *,
+    tables: Sequence[str] | None = None,
+    shapes: Sequence[Shape] = SHAPES,
+    threads: Sequence[int] = (1,),
+    seconds: float = 0.01,
+) -> Iterator[KernelResult]:
+    """Times every kernel of the tables at the sizes of the shapes, from the cache and from memory.
+
+    Args:
+        memory: arbitrary_weights(); what streams is as large as this. tables: names; default: all that this CPU runs.
+        threads: team sizes. seconds: least time of one repetition.
+
+    Raises ValueError for a table that this CPU cannot run.
+    """
+    for shape in shapes:
+        for table in kernels.tables() if tables is None else tables:
+            for count in threads:
+                timer = Timer(table, count)
+                warm_up(timer, memory)
+                for case in cases(shape):
+                    if count > 1 and not case.streamed and case.rows == 0:
+                        continue  # operations on activations are small: no threads share one
+                    size, multiplies = bytes_of(case), 0
+                    if case.kernel.startswith(("gemm", "rows", "down")):
+                        multiplies = round(case.rows * case.cols * case.tokens * case.active)
+                    for streaming in (False, True) if case.streamed else (False,):
+                        taken = time_case(timer, table, case, memory, streaming, seconds)
+                        yield KernelResult(table, shape.name, case, count, streaming, taken, size, multiplies)
+
+
+def kernel_table(results: Sequence[KernelResult], limits: dict[int, ReadLimit]) -> str:
+    """Markdown: a row per kernel, shape and thread count, a column per table.
+
+    Kernels that read weights or the KV cache in GB/s, with the share of the read limit where they stream; GEMMs of many
+    tokens in giga multiply-adds per second; the others in nanoseconds.
+    """
+    tables = list(dict.fromkeys(result.table for result in results))
+    rows: dict[tuple[object, ...], dict[str, str]] = {}
+    for r in results:
+        place = ("memory" if r.streaming else "cache") if r.bytes_per_call else "-"
+        key = (r.case.kernel, r.case.what, r.shape, place, r.threads)
+        rows.setdefault(key, {})[r.table] = _figure(r, limits)
+    head = ["kernel", "used for", "shape", "from", "threads", *tables]
+    lines = ["| " + " | ".join(head) + " |", "|---" * 5 + "|---:" * len(tables) + "|"]
+    lines += [
+        "| " + " | ".join([*map(str, key), *(row.get(t, "") for t in tables)]) + " |" for key, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def _figure(result: KernelResult, limits: dict[int, ReadLimit]) -> str:
+    if result.case.tokens > 1 and result.multiplies_per_call:
+        return f"{result.multiplies_per_call / result.nanoseconds:.1f} GMAC/s"
+    if not result.bytes_per_call or result.case.kernel == "dot":
+        return f"{result.nanoseconds:.0f} ns"
+    text = f"{result.bytes_per_second / 1e9:.1f} GB/s"
+    if result.streaming and result.threads in limits:
+        text += f" ({result.bytes_per_second / limits[result.threads].bytes_per_second:.0%})"
+    return text
+
+
+def run_bench(
+    what: str,
+    *,
+    threads: int | None = None,
+    tables: Sequence[str] | None = None,
+    shapes: Sequence[str] = ("4b", "21b"),
+    json_path: str | None = None,
+    plot: str | None = None,
+) -> str:
+    """What `smallthinker-edge bench` does; returns what it prints.
+
+    Args:
+        what: "memory", "kernels" or "sparsity".
+        threads: the largest team; one thread is measured too. Default: the usable CPUs.
+        tables, shapes: names; json_path: where all figures are written too. plot: image file of "sparsity".
+
+    Raises ValueError for unknown names, ImportError for a plot without matplotlib.
+    """
+    from smallthinker_edge import bench_sparsity as sparsity
+
+    if plot:
+        import matplotlib  # noqa: F401  (known before minutes are spent)
+    memory = arbitrary_weights(streaming_bytes())
+    teams = sorted({1, threads or usable_cpus()})
+    chosen = [shape for shape in SHAPES if shape.name in shapes]
+    limits = {count: read_limit(count, memory) for count in teams}
+    text = [
+        f"Memory reads, {count} thread{'s' if count > 1 else ''}: {limit.bytes_per_second / 1e9:.1f} GB/s"
+        for count, limit in limits.items()
+    ]
+    figures: dict[str, object] = {"read_limits": [asdict(limit) for limit in limits.values()]}
+    if what == "kernels":
+        results = list(bench_kernels(memory, tables=tables, shapes=chosen, threads=teams))
+        text.append(kernel_table(results, limits))
+        figures["kernels"] = [asdict(result) for result in results]
+    elif what == "sparsity":
+        curves = list(sparsity.bench_sparsity(memory, tables=tables, shapes=chosen, threads=teams))
+        text.append(sparsity.sparsity_table(curves))
+        figures["sparsity"] = [asdict(result) for result in curves]
+        if plot:
+            sparsity.plot_sparsity(curves, plot)
+    elif what != "memory":
+        raise ValueError(f"cannot measure {what!r}")
+    if json_path:
+        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return "\n\n".join(text)

@@ -1,0 +1,162 @@
+"""Where skipping silent neurons pays: the FFN of one token against the share of active neurons.
+
+Run by `smallthinker-edge bench sparsity`; docs/performance.md shows its result. It times the kernels as the forward
+pass uses them, but not the forward pass itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from smallthinker_edge._native import kernels
+from smallthinker_edge._native.kernels import Timer
+from smallthinker_edge.bench import SHAPES, Bytes, Shape, warm_up
+
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.38, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TOKENS, REPETITIONS = 8, 7
+
+
+@dataclass(frozen=True)
+class FfnResult:
+    """Time of one token's FFN: gate dense, up and down by active neurons, all used experts of one layer.
+
+    Attributes:
+        share: of neurons whose gate is positive; 1.0 computes every row and every neuron in the sparse layouts.
+            None: a plain dense FFN, its three matrices in the dense layout (Tile16), activations quantised between.
+        microseconds: the median; weights come from memory, experts that follow one another are never in a cache.
+        low, high: the quartiles.
+    """
+
+    table: str
+    shape: str
+    threads: int
+    share: float | None
+    microseconds: float
+    low: float
+    high: float
+
+
+def active_neurons(f: int, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(gate [f], index, start [f / 32 + 1]) of a random choice of neurons, as Timer.ffn() wants them."""
+    rng = np.random.default_rng(0)
+    gate = np.full(f, -1, np.float32)
+    chosen = rng.permutation(f)[: max(1, round(f * share))]
+    gate[chosen] = rng.uniform(0.5, 1, len(chosen))
+    index = np.flatnonzero(gate > 0).astype(np.int32)
+    start = np.searchsorted(index, np.arange(0, f + 1, 32)).astype(np.int32)
+    return gate, index, start
+
+
+def bench_sparsity(
+    memory: Bytes,
+    *,
+    tables: Sequence[str] | None = None,
+    shapes: Sequence[Shape] = SHAPES,
+    threads: Sequence[int] = (1,),
+    shares: Sequence[float] = SHARES,
+) -> Iterator[FfnResult]:
+    """Times the FFN at each share of active neurons, and as a plain dense one.
+
+    Args:
+        memory: arbitrary_weights() of the pool of experts, larger than the caches. tables: default: all but plain C.
+        threads: team sizes. shares: of active neurons.
+
+    The repetitions go round over all shares, so that a slow moment of the machine does not fall on one of them.
+    """
+    for shape in shapes:
+        choices = {share: active_neurons(shape.d_ffn, share) for share in shares}
+        for table in [name for name in kernels.tables() if name != "ref"] if tables is None else tables:
+            for count in threads:
+                timer = Timer(table, count)
+                warm_up(timer, memory)
+                times: dict[float | None, list[float]] = {None: [], **{share: [] for share in shares}}
+                first = 0
+                for _ in range(REPETITIONS):
+                    for share, taken in times.items():
+                        gate, index, start = choices[shares[-1] if share is None else share]
+                        seconds = timer.ffn(
+                            *(memory, shape.d_model, shape.d_ffn, shape.n_experts_used, gate, index, start),
+                            whole=share is None,
+                            first=first,
+                            tokens=TOKENS,
+                        )
+                        taken.append(seconds / TOKENS * 1e6)
+                        first += TOKENS * shape.n_experts_used
+                for share, taken in times.items():
+                    low, _, high = statistics.quantiles(taken, n=4)
+                    yield FfnResult(table, shape.name, count, share, statistics.median(taken), low, high)
+
+
+def crossover(results: Sequence[FfnResult]) -> float | None:
+    """The share of active neurons at which the sparse FFN costs what the plain dense one does, by straight lines.
+
+    results: of one table, shape and thread count. None where the sparse one is cheaper at every share measured.
+    """
+    dense = next(r.microseconds for r in results if r.share is None)
+    points = sorted((r.share, r.microseconds) for r in results if r.share is not None)
+    if points[0][1] > dense:
+        return 0.0
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y0 <= dense < y1:
+            return x0 + (x1 - x0) * (dense - y0) / (y1 - y0)
+    return None
+
+
+def groups_of(results: Sequence[FfnResult]) -> dict[tuple[str, str, int], list[FfnResult]]:
+    """The results by (shape, table, threads)."""
+    groups: dict[tuple[str, str, int], list[FfnResult]] = {}
+    for result in results:
+        groups.setdefault((result.shape, result.table, result.threads), []).append(result)
+    return groups
+
+
+def sparsity_table(results: Sequence[FfnResult]) -> str:
+    """Markdown: microseconds by share, the dense FFN, and the share at which both cost the same."""
+    shares = sorted({result.share for result in results if result.share is not None})
+    head = ["shape", "table", "threads", *(f"{share:.0%}" for share in shares), "dense", "equal at"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * 3 + "|---:" * (len(shares) + 2) + "|"]
+    for (shape, table, threads), group in groups_of(results).items():
+        times = {result.share: f"{result.microseconds:.0f}" for result in group}
+        equal = crossover(group)
+        cells = [*(times[share] for share in shares), times[None], "never" if equal is None else f"{equal:.0%}"]
+        lines.append(f"| {shape} | {table} | {threads} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_sparsity(results: Sequence[FfnResult], path: str) -> None:
+    """Draws the curves, one panel per shape, into an image file (its ending names the format).
+
+    Raises ImportError without matplotlib (the [plots] extra).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = groups_of(results)
+    shapes = list(dict.fromkeys(shape for shape, _, _ in groups))
+    figure, panels = pyplot.subplots(1, len(shapes), figsize=(5 * len(shapes), 3.6), squeeze=False)
+    tables = list(dict.fromkeys(table for _, table, _ in groups))
+    most = max(threads for _, _, threads in groups)
+    for (shape, table, threads), group in groups.items():
+        axes: Any = panels[0][shapes.index(shape)]
+        style = "-" if threads == most else "--"
+        color = f"C{tables.index(table)}"
+        points = sorted((r.share, r.microseconds) for r in group if r.share is not None)
+        label = f"{table}, {threads} thread{'s' if threads > 1 else ''}"
+        axes.plot(*zip(*points, strict=True), style, marker=".", color=color, label=label)
+        axes.axhline(next(r.microseconds for r in group if r.share is None), linestyle=":", color=color, alpha=0.6)
+        axes.set_title(f"{shape}: FFN of one token (dotted: dense)")
+        axes.set_xlabel("share of active neurons")
+        axes.set_ylabel("microseconds")
+        axes.set_ylim(bottom=0)
+    panels[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+    pyplot.close(figure)

@@ -1,0 +1,369 @@
+"""The measuring tools: what they count and how they put it, on made-up figures and tiny sizes. Nothing here is timed
+against a limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import numpy as np
+import pytest
+import report
+import worker
+from traffic import Traffic, traffic_of
+
+from smallthinker_edge import bench, bench_sparsity
+from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
+from smallthinker_edge._native.kernels import ACTIVE, READ_STEP, Timer, tables
+from smallthinker_edge.cli import main
+from smallthinker_edge.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = bench.Shape("tiny", 256, 4, 2, 32, 64, 2)
+
+
+# What a token reads
+
+
+def test_traffic_of_the_4b_is_that_of_the_plan() -> None:
+    """Tensor sizes by hand: 4 values of 18/32 bytes; a layer has q, k, v, o, router, norms, and 32 experts."""
+    layers, d, f, experts, used, vocab = 32, 1536, 768, 32, 4, 151936
+    q4 = 18 / 32
+    tensors = {"token_embd.weight": (vocab * d * q4, "Q4_0"), "output_norm.weight": (4 * d, "F32")}
+    for layer in range(layers):
+        matrices = {"attn_q": d * 1536, "attn_k": d * 256, "attn_v": d * 256, "attn_output": 1536 * d}
+        matrices |= {f"ffn_{part}_exps": experts * d * f for part in ("gate", "up", "down")}
+        tensors |= {f"blk.{layer}.{name}.weight": (n * q4, "Q4_0") for name, n in matrices.items()}
+        vectors = {"attn_norm": d, "ffn_norm": d, "ffn_gate_inp": experts * d}
+        tensors |= {f"blk.{layer}.{name}.weight": (4 * n, "F32") for name, n in vectors.items()}
+    info = {name: TensorInfo(name, kind, (), 0, int(size), 0) for name, (size, kind) in tensors.items()}
+
+    class Config:
+        tied, down_transposed, window, window_layout = True, False, 0, (False,) * layers
+        n_layers, n_experts, n_experts_used, vocab_size = layers, experts, used, vocab
+        n_kv_heads, head_dim = 2, 128
+
+    traffic = traffic_of(info, Config(), 0.38)  # type: ignore[arg-type]
+    attention, head, router, norms = layers * 3584 * d * q4, vocab * d * q4, layers * 4 * experts * d, 4 * d * 65
+    assert traffic.dense == round(attention + head + router + norms + d * q4)
+    assert traffic.experts_whole == layers * used * 3 * d * f * 18 // 32
+    # gate whole, 0.38 of up, of down 2 of 18 bytes and 0.38 of the other 16
+    share = (1 + 0.38 + (2 + 0.38 * 16) / 18) / 3
+    assert traffic.experts == pytest.approx(traffic.experts_whole * share, abs=1)
+    assert share == pytest.approx(0.61, abs=0.005)
+    assert traffic.kv_position == 32 * 1024  # 32 KiB per token
+    assert traffic.at(100) == traffic.dense + traffic.experts + 100 * 32 * 1024
+    assert traffic.whole_at(0) == pytest.approx(485e6, rel=0.02)
+
+
+def test_traffic_counts_whole_experts_where_nothing_is_skipped(tmp_path: Path) -> None:
+    """A file of F32 and F16 tensors has no layout that skips; its dense bytes are those of the file's tensors."""
+    path = gguf_files.write_model(tmp_path / "model.gguf")
+    with GGUFFile(path) as file:
+        config = ModelConfig.from_gguf(file)
+        traffic = traffic_of(file.tensors, config, 0.1)
+        experts = sum(t.nbytes for name, t in file.tensors.items() if "_exps" in name)
+    types = {t.type for name, t in file.tensors.items() if "_exps" in name}
+    assert traffic.experts_whole == experts * config.n_experts_used // config.n_experts
+    assert (traffic.experts == traffic.experts_whole) == (types != {"Q4_0"})
+
+
+def test_traffic_of_a_window_stops_growing() -> None:
+    traffic = Traffic(dense=1000, experts=200, experts_whole=500, kv_position=10, kv_position_window=30, window=64)
+    assert traffic.at(64) == 1200 + 64 * 40
+    assert traffic.at(164) == 1200 + 164 * 10 + 64 * 30
+    assert traffic.whole_at(0) == 1500
+
+
+# The worker
+
+
+class FakeEngine:
+    """Remembers what it was asked to run."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "fake"}
+
+    def reset(self, stream: str) -> None:
+        self.calls.append(("reset", stream))
+
+    def run(self, stream: str, tokens: Sequence[int]) -> None:
+        self.calls.append((stream, list(tokens)))
+
+    def twice(self, number: int) -> dict[str, Any]:
+        return {"twice": 2 * number}
+
+
+def test_worker_runs_prompts_whole_and_decodes_token_by_token() -> None:
+    engine, answers = FakeEngine(), io.StringIO()
+    jobs = [
+        {"stream": "a", "tokens": [1, 2, 3], "steps": False, "reset": True},
+        {"stream": "b", "tokens": [4, 5], "steps": True, "reset": False},
+        {"call": "twice", "arguments": {"number": 21}},
+    ]
+    worker.serve(engine, io.StringIO("".join(json.dumps(job) + "\n" for job in jobs)), answers)
+    head, prompt, decode, called = (json.loads(line) for line in answers.getvalue().splitlines())
+    assert engine.calls == [("reset", "a"), ("a", [1, 2, 3]), ("b", [4]), ("b", [5])]
+    assert head == {"engine": "fake"}
+    assert prompt["seconds"] > 0
+    assert called["twice"] == 42
+    assert all("idle_cpu_seconds" in answer for answer in (prompt, decode, called))
+
+
+# The report
+
+
+def result_of(ours: Sequence[float], rivals: dict[str, Sequence[float]], context: int = 0) -> dict[str, Any]:
+    """A result whose decode job of 10 tokens ran at the given tokens per second."""
+    job = {"tokens": 10, "context": context, "steps": True}
+    runs = [
+        {"job": job, "contender": name, "repetition": i, "seconds": 10 / rate, "idle_cpu_seconds": 0.002,
+         "foreign_cpu_share": 0.01}
+        for name, values in {"smallthinker_edge": ours, **rivals}.items()
+        for i, rate in enumerate(values)
+    ]  # fmt: skip
+    traffic = Traffic(
+        dense=10**6, experts=10**6, experts_whole=2 * 10**6, kv_position=1000, kv_position_window=0, window=0
+    )
+    machine = {"cpu": "A CPU", "cpus": 2, "memory_bytes": 4 << 30, "system": "Linux 6", "python": "3.11"}
+    return {
+        "date": "2026-01-02", "machine": machine, "model": {"name": "m", "file_bytes": 10**9}, "threads": 2,
+        "turns": "job by job", "active_share": 0.38, "active_share_source": "given", "traffic": traffic.as_dict(),
+        "engines": {"smallthinker_edge": {"engine": "smallthinker_edge 1", "kernels": "avx2"}},
+        "read_limits": [{"bytes_per_second": 1e9}, {"bytes_per_second": 4e8}, {"bytes_per_second": 5e8}],
+        "runs": runs, "first_token": [],
+    }  # fmt: skip
+
+
+def test_ratio_is_the_median_of_pairs_not_of_medians() -> None:
+    result = result_of([10, 40, 90], {"llama.cpp": [10, 10, 30]})
+    values = report.summary(result, report.jobs_of(result)[0])
+    assert values["ours"] == pytest.approx(40)
+    assert values["rival"] == pytest.approx(10)
+    assert values["ratios"] == pytest.approx([1, 4, 3])
+    assert values["ratio"] == pytest.approx(3)
+
+
+def test_rival_is_the_faster_of_its_settings() -> None:
+    settings = {"llama.cpp, flash attention on": [5, 5, 5], "llama.cpp, flash attention off": [4, 8, 9]}
+    result = result_of([16, 16, 16], settings)
+    values = report.summary(result, report.jobs_of(result)[0])
+    assert values["rival_name"] == "llama.cpp, flash attention off"
+    assert values["ratio"] == pytest.approx(2)
+
+
+def test_bytes_per_second_count_the_growing_context() -> None:
+    """Token i of a repetition attends to context + 10 * repetition + i positions: 5.5 on average, and 1 kB each."""
+    result = result_of([100, 100, 100], {}, context=50)
+    job = report.jobs_of(result)[0]
+    assert report.bytes_per_second(result, job, "smallthinker_edge", False) == pytest.approx(100 * (2e6 + 65_500))
+    result = result_of([100, 100, 100], {})
+    job = report.jobs_of(result)[0]
+    assert report.bytes_per_second(result, job, "smallthinker_edge", False) == pytest.approx(100 * (2e6 + 5_500))
+    assert report.bytes_per_second(result, job, "smallthinker_edge", True) == pytest.approx(100 * (3e6 + 5_500))
+
+
+def test_markdown_shows_ratio_and_share_of_the_median_read_limit() -> None:
+    text = report.markdown(result_of([100, 100, 100], {"llama.cpp": [40, 50, 60]}))
+    assert "**2.00 (1.67-2.50)**" in text
+    assert "0.5 GB/s" in text
+    assert "| smallthinker_edge, decode, empty context | 2 MB | 0.2 GB/s | 40% |" in text
+    assert "2026-01-02; A CPU, 2 CPUs, 4 GiB" in text
+
+
+def test_refreshing_replaces_only_marked_sections(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("new\n")
+    (tmp_path / "b.json").write_text(json.dumps(result_of([1], {})))
+    document = "before\n<!-- a.md -->\nold\n<!-- end -->\nbetween\n<!-- b.json -->\n<!-- end -->\nafter\n"
+    once = report.refreshed(document, tmp_path)
+    assert once.startswith("before\n<!-- a.md -->\nnew\n<!-- end -->\nbetween\n<!-- b.json -->\n| tokens per second")
+    assert once.endswith("<!-- end -->\nafter\n")
+    assert report.refreshed(once, tmp_path) == once
+
+
+def test_performance_document_shows_the_measurements_beside_it() -> None:
+    document = report.DOCUMENT.read_text(encoding="utf-8")
+    assert report.refreshed(document, report.RESULTS) == document
+
+
+def test_comparison_measures_this_library_alone(demo_model: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "compare.py"),
+        str(demo_model),
+        "--threads",
+        "1",
+        "--decode",
+        "2",
+    ]
+    command += ["--contexts", "0", "16", "--prompts", "8", "--repetitions", "2", "--starts", "1"]
+    subprocess.run([*command, "--output", str(tmp_path / "r")], check=True, capture_output=True, timeout=300)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [report.job_name(job) for job in report.jobs_of(result)] == [
+        "prompt of 8",
+        "decode, empty context",
+        "decode, context 16",
+    ]
+    assert len(result["runs"]) == 6
+    assert all(run["seconds"] > 0 for run in result["runs"])
+    assert (tmp_path / "r.md").read_text() == report.markdown(result)
+
+
+# Kernels
+
+
+@pytest.fixture(scope="module")
+def memory() -> bench.Bytes:
+    return bench.arbitrary_weights(4 << 20)
+
+
+def test_every_kernel_of_the_table_can_be_timed() -> None:
+    """The members of st_kernels that compute; a new one needs an apply_ function in timing.pxi and a case."""
+    header = (ROOT / "include" / "smallthinker" / "kernels.h").read_text()
+    body = header[header.index("typedef struct st_kernels {") : header.index("} st_kernels;")]
+    members = {part.split(")")[0] for part in body.split("(*")[1:]}
+    assert "gemm_q4_0" in members
+    untimed = members - set(Timer.kernels())
+    assert not untimed
+    assert {case.kernel for case in bench.cases(TINY)} == set(Timer.kernels()) - {"read"}
+
+
+def test_bench_kernels_times_every_case_of_every_table(memory: bench.Bytes) -> None:
+    results = list(bench.bench_kernels(memory, shapes=[TINY], threads=(1, 2), seconds=0))
+    streamed = [case for case in bench.cases(TINY) if case.streamed]
+    small = [case for case in bench.cases(TINY) if not case.streamed]
+    matrices = [case for case in small if case.rows]
+    assert len(results) == len(tables()) * (4 * len(streamed) + len(small) + len(matrices))
+    assert all(np.isfinite(result.nanoseconds) and result.nanoseconds > 0 for result in results)
+    text = bench.kernel_table(results, {})
+    assert all(case.what in text for case in bench.cases(TINY))
+
+
+def test_bytes_of_a_case_are_what_its_kernel_reads() -> None:
+    sizes = {(case.kernel, case.what): bench.bytes_of(case) for case in bench.cases(TINY)}
+    assert sizes["gemm_q4_0", "gate"] == 64 * 256 * 18 // 32
+    assert sizes["gemm_q8_0", "head, 512 rows"] == 512 * 256 * 34 // 32
+    assert sizes["rows_q4_0", "up, 38% active"] == 24 * 256 * 18 // 32  # 24 of 64 neurons
+    assert sizes["down_q4_0", "down, all"] == 64 * 256 * 18 // 32
+    assert sizes["down_q4_0", "down, 38% active"] == 256 * 2 * 2 + 24 * 128
+    assert sizes["attention", "2 heads, 256 positions"] == 2 * 2 * 256 * 32
+    assert sizes["quantize", "d"] == 0
+
+
+def test_kernel_figures_are_in_units_of_the_read_limit() -> None:
+    limits = {2: bench.ReadLimit(20e9, 2, 1, 0, {})}
+    gate, prompt, norm = (next(c for c in bench.cases(TINY) if c.what == w) for w in ("gate", "gate, 64 tokens", "d"))
+    results = [
+        bench.KernelResult("t", "tiny", gate, 2, True, 1000.0, 15_000, 16_384),
+        bench.KernelResult("t", "tiny", prompt, 1, False, 1000.0, 9_216, 50_000),
+        bench.KernelResult("t", "tiny", norm, 1, False, 42.0, 0, 0),
+    ]
+    text = bench.kernel_table(results, limits)
+    assert "| gemm_q4_0 | gate | tiny | memory | 2 | 15.0 GB/s (75%) |" in text
+    assert "| 50.0 GMAC/s |" in text
+    assert "| 42 ns |" in text
+
+
+def test_active_groups_hold_the_chosen_neurons() -> None:
+    chosen = bench.choose_rows(96, 0.25)
+    groups = bench.active_groups("ref", 96, chosen)
+    assert len(chosen) == 24
+    assert groups.dtype == ACTIVE
+    assert groups["count"].sum() == 24
+    fired = [32 * g + index for g, group in enumerate(groups) for index in group["index"][: group["count"]]]
+    assert fired == chosen.tolist()
+
+
+def test_timer_refuses_what_would_read_outside(memory: bench.Bytes) -> None:
+    timer, data = Timer("ref", 1), memory
+    with pytest.raises(ValueError):
+        timer.run("gemm_q4_0", data, 64, 0, 1, rows=64, cols=256)
+    with pytest.raises(ValueError):
+        timer.run("rows_q4_0", data, 1 << 16, 0, 1, rows=64, cols=256, index=np.array([64], np.int32))
+    with pytest.raises(ValueError):
+        timer.run("read", data, READ_STEP, 0, 1, streams=2)
+    with pytest.raises(ValueError):
+        timer.run("nothing", data, 1 << 16, 0, 1)
+    with pytest.raises(ValueError):
+        Timer("none", 1)
+
+
+def test_read_limit_names_its_best_pattern(memory: bench.Bytes) -> None:
+    limit = bench.read_limit(2, memory, seconds=0)
+    assert limit.bytes_per_second == max(limit.patterns.values())
+    assert limit.patterns[f"{limit.streams}/{limit.ahead}"] == limit.bytes_per_second
+
+
+def test_arbitrary_weights_are_sound_scales(memory: bench.Bytes) -> None:
+    scales = memory.view(np.float16).astype(np.float32)
+    assert np.isfinite(scales).all()
+    assert scales.min() > 1e-3
+    assert scales.max() < 1
+
+
+# Sparsity
+
+
+@pytest.mark.parametrize("share", [0.02, 0.38, 1.0])
+def test_active_neurons_have_the_wanted_share(share: float) -> None:
+    gate, index, start = bench_sparsity.active_neurons(768, share)
+    assert len(index) == round(768 * share)
+    assert (gate > 0).sum() == len(index)
+    assert start[0] == 0
+    assert start[-1] == len(index)
+    for group, (a, b) in enumerate(itertools.pairwise(start)):
+        assert all(n // 32 == group and gate[n] > 0 for n in index[a:b])
+
+
+def test_bench_sparsity_measures_every_share_and_dense(memory: bench.Bytes) -> None:
+    results = list(
+        bench_sparsity.bench_sparsity(memory, shapes=[TINY], tables=tables(), threads=(1, 2), shares=(0.1, 1.0))
+    )
+    assert len(results) == len(tables()) * 2 * 3
+    assert all(result.low <= result.microseconds <= result.high for result in results)
+    assert bench_sparsity.sparsity_table(results).count("| tiny |") == len(tables()) * 2
+
+
+@pytest.mark.parametrize(
+    ("times", "dense", "equal"),
+    [([10, 20, 30], 25, 0.75), ([10, 20, 30], 31, None), ([10, 20, 30], 5, 0.0), ([10, 20, 30], 20, 0.5)],
+)
+def test_crossover_lies_between_the_points_around_it(times: list[float], dense: float, equal: float | None) -> None:
+    shares: list[float | None] = [0.2, 0.5, 1.0, None]
+    results = [
+        bench_sparsity.FfnResult("t", "s", 1, share, micro, micro, micro)
+        for share, micro in zip(shares, [*times, dense], strict=True)
+    ]
+    assert bench_sparsity.crossover(results) == equal
+
+
+def test_plot_is_written(memory: bench.Bytes, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = list(bench_sparsity.bench_sparsity(memory, shapes=[TINY], tables=["ref"], shares=(0.1, 1.0)))
+    bench_sparsity.plot_sparsity(results, str(tmp_path / "curve.svg"))
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_bench_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "SHAPES", (dataclasses.replace(TINY, name="4b"),))
+    monkeypatch.setattr(bench, "streaming_bytes", lambda: 4 << 20)
+    figures = tmp_path / "kernels.json"
+    options = ["--tables", "ref", "--threads", "1", "--shapes", "4b", "--json", str(figures)]
+    assert main(["bench", "kernels", *options]) == 0
+    assert "Memory reads, 1 thread:" in capsys.readouterr().out
+    written = json.loads(figures.read_text())
+    assert written["read_limits"][0]["bytes_per_second"] > 0
+    assert {result["table"] for result in written["kernels"]} == {"ref"}
+    assert main(["bench", "kernels", "--tables", "none", "--threads", "1"]) == 2
