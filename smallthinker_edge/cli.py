@@ -409,6 +409,22 @@ def bench(arguments: argparse.Namespace) -> int:
     return OK
 
 
+# doctor
+
+
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", nargs="?", default=".", metavar="PATH", help="where models are kept: a file to read, or a folder"
+    )
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.doctor import report
+
+    print(report(arguments.path))
+    return OK
+
+
 COMMANDS = (
     Command("generate", "continue a text", generate_arguments, generate),
     Command("chat", "talk with a model in the terminal", chat_arguments, chat),
@@ -419,6 +435,7 @@ COMMANDS = (
     Command("verify", "check every checksum of a packed file", verify_arguments, verify),
     Command("plan", "show where the memory of a process would go", plan_arguments, plan),
     Command("bench", "time memory and kernels of this machine", bench_arguments, bench),
+    Command("doctor", "show what this machine offers: kernels, memory, speed of storage", doctor_arguments, doctor),
 )
 
 

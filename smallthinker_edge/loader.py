@@ -5,7 +5,6 @@ Called by model.py when a model is opened. It knows tensor names and types, and 
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 import numpy as np
@@ -16,31 +15,6 @@ from smallthinker_edge.config import ModelConfig, tensor_name
 
 # Type numbers of the GGUF format, which the C core shares (packed.h).
 TYPE_NUMBER = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
-
-
-def usable_cpus() -> int:
-    """CPUs this process may run on: its affinity, and the CPU quota of its cgroup rounded up."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota()
-    return max(1, min(cpus, quota) if quota else cpus)
-
-
-def _cgroup_quota() -> int:
-    """The cgroup's CPU limit (version 2, then 1) in whole CPUs, rounded up; 0 where there is none."""
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        try:
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", encoding="ascii") as file:
-                quota = file.read().strip()
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us", encoding="ascii") as file:
-                period = file.read().strip()
-        except OSError:
-            return 0
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
-        return 0
-    return -(-int(quota) // int(period))
 
 
 class ModelSource(Protocol):

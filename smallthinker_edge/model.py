@@ -11,17 +11,18 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 import psutil
 
-from smallthinker_edge import budget
+from smallthinker_edge import budget, cpus, heat
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.chat import Messages, encode_chat
 from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.errors import ContextFull, ModelFormatError
-from smallthinker_edge.loader import TYPE_NUMBER, Loader, usable_cpus
+from smallthinker_edge.loader import TYPE_NUMBER, Loader
 from smallthinker_edge.packed import PackedFile, expert_infos, is_packed
 from smallthinker_edge.session import CancelSignal, Session
 from smallthinker_edge.tokenizer import Tokenizer
@@ -177,7 +178,8 @@ class SmallThinker:
         path: a GGUF file (or any part of a split one), or a packed file.
         memory: budget of the whole process in bytes or as a string ("8GiB"); None sets no limit. A packed file's
             experts are paged from storage where they do not all fit; a GGUF must fit whole.
-        threads: compute threads; None takes what affinity and cgroup allow.
+        threads: compute threads; "auto" takes what affinity and cgroup allow, and on a chip with cores of
+            different speed only the fast ones.
         context: positions of a session; None takes the model's own up to 4096.
 
     Raises:
@@ -193,11 +195,13 @@ class SmallThinker:
         self,
         path: str | os.PathLike[str],
         memory: int | str | None = None,
-        threads: int | None = None,
+        threads: int | Literal["auto"] | None = "auto",
         context: int | None = None,
     ) -> None:
-        if threads is not None and not 1 <= threads <= 256:
-            raise ValueError("threads must be in 1..256")
+        automatic = threads is None or threads == "auto"
+        count = cpus.auto_threads() if threads is None or threads == "auto" else threads
+        if not isinstance(count, int) or not 1 <= count <= 256:
+            raise ValueError('threads must be in 1..256, or "auto"')
         self._engine: Engine | None = None
         gguf = GGUFFile(path)
         try:
@@ -212,7 +216,8 @@ class SmallThinker:
             template = self._file.metadata.get("tokenizer.chat_template")
             self.chat_template = template if isinstance(template, str) else None
             kernels = os.environ.get("SMALLTHINKER_CPU") or None
-            engine = Engine(self.config, threads or usable_cpus(), kernels, BATCH)
+            with cpus.started_on(cpus.big_cpus() if automatic else cpus.allowed_cpus()):
+                engine = Engine(self.config, count, kernels, BATCH)
             self.plan = self._load(engine, memory)
         except BaseException:
             gguf.close()
@@ -343,7 +348,8 @@ class SmallThinker:
         return self.stream(encode_chat(self.tokenizer, messages, self.chat_template), **options)  # type: ignore[arg-type]
 
     def stats(self) -> dict[str, object]:
-        """Bytes and settings, and for a packed file the pager's counts (see Engine.pager_stats)."""
+        """Bytes and settings, for a packed file the pager's counts (see Engine.pager_stats), and on boards that tell
+        it the temperature and what throttles the processor (see heat.readings)."""
         engine = self._open_engine()
         return {
             "model_bytes": engine.bytes,
@@ -352,6 +358,7 @@ class SmallThinker:
             "kernels": engine.kernels,
             "context": self.context,
             **(engine.pager_stats() or {}),
+            **heat.readings(),
         }
 
     def close(self) -> None:
