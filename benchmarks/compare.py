@@ -30,7 +30,7 @@ from traffic import traffic_of
 
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.config import ModelConfig
-from smallthinker_edge.loader import usable_cpus
+from smallthinker_edge.cpus import auto_threads
 from smallthinker_edge.packed import pack
 
 HERE = Path(__file__).resolve().parent
@@ -280,7 +280,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--packed", metavar="FILE", help="the same model packed (made if it is not there), to time its first token"
     )
-    parser.add_argument("--threads", type=int, default=usable_cpus(), help="of both engines (default: usable CPUs)")
+    parser.add_argument("--threads", type=int, default=auto_threads(), help="of both engines (default: usable CPUs)")
     parser.add_argument("--decode", type=int, default=64, metavar="N", help="tokens decoded one by one (64)")
     parser.add_argument("--contexts", type=int, nargs="*", default=[0, 4096], metavar="N", help="before them (0 4096)")
     parser.add_argument("--prompts", type=int, nargs="*", default=[128, 512], metavar="N", help="lengths (128 512)")

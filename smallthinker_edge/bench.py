@@ -18,7 +18,7 @@ import psutil
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import Timer
-from smallthinker_edge.loader import usable_cpus
+from smallthinker_edge.cpus import auto_threads
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -342,7 +342,7 @@ def run_bench(
     if plot:
         import matplotlib  # noqa: F401  (known before minutes are spent)
     memory = arbitrary_weights(streaming_bytes())
-    teams = sorted({1, threads or usable_cpus()})
+    teams = sorted({1, threads or auto_threads()})
     chosen = [shape for shape in SHAPES if shape.name in shapes]
     limits = {count: read_limit(count, memory) for count in teams}
     text = [
