@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -24,17 +25,30 @@ X86 = {
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     ],
 }
-KERNEL_FLAGS = X86
+ARM64 = {
+    "src/kernels/arm/common.c": [],
+    "src/kernels/arm/neon.c": [],
+    "src/kernels/arm/dotprod.c": ["-march=armv8.2-a+dotprod"],
+    "src/kernels/arm/i8mm.c": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+KERNEL_FLAGS = {**X86, **ARM64}
+# One binary for every later Python (3.11 and up: the first stable ABI with the buffer protocol); see docs/arm.md.
+ABI3 = os.environ.get("SMALLTHINKER_ABI3") == "1"
 # -ffp-contract=off: the plain-C kernels are the definition, so the compiler must not fuse their roundings.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 WITH_CORE = ["engine", "kernels"]
 ALONE = [name for name in ("gguf", "sampler") if os.path.exists(f"smallthinker_edge/_native/{name}.pyx")]
 
 
-def is_x86() -> bool:
-    """Whether the target (not only the building machine) is x86-64: cross builds set _PYTHON_HOST_PLATFORM."""
+def kernel_sources() -> list[str]:
+    """The kernels of the target (not of the building machine: cross builds set _PYTHON_HOST_PLATFORM)."""
     target = os.environ.get("_PYTHON_HOST_PLATFORM") or platform.machine()
-    return re.search(r"x86_64|amd64", target, re.IGNORECASE) is not None
+    if re.search(r"x86_64|amd64", target, re.IGNORECASE):
+        return list(X86)
+    # A 32-bit Python on a 64-bit kernel is told by its pointers.
+    if re.search(r"aarch64|arm64", target, re.IGNORECASE) and (target != platform.machine() or sys.maxsize > 2**32):
+        return list(ARM64)
+    return []
 
 
 class BuildExt(build_ext):
@@ -65,10 +79,12 @@ def extension(name: str, sources: list[str]) -> Extension:
         depends=[os.path.join(d, f) for top in ("include", "src") for d, _, names in os.walk(top) for f in names],
         extra_compile_args=FLAGS,
         extra_link_args=["-pthread", "-lm"],
+        define_macros=[("Py_LIMITED_API", "0x030B0000")] if ABI3 else [],
+        py_limited_api=ABI3,
     )
 
 
-core = CORE + (list(X86) if is_x86() else [])
+core = CORE + kernel_sources()
 setup(
     ext_modules=cythonize(
         [extension(name, core) for name in WITH_CORE] + [extension(name, []) for name in ALONE],
@@ -76,4 +92,5 @@ setup(
         compiler_directives={"embedsignature": True, "freethreading_compatible": False},
     ),
     cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
 )

@@ -25,6 +25,27 @@ static int has_avx512vnni(void) {
 }
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+/* Bits of the kernel's interface (asm/hwcap.h), which older headers lack. */
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }
+static int has_i8mm(void) { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static int feature(const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value != 0;
+}
+static int has_dotprod(void) { return feature("hw.optional.arm.FEAT_DotProd"); }
+static int has_i8mm(void) { return has_dotprod() && feature("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__aarch64__)
+static int has_dotprod(void) { return 0; }
+static int has_i8mm(void) { return 0; }
+#endif
+
 static int always(void) { return 1; }
 
 static const struct {
@@ -36,6 +57,10 @@ static const struct {
     {"avx512vnni", &st_kernels_avx512vnni, has_avx512vnni},
     {"avxvnni", &st_kernels_avxvnni, has_avxvnni},
     {"avx2", &st_kernels_avx2, has_avx2},
+#elif defined(__aarch64__)
+    {"i8mm", &st_kernels_i8mm, has_i8mm},
+    {"dotprod", &st_kernels_dotprod, has_dotprod},
+    {"neon", &st_kernels_neon, always},
 #endif
     {"ref", &st_kernels_ref, always},
 };
@@ -46,6 +71,8 @@ const char *const *st_cpu_tables(void) {
     static const char *const names[] = {
 #if defined(__x86_64__)
         "avx512vnni", "avxvnni", "avx2",
+#elif defined(__aarch64__)
+        "i8mm", "dotprod", "neon",
 #endif
         "ref", NULL};
     return names;

@@ -80,8 +80,11 @@ int st_reader_read(void *arg, int64_t offset, size_t size, void *buffer) {
         }
     }
 #if defined(POSIX_FADV_DONTNEED)
-    if (!reader->direct)
-        (void)posix_fadvise(reader->fd, offset, (off_t)size, POSIX_FADV_DONTNEED);
+    if (!reader->direct) { /* only whole pages are dropped, and a page may be larger than our alignment */
+        int64_t page = sysconf(_SC_PAGESIZE), start = offset / page * page;
+        int64_t end = (offset + (int64_t)size + page - 1) / page * page;
+        (void)posix_fadvise(reader->fd, start, end - start, POSIX_FADV_DONTNEED);
+    }
 #endif
     return 0;
 }

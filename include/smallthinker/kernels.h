@@ -47,6 +47,8 @@ typedef struct st_kernels {
 extern const st_kernels st_kernels_ref;
 #if defined(__x86_64__)
 extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const st_kernels st_kernels_neon, st_kernels_dotprod, st_kernels_i8mm;
 #endif
 
 #endif

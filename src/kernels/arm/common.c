@@ -1,0 +1,238 @@
+/* The operations on floats and on 32 neurons, in the NEON that every ARM64 CPU has. All ARM64 tables use them. */
+#include "common.h"
+
+#include <math.h>
+#include <string.h>
+
+/* exp for x <= 0: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2] (Taylor terms; error below 2e-7 there). */
+static inline float32x4_t exp4(float32x4_t x) {
+    x = vmaxq_f32(x, vdupq_n_f32(-87.0f)); /* the result there is below 2e-38: nothing to add to 1 */
+    float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
+    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(0.693359375f));
+    r = vfmsq_f32(r, n, vdupq_n_f32(-2.12194440e-4f));
+    float32x4_t p = vdupq_n_f32(1.0f / 720);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 120), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 24), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 6), p, r);
+    p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    int32x4_t e = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vmulq_f32(p, vreinterpretq_f32_s32(e));
+}
+
+/* Largest |x| of 32 floats; NaN where one is NaN (the hardware's maximum passes it on). */
+static inline float amax32(const float32x4_t x[8]) {
+    float32x4_t m = vabsq_f32(x[0]);
+    for (int i = 1; i < 8; i++)
+        m = vmaxq_f32(m, vabsq_f32(x[i]));
+    return vmaxvq_f32(m);
+}
+
+/* 32 floats times inverse, rounded to bytes in order; zero where the product is no number within +-127. */
+static inline int8x16x2_t round32(const float32x4_t x[8], float inverse) {
+    int16x4_t q[8];
+    for (int i = 0; i < 8; i++) {
+        float32x4_t v = vmulq_n_f32(x[i], inverse);
+        uint32x4_t ok = vcaltq_f32(v, vdupq_n_f32(127.25f));
+        q[i] = vmovn_s32(vandq_s32(vcvtnq_s32_f32(v), vreinterpretq_s32_u32(ok)));
+    }
+    int8x16x2_t bytes;
+    for (int i = 0; i < 2; i++)
+        bytes.val[i] = vcombine_s8(vmovn_s16(vcombine_s16(q[4 * i], q[4 * i + 1])),
+                                   vmovn_s16(vcombine_s16(q[4 * i + 2], q[4 * i + 3])));
+    return bytes;
+}
+
+static inline int sum_bytes(int8x16x2_t q) { return vaddlvq_s8(q.val[0]) + vaddlvq_s8(q.val[1]); }
+
+void st_neon_quantize(const float *x, int64_t cols, st_q8x4 *out) {
+    for (int64_t b = 0; b < cols / ST_BLOCK; b++, x += ST_BLOCK) {
+        st_q8x4 *quad = out + b / 4;
+        int lane = b % 4;
+        if (lane == 0)
+            memset(quad, 0, sizeof *quad);
+        float32x4_t v[8];
+        for (int i = 0; i < 8; i++)
+            v[i] = vld1q_f32(x + 4 * i);
+        float amax = amax32(v);
+        int8x16x2_t q = round32(v, amax > 0 ? 127 / amax : 0);
+        vst1q_s8(quad->q[0][lane], q.val[0]);
+        vst1q_s8(quad->q[1][lane], q.val[1]);
+        quad->corr[4 * lane] = -8 * sum_bytes(q);
+        vst1q_f32(quad->scale + 4 * lane, vdupq_n_f32(amax / 127));
+    }
+}
+
+/* Bit 4 * i is set where byte i is not zero. */
+static inline uint64_t nonzero_bytes(int8x16_t q) {
+    uint16x8_t mask = vreinterpretq_u16_u8(vtstq_s8(q, q));
+    return vget_lane_u64(vreinterpret_u64_u8(vshrn_n_u16(mask, 4)), 0) & 0x1111111111111111;
+}
+
+void st_neon_activate(const float *g, const float *up, st_active *out) {
+    float32x4_t h[8];
+    int32x4_t fires = vdupq_n_s32(0);
+    memset(out, 0, sizeof *out);
+    for (int i = 0; i < 8; i++) {
+        float32x4_t gate = vld1q_f32(g + 4 * i);
+        uint32x4_t on = vmvnq_u32(vclezq_f32(gate)); /* a NaN gate is passed on, not hidden */
+        fires = vsubq_s32(fires, vreinterpretq_s32_u32(on));
+        float32x4_t product = vmulq_f32(gate, vld1q_f32(up + 4 * i));
+        h[i] = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(product), on));
+    }
+    out->count = vaddvq_s32(fires);
+    if (out->count == 0)
+        return;
+    float amax = amax32(h);
+    int8x16x2_t q = round32(h, amax > 0 ? 127 / amax : 0);
+    int8_t bytes[32];
+    int n = 0;
+    for (int half = 0; half < 2; half++) {
+        vst1q_s8(bytes + 16 * half, q.val[half]);
+        for (uint64_t used = nonzero_bytes(q.val[half]); used; used &= used - 1) {
+            int i = 16 * half + __builtin_ctzll(used) / 4;
+            out->index[n] = (uint8_t)i;
+            out->h[n++] = bytes[i];
+        }
+    }
+    if (n == 0 && !(amax <= 0)) /* only NaN or infinity: keep one entry so that the scale is seen */
+        n = 1;
+    out->corr = -8 * sum_bytes(q);
+    out->quads = (n + 3) / 4;
+    out->scale = amax / 127;
+}
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* Scores of N query heads; they share the reading and conversion of k. N is a constant wherever this is inlined. */
+ALWAYS_INLINE void score_heads(const int N, const float *q, int64_t hd, const uint16_t *k, int64_t n, float scale,
+                               float *scores) {
+    for (int64_t p = 0; p < n; p++, k += hd) {
+        float32x4_t s0[4], s1[4];
+        for (int h = 0; h < N; h++)
+            s0[h] = s1[h] = vdupq_n_f32(0);
+        for (int64_t i = 0; i < hd; i += 8) {
+            float16x8_t key = vreinterpretq_f16_u16(vld1q_u16(k + i));
+            float32x4_t k0 = vcvt_f32_f16(vget_low_f16(key)), k1 = vcvt_high_f32_f16(key);
+            for (int h = 0; h < N; h++) {
+                s0[h] = vfmaq_f32(s0[h], vld1q_f32(q + h * hd + i), k0);
+                s1[h] = vfmaq_f32(s1[h], vld1q_f32(q + h * hd + i + 4), k1);
+            }
+        }
+        for (int h = 0; h < N; h++)
+            scores[h * ST_ATTN_CHUNK + p] = vaddvq_f32(vaddq_f32(s0[h], s1[h])) * scale;
+    }
+}
+
+/* scores[0..n) -> exp(score - max); returns their sum. Lanes past n count nothing. */
+static float softmax_chunk(float *s, int64_t n, float *max) {
+    int64_t padded = (n + 3) / 4 * 4;
+    for (int64_t p = n; p < padded; p++)
+        s[p] = -INFINITY;
+    float32x4_t m = vdupq_n_f32(-INFINITY), sum = vdupq_n_f32(0);
+    for (int64_t p = 0; p < padded; p += 4)
+        m = vmaxq_f32(m, vld1q_f32(s + p));
+    *max = vmaxvq_f32(m);
+    m = vdupq_n_f32(*max);
+    for (int64_t p = 0; p < padded; p += 4) {
+        float32x4_t score = vld1q_f32(s + p), e = exp4(vsubq_f32(score, m));
+        if (p + 4 > n)
+            e = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(e), vceqq_f32(score, vdupq_n_f32(-INFINITY))));
+        vst1q_f32(s + p, e);
+        sum = vaddq_f32(sum, e);
+    }
+    return vaddvq_f32(sum);
+}
+
+enum { VALUE_ROWS = 32 }; /* rows of v that stay in the first cache (8 KiB at head size 128) while all columns pass */
+
+/* acc[N][hd] += exp(score) * v of `rows` positions. Positions are added one after the other. */
+ALWAYS_INLINE void add_values(const int N, const float *scores, int64_t hd, const uint16_t *v, int64_t rows,
+                              float *acc) {
+    for (int64_t i = 0; i < hd; i += 8) {
+        float32x4_t a0[4], a1[4];
+        for (int h = 0; h < N; h++) {
+            a0[h] = vld1q_f32(acc + h * hd + i);
+            a1[h] = vld1q_f32(acc + h * hd + i + 4);
+        }
+        for (int64_t p = 0; p < rows; p++) {
+            float16x8_t value = vreinterpretq_f16_u16(vld1q_u16(v + p * hd + i));
+            float32x4_t v0 = vcvt_f32_f16(vget_low_f16(value)), v1 = vcvt_high_f32_f16(value);
+            for (int h = 0; h < N; h++) {
+                float32x4_t e = vld1q_dup_f32(scores + h * ST_ATTN_CHUNK + p);
+                a0[h] = vfmaq_f32(a0[h], e, v0);
+                a1[h] = vfmaq_f32(a1[h], e, v1);
+            }
+        }
+        for (int h = 0; h < N; h++) {
+            vst1q_f32(acc + h * hd + i, a0[h]);
+            vst1q_f32(acc + h * hd + i + 4, a1[h]);
+        }
+    }
+}
+
+ALWAYS_INLINE void attend_heads(const int N, const float *q, int64_t hd, const uint16_t *k, const uint16_t *v,
+                                int64_t n, float scale, float *scores, float *acc, float *m, float *l) {
+    score_heads(N, q, hd, k, n, scale, scores);
+    for (int h = 0; h < N; h++)
+        l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
+    memset(acc, 0, (size_t)(N * hd) * sizeof *acc);
+    for (int64_t p = 0; p < n; p += VALUE_ROWS)
+        add_values(N, scores + p, hd, v + p * hd, n - p < VALUE_ROWS ? n - p : VALUE_ROWS, acc);
+}
+
+/* Up to four heads at a time; a head's sums do not depend on its neighbours. */
+void st_neon_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
+                       float scale, float *scores, float *acc, float *m, float *l) {
+    for (int64_t h = 0; h < G; h += 4) {
+        const float *heads = q + h * hd;
+        float *s = scores + h * ST_ATTN_CHUNK, *a = acc + h * hd;
+        switch (G - h) {
+        case 1: attend_heads(1, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
+        case 2: attend_heads(2, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
+        case 3: attend_heads(3, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
+        default: attend_heads(4, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
+        }
+    }
+}
+
+float st_neon_dot(const float *a, const float *b, int64_t n) {
+    float32x4_t s0 = vdupq_n_f32(0), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        s0 = vfmaq_f32(s0, vld1q_f32(a + i), vld1q_f32(b + i));
+        s1 = vfmaq_f32(s1, vld1q_f32(a + i + 4), vld1q_f32(b + i + 4));
+        s2 = vfmaq_f32(s2, vld1q_f32(a + i + 8), vld1q_f32(b + i + 8));
+        s3 = vfmaq_f32(s3, vld1q_f32(a + i + 12), vld1q_f32(b + i + 12));
+    }
+    float sum = vaddvq_f32(vaddq_f32(vaddq_f32(s0, s1), vaddq_f32(s2, s3)));
+    for (; i < n; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+void st_neon_rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out) {
+    float scale = 1 / sqrtf(st_neon_dot(x, x, n) / (float)n + eps);
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(out + i, vmulq_f32(vmulq_n_f32(vld1q_f32(x + i), scale), vld1q_f32(w + i)));
+    for (; i < n; i++)
+        out[i] = x[i] * scale * w[i];
+}
+
+void st_neon_axpy(float a, const float *x, float *y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(x + i), a));
+    for (; i < n; i++)
+        y[i] += a * x[i];
+}
+
+void st_neon_to_f16(const float *x, uint16_t *out, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x + i))));
+    for (; i < n; i++)
+        out[i] = st_f32_to_f16(x[i]);
+}

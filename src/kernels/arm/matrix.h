@@ -1,0 +1,235 @@
+/* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
+ * GEMM_Q4_0, GEMM_Q8_0, ROWS_Q4_0, DOWN_Q4_0), says how many TOKENS share one unpacking of the weights, and defines how
+ * bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
+ *   columns, load_columns(q, lane)     32 quantised columns of one token
+ *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
+ *   FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j] * (column 4 * i + j of x)
+ *   NEXT(sum, w, x, i)                 adds such a product, at most seven times
+ *   EMPTY(start), NEXT_SAME(.., w, h)  the same for four values h that are repeated in every 32-bit lane
+ *   total4(sum, start)                 the four sums, start included once
+ *   row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr)
+ *                                      whole rows: one block of one row; then four rows' sums. corr: {start, 0, 0, 0}
+ *   sum8, ZERO8, dot8(sum, w0, w1, x, i), total8(sum)
+ *                                      signed bytes (Q8_0): w0 as in NEXT for i, w1 for i + 1
+ * Integer sums are exact and what follows them is one code, so the tables agree bit for bit.
+ *
+ * Hardware prefetchers follow tiles, which stand in order; rows and lines, which skip silent neurons, are asked for
+ * ahead. The distance of one step is reasoned, not measured: no board was at hand. */
+#include "common.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+/* The inner steps: Q times four rows of one block of a tile, from row 4 * quad on, times block `lane` of N tokens,
+ * added to sum[t][i]. Q and N are constants wherever this is inlined, so that sums stay in registers. */
+ALWAYS_INLINE void block_q4_0(const int Q, const int N, const uint8_t *tile, int quad, const st_q8x4 *const *x,
+                              int lane, float32x4_t sum[TOKENS][4]) {
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    UNROLL for (int i = 0; i < Q; i++) {
+        int8x16_t low[4], high[4];
+        float32x4_t scale = load_f16x4(tile + 8 * (quad + i));
+        UNROLL for (int g = 0; g < 4; g++) {
+            uint8x16_t w = vld1q_u8(tile + 32 + 64 * g + 16 * (quad + i));
+            low[g] = vreinterpretq_s8_u8(vandq_u8(w, nibble));
+            high[g] = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
+        }
+        UNROLL for (int t = 0; t < N; t++) {
+            columns c = load_columns(x[t], lane);
+            int32x4_t start = vld1q_dup_s32(x[t]->corr + 4 * lane);
+            sum4 acc = FIRST(start, low[0], c, 0);
+            acc = NEXT(acc, high[0], c, 4);
+            acc = NEXT(acc, low[1], c, 1);
+            acc = NEXT(acc, high[1], c, 5);
+            acc = NEXT(acc, low[2], c, 2);
+            acc = NEXT(acc, high[2], c, 6);
+            acc = NEXT(acc, low[3], c, 3);
+            acc = NEXT(acc, high[3], c, 7);
+            float32x4_t s = vmulq_n_f32(scale, x[t]->scale[4 * lane]);
+            sum[t][i] = vfmaq_f32(sum[t][i], vcvtq_f32_s32(total4(acc, start)), s);
+        }
+    }
+}
+
+ALWAYS_INLINE void block_q8_0(const int Q, const int N, const uint8_t *tile, int quad, const st_q8x4 *const *x,
+                              int lane, float32x4_t sum[TOKENS][4]) {
+    UNROLL for (int i = 0; i < Q; i++) {
+        int8x16_t w[8];
+        float32x4_t scale = load_f16x4(tile + 8 * (quad + i));
+        UNROLL for (int g = 0; g < 8; g++) w[g] = vld1q_s8((const int8_t *)tile + 32 + 64 * g + 16 * (quad + i));
+        UNROLL for (int t = 0; t < N; t++) {
+            columns c = load_columns(x[t], lane);
+            sum8 acc = dot8(ZERO8, w[0], w[1], c, 0);
+            acc = dot8(acc, w[2], w[3], c, 2);
+            acc = dot8(acc, w[4], w[5], c, 4);
+            acc = dot8(acc, w[6], w[7], c, 6);
+            float32x4_t s = vmulq_n_f32(scale, x[t]->scale[4 * lane]);
+            sum[t][i] = vfmaq_f32(sum[t][i], vcvtq_f32_s32(total8(acc)), s);
+        }
+    }
+}
+
+/* All blocks of a tile: total[t][i][row % 4] of rows 4 * (quad + i) + row % 4. Four blocks share one st_q8x4. */
+#define QUADS(TYPE, BYTES)                                                                                             \
+    ALWAYS_INLINE void quads_##TYPE(const int Q, const int N, const uint8_t *tile, int64_t nb, int quad,               \
+                                    const st_q8x4 *const *x, float32x4_t total[TOKENS][4]) {                           \
+        const st_q8x4 *q[TOKENS];                                                                                      \
+        float32x4_t sum[TOKENS][4];                                                                                    \
+        for (int t = 0; t < N; t++) {                                                                                  \
+            q[t] = x[t];                                                                                               \
+            for (int i = 0; i < Q; i++)                                                                                \
+                sum[t][i] = vdupq_n_f32(0);                                                                            \
+        }                                                                                                              \
+        for (; nb > 0; nb -= 4) {                                                                                      \
+            for (int lane = 0; lane < 4 && lane < nb; lane++, tile += BYTES)                                           \
+                block_##TYPE(Q, N, tile, quad, q, lane, sum);                                                          \
+            for (int t = 0; t < N; t++)                                                                                \
+                q[t]++;                                                                                                \
+        }                                                                                                              \
+        for (int t = 0; t < N; t++)                                                                                    \
+            for (int i = 0; i < Q; i++)                                                                                \
+                total[t][i] = sum[t][i];                                                                               \
+    }
+
+QUADS(q4_0, ST_TILE_Q4_0_BYTES)
+QUADS(q8_0, ST_TILE_Q8_0_BYTES)
+
+/* One token takes a tile's 16 rows together, as they stand in memory. TOKENS of them take four rows at a time: then the
+ * sums of all fit the registers, and the tile is in the first cache after the first quarter. */
+#define GEMM(NAME, TYPE, BYTES)                                                                                        \
+    MATRIX_LINKAGE void NAME(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,                       \
+                             const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) {                              \
+        for (int64_t tile = t0; tile < t1; tile++) {                                                                   \
+            const uint8_t *p = w + tile * nb * BYTES;                                                                  \
+            float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
+            int64_t count = rows - tile * ST_TILE_ROWS, t = 0;                                                         \
+            for (; t + TOKENS <= n; t += TOKENS) {                                                                     \
+                float32x4_t sum[4][TOKENS][4];                                                                         \
+                for (int quad = 0; quad < 4; quad++)                                                                   \
+                    quads_##TYPE(1, TOKENS, p, nb, quad, x + t, sum[quad]);                                            \
+                for (int i = 0; i < TOKENS; i++) {                                                                     \
+                    float32x4_t row[4] = {sum[0][i][0], sum[1][i][0], sum[2][i][0], sum[3][i][0]};                     \
+                    store_rows(row, count, out + (t + i) * ldy);                                                       \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (; t < n; t++) {                                                                                       \
+                float32x4_t sum[TOKENS][4];                                                                            \
+                quads_##TYPE(4, 1, p, nb, 0, x + t, sum);                                                              \
+                store_rows(sum[0], count, out + t * ldy);                                                              \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+/* Scales b .. b + 3 of four rows (fp16, as stored) -> scale[block][row]. */
+static inline void transpose_scales(const uint8_t *const row[4], int64_t b, float32x4_t scale[4]) {
+    uint16x4_t d[4];
+    for (int j = 0; j < 4; j++)
+        d[j] = vld1_u16((const uint16_t *)row[j] + b);
+    uint32x2_t a0 = vreinterpret_u32_u16(vzip1_u16(d[0], d[1])), a1 = vreinterpret_u32_u16(vzip2_u16(d[0], d[1]));
+    uint32x2_t b0 = vreinterpret_u32_u16(vzip1_u16(d[2], d[3])), b1 = vreinterpret_u32_u16(vzip2_u16(d[2], d[3]));
+    scale[0] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(a0, b0)));
+    scale[1] = vcvt_f32_f16(vreinterpret_f16_u32(vzip2_u32(a0, b0)));
+    scale[2] = vcvt_f32_f16(vreinterpret_f16_u32(vzip1_u32(a1, b1)));
+    scale[3] = vcvt_f32_f16(vreinterpret_f16_u32(vzip2_u32(a1, b1)));
+}
+
+/* One block of 32 columns of four rows, added to sum. nibbles: byte offset of the block within a row. */
+ALWAYS_INLINE float32x4_t row_block(float32x4_t sum, const uint8_t *const row[4], int64_t nibbles, const st_q8x4 *q,
+                                    const int lane, float32x4_t scale) {
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    int8x16_t x0 = vld1q_s8(q->q[0][lane]), x1 = vld1q_s8(q->q[1][lane]);
+    int32x4_t corr = vld1q_s32(q->corr + 4 * lane);
+    row_sum acc[4];
+    for (int j = 0; j < 4; j++) {
+        uint8x16_t w = vld1q_u8(row[j] + nibbles);
+        int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, nibble)), high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
+        acc[j] = row_dot(corr, low, high, x0, x1);
+    }
+    return vfmaq_f32(sum, vcvtq_f32_s32(row_total(acc, corr)), vmulq_f32(scale, vld1q_f32(q->scale + 4 * lane)));
+}
+
+/* Four rows at a time, the last one repeated where n is no multiple: a row's result does not depend on its company.
+ * Reading four scales past the end of a row's scales reads its nibbles, which are as long. */
+MATRIX_LINKAGE void ROWS_Q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
+                              float *out) {
+    for (int64_t k = 0; k < n; k += 4) {
+        const uint8_t *row[4];
+        for (int64_t j = 0; j < 4; j++)
+            row[j] = w + index[k + j < n ? k + j : n - 1] * nb * 18;
+        for (int64_t j = k + 4; j < k + 8 && j < n; j++)
+            for (int64_t i = 0; i < nb * 18; i += 64)
+                __builtin_prefetch(w + index[j] * nb * 18 + i);
+        float32x4_t sum = vdupq_n_f32(0), scale[4];
+        int64_t b = 0, nibbles = 2 * nb;
+        for (; b + 4 <= nb; b += 4, nibbles += 64) {
+            transpose_scales(row, b, scale);
+            sum = row_block(sum, row, nibbles, x + b / 4, 0, scale[0]);
+            sum = row_block(sum, row, nibbles + 16, x + b / 4, 1, scale[1]);
+            sum = row_block(sum, row, nibbles + 32, x + b / 4, 2, scale[2]);
+            sum = row_block(sum, row, nibbles + 48, x + b / 4, 3, scale[3]);
+        }
+        if (b < nb)
+            transpose_scales(row, b, scale);
+        for (int lane = 0; b < nb; b++, lane++, nibbles += 16)
+            sum = row_block(sum, row, nibbles, x + b / 4, lane, scale[lane]);
+        for (int64_t j = 0; j < 4 && k + j < n; j++)
+            out[k + j] = sum[j];
+    }
+}
+
+/* Lane L (16 bytes) of the lines of one group's active neurons: sums of 2 x 4 x 4 outputs, [2 * v + high]. */
+ALWAYS_INLINE void down_group(const uint8_t *lines, const st_active *a, int32x4_t start, int32x4_t out[8]) {
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    sum4 sum[8];
+    for (int i = 0; i < 8; i++)
+        sum[i] = EMPTY(start);
+    for (int k = 0; k < a->quads; k++) {
+        const uint8_t *index = a->index + 4 * k;
+        uint8x16_t l0 = vld1q_u8(lines + 64 * index[0]), l1 = vld1q_u8(lines + 64 * index[1]);
+        uint8x16_t l2 = vld1q_u8(lines + 64 * index[2]), l3 = vld1q_u8(lines + 64 * index[3]);
+        uint16x8_t a0 = vreinterpretq_u16_u8(vzip1q_u8(l0, l1)), a1 = vreinterpretq_u16_u8(vzip2q_u8(l0, l1));
+        uint16x8_t b0 = vreinterpretq_u16_u8(vzip1q_u8(l2, l3)), b1 = vreinterpretq_u16_u8(vzip2q_u8(l2, l3));
+        uint16x8_t v[4] = {vzip1q_u16(a0, b0), vzip2q_u16(a0, b0), vzip1q_u16(a1, b1), vzip2q_u16(a1, b1)};
+        int8x16_t h = vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)a->h + k));
+        for (int i = 0; i < 4; i++) {
+            uint8x16_t w = vreinterpretq_u8_u16(v[i]);
+            int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, nibble)), high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
+            sum[2 * i] = NEXT_SAME(sum[2 * i], low, h);
+            sum[2 * i + 1] = NEXT_SAME(sum[2 * i + 1], high, h);
+        }
+    }
+    for (int i = 0; i < 8; i++)
+        out[i] = total4(sum[i], start);
+}
+
+MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y) {
+    const uint8_t *lines = chunk + groups * ST_DOWN_CHUNK * 2;
+    for (int lane = 0; lane < 4; lane++) {
+        float32x4_t total[8];
+        for (int i = 0; i < 8; i++)
+            total[i] = vdupq_n_f32(0);
+        for (int64_t g = 0; g < groups; g++) {
+            int32x4_t dot[8];
+            if (lane == 0 && g + 1 < groups)
+                for (int k = 0; k < 4 * a[g + 1].quads; k++)
+                    __builtin_prefetch(lines + 64 * (32 * (g + 1) + a[g + 1].index[k]));
+            if (a[g].quads == 0)
+                continue;
+            down_group(lines + 64 * 32 * g + 16 * lane, a + g, vdupq_n_s32(a[g].corr), dot);
+            const uint8_t *scales = chunk + g * ST_DOWN_CHUNK * 2 + 8 * lane;
+            for (int i = 0; i < 8; i++)
+                total[i] =
+                    vfmaq_f32(total[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(load_f16x4(scales + 32 * i), a[g].scale));
+        }
+        for (int i = 0; i < 8; i++) {
+            float *out = y + 16 * i + 4 * lane;
+            vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), total[i], weight));
+        }
+    }
+}
+
+GEMM(GEMM_Q4_0, q4_0, ST_TILE_Q4_0_BYTES)
+GEMM(GEMM_Q8_0, q8_0, ST_TILE_Q8_0_BYTES)
