@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
-TEST_C_FILES := $(wildcard tests/native/*.c)
+TEST_C_FILES := $(wildcard tests/native/*.c tools/*.c)
 NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
 
 # make bench: the model, and Pythons that have llama-cpp-python. Without them it is built into environments of its own,
@@ -26,7 +26,7 @@ print(next(line.partition(";")[0] for line in requires("smallthinker_edge") if "
 endef
 export BENCH_EXTRA
 
-.PHONY: help demo test lint bench bench-avx2 bench-docs build install clean
+.PHONY: help demo test test-arm wheels lint bench bench-avx2 bench-docs build install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,12 @@ demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-arm: $(VENV)/wheels ## Test the ARM wheels under qemu (skips where qemu or the network is missing)
+	@$(BIN)/python tools/test_arm.py $(ARGS)
+
+wheels: $(VENV)/wheels ## Cross-compile wheels for x86_64, aarch64 and armv7l into dist/, and check them
+	@$(BIN)/python tools/build_wheels.py $(ARGS)
 
 lint: $(VENV)/dev ## Check style and types of Python, Cython and C
 	$(BIN)/ruff check
@@ -99,3 +105,7 @@ build/models/%.gguf: $(VENV)/built
 	@CMAKE_ARGS="$(LLAMA_FLAGS)" $(@:/bin/python=).part/bin/python -m pip install --disable-pip-version-check --quiet \
 	  --no-binary llama-cpp-python "$$($(BIN)/python -c "$$BENCH_EXTRA")"
 	@mv $(@:/bin/python=).part $(@:/bin/python=)
+
+# The cross compiler and the wheel checkers. Without network the ARM tests skip, and `wheels` says what is missing.
+$(VENV)/wheels: $(VENV)/dev
+	@$(PIP) install "smallthinker_edge[wheels]" && touch $@ || echo "ziglang could not be installed" >&2

@@ -1,0 +1,177 @@
+"""Cross-compiles the wheels: manylinux and musllinux for x86_64 and aarch64, and armv7l. Needs no Docker.
+
+Run by `make wheels` and, for one platform, by tools/test_arm.py. One wheel per platform serves CPython 3.11 and
+later (stable ABI) and holds all kernel tables of its architecture. The compiler is clang from the `ziglang` package
+of PyPI, which brings the C libraries of every target; headers are those of the Python that runs this. It never
+touches the working tree: a copy of the sources is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from platform import libc_ver, machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Wheel platform: (zig's target, what Python calls the platform). 2.28 is Debian 10, RHEL 8; 2.31 is the oldest glibc
+# that auditwheel knows for armv7l (Debian 11, piwheels' oldest).
+PLATFORMS = {
+    "manylinux_2_28_x86_64": ("x86_64-linux-gnu.2.28", "linux-x86_64"),
+    "manylinux_2_28_aarch64": ("aarch64-linux-gnu.2.28", "linux-aarch64"),
+    "musllinux_1_2_x86_64": ("x86_64-linux-musl", "linux-x86_64"),
+    "musllinux_1_2_aarch64": ("aarch64-linux-musl", "linux-aarch64"),
+    "manylinux_2_31_armv7l": ("arm-linux-gnueabihf.2.31", "linux-armv7l"),
+}
+
+# Python.h asks its pyconfig.h for little once the stable ABI is chosen: the sizes of types, which the compiler knows
+# for its own target. (The building machine's pyconfig.h would state the building machine's.)
+PYCONFIG = """\
+#define SIZEOF_INT __SIZEOF_INT__
+#define SIZEOF_LONG __SIZEOF_LONG__
+#define SIZEOF_LONG_LONG __SIZEOF_LONG_LONG__
+#define SIZEOF_SHORT __SIZEOF_SHORT__
+#define SIZEOF_FLOAT __SIZEOF_FLOAT__
+#define SIZEOF_DOUBLE __SIZEOF_DOUBLE__
+#define SIZEOF_VOID_P __SIZEOF_POINTER__
+#define SIZEOF_UINTPTR_T __SIZEOF_POINTER__
+#define SIZEOF_SIZE_T __SIZEOF_SIZE_T__
+#define SIZEOF_WCHAR_T __SIZEOF_WCHAR_T__
+#define SIZEOF_TIME_T __SIZEOF_LONG__
+#define SIZEOF_OFF_T 8
+#define HAVE_LONG_LONG 1
+#define HAVE_STDARG_PROTOTYPES 1
+#define HAVE_STDINT_H 1
+#define HAVE_INTTYPES_H 1
+#define HAVE_UNISTD_H 1
+#define HAVE_SYS_TYPES_H 1
+#define HAVE_SYS_TIME_H 1
+#define HAVE_SYS_STAT_H 1
+#define HAVE_SSIZE_T 1
+#define HAVE_UINTPTR_T 1
+#define HAVE_PTHREAD_H 1
+#define HAVE_DYNAMIC_LOADING 1
+#define WITH_THREAD 1
+"""
+
+
+def target_headers(build: Path) -> Path:
+    """A copy of this Python's headers with a pyconfig.h that fits every target."""
+    headers = build / "include"
+    shutil.copytree(sysconfig.get_paths()["include"], headers, dirs_exist_ok=True)
+    (headers / "pyconfig.h").unlink(missing_ok=True)
+    (headers / "pyconfig.h").write_text(PYCONFIG)
+    return headers
+
+
+def copy_sources(build: Path) -> Path:
+    """The files that git knows or would add, in a folder of their own."""
+    tree = build / "src"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    wanted = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+    for name in wanted:
+        target = tree / name
+        if not target.exists() or target.read_bytes() != (ROOT / name).read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+    for old in [path for path in tree.rglob("*") if path.is_file() and path.suffix in (".c", ".h", ".pyx", ".py")]:
+        name = str(old.relative_to(tree))
+        if name not in wanted and not name.startswith(("smallthinker_edge/_native/", "build")):
+            old.unlink()
+    return tree
+
+
+def build_wheel(platform: str, build: Path, out: Path, demo: bool) -> Path:
+    """Builds one wheel into `out` and returns its path. Raises CalledProcessError with the compiler's message."""
+    target, python_platform = PLATFORMS[platform]
+    tree, headers = copy_sources(build), target_headers(build)
+    compiler = f"{sys.executable} {ROOT / 'tools' / 'zig_cc.py'} {target}"
+    environment = {
+        **os.environ,
+        "SMALLTHINKER_ABI3": "1",
+        "_PYTHON_HOST_PLATFORM": python_platform,
+        "CC": compiler,
+        "LDSHARED": f"{compiler} -shared -s",
+        "CFLAGS": "-fPIC",
+    }
+    if demo is False:
+        (tree / "smallthinker_edge" / "data" / "demo.gguf").unlink(missing_ok=True)
+    base, dist = build / platform, build / platform / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    shutil.rmtree(base / "lib", ignore_errors=True)
+    command = [
+        *(sys.executable, "setup.py", "--quiet"),
+        *("build", "--build-base", str(base), "--build-lib", str(base / "lib")),
+        *("build_ext", f"--include-dirs={headers}"),
+        *("bdist_wheel", "--plat-name", platform, "--dist-dir", str(dist), "--bdist-dir", str(base / "bdist")),
+    ]
+    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
+    (wheel,) = dist.glob("*.whl")
+    out.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy2(wheel, out / wheel.name))
+
+
+def audit(wheel: Path) -> None:
+    """Checks the wheel's symbols against its tags: the C library's versions, and Python's stable ABI.
+
+    auditwheel knows manylinux tags only on the architecture it runs for, so it decides from the file.
+    """
+    tools = [[sys.executable, "-m", "auditwheel", "show", str(wheel)], [sys.executable, "-m", "abi3audit", str(wheel)]]
+    for command in tools:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        name = command[2]
+        if result.returncode != 0:
+            raise SystemExit(f"{name} refuses {wheel.name}:\n{result.stdout}{result.stderr}")
+        platform = wheel.stem.split("-")[-1]
+        if name == "auditwheel" and platform not in result.stdout.replace("\n", " "):
+            raise SystemExit(f"auditwheel finds {wheel.name} fit for another platform only:\n{result.stdout}")
+
+
+def try_here(wheel: Path, build: Path) -> None:
+    """Runs a wheel for this machine in a clean environment, with no compiler on the PATH: doctor and demo."""
+    venv = build / "try"
+    shutil.rmtree(venv, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    pip = [str(venv / "bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["PATH"] = str(venv / "bin")
+    subprocess.run([*pip, "--only-binary=:all:", str(wheel.resolve())], check=True, env=environment, cwd=venv)
+    for command in (["doctor", str(venv)], ["demo"]):
+        program = str(venv / "bin/smallthinker-edge")
+        result = subprocess.run(
+            [program, *command], env=environment, cwd=venv, capture_output=True, text=True, check=False
+        )
+        if result.returncode != 0:
+            raise SystemExit(f"{wheel.name}, installed here, fails at {command[0]}:\n{result.stdout}{result.stderr}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--platform", action="append", choices=PLATFORMS, help="may be repeated (default: all)")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels (default: dist)")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "wheels", help="folder for what is in between")
+    parser.add_argument("--no-demo", action="store_true", help="leave the demo model out")
+    parser.add_argument("--no-audit", action="store_true", help="skip auditwheel and abi3audit")
+    arguments = parser.parse_args()
+    for platform in arguments.platform or PLATFORMS:
+        try:
+            wheel = build_wheel(platform, arguments.build.resolve(), arguments.out, not arguments.no_demo)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{platform} does not build:\n{error.stderr.decode(errors='replace')[-4000:]}") from None
+        if not arguments.no_audit:
+            audit(wheel)
+            if platform == f"manylinux_2_28_{machine()}" and libc_ver()[0] == "glibc":
+                try_here(wheel, arguments.build.resolve())
+        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
