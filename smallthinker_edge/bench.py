@@ -168,6 +168,7 @@ def cases(shape: Shape) -> list[Case]:
         Case("gemm_q8_0", "head, 512 rows", 512, d),
         Case("rows_q4_0", f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("rows_q4_0", "up, all", f, d),
+        Case("gate_up_q4_0", f"32 neurons, {ACTIVE_SHARE:.0%} active", 32, d, active=ACTIVE_SHARE),
         Case("down_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("down_q4_0", "down, all", f, d),
         Case("attention", f"{group} heads, 256 positions", group, shape.head_dim, 256),
@@ -178,6 +179,10 @@ def cases(shape: Shape) -> list[Case]:
         Case("to_f16", "key of a head", 0, shape.head_dim, streamed=False),
         Case("activate", "32 neurons", 0, 64, streamed=False),
     ]
+
+
+# Kernels that compute only the active neurons.
+CHOOSING = ("rows_q4_0", "gate_up_q4_0", "down_q4_0")
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,8 @@ def bytes_of(case: Case) -> int:
     whole = Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)
     if case.kernel == "rows_q4_0":
         return whole // case.rows * len(choose_rows(case.rows, case.active))
+    if case.kernel == "gate_up_q4_0":
+        return whole // 64 * (32 + len(choose_rows(case.rows, case.active)))
     if case.kernel == "down_q4_0":
         padded = -(-case.cols // 128) * 128
         return case.rows // 32 * padded * 2 + len(choose_rows(case.rows, case.active)) * padded // 2
@@ -236,7 +243,7 @@ def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bo
     stride = -(-max(1, Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)) // 4096) * 4096
     items = memory.size // stride if streaming else timer.threads
     view = memory[: items * stride]
-    chosen = choose_rows(case.rows, case.active) if case.kernel in ("rows_q4_0", "down_q4_0") else None
+    chosen = choose_rows(case.rows, case.active) if case.kernel in CHOOSING else None
     active = active_groups(table, case.rows, chosen) if case.kernel == "down_q4_0" and chosen is not None else None
 
     def run(first: int, count: int) -> float:
@@ -249,7 +256,7 @@ def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bo
             rows=case.rows,
             cols=case.cols,
             tokens=case.tokens,
-            index=chosen if case.kernel == "rows_q4_0" else None,
+            index=chosen if case.kernel in ("rows_q4_0", "gate_up_q4_0") else None,
             active=active,
         )
 

@@ -25,7 +25,7 @@ from smallthinker_edge.config import ModelConfig, tensor_name
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.loader import TYPE_NUMBER
 
-LAYOUT = "tile16-1"
+LAYOUT = "tile16-2"
 ALIGN = 4096
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 U32, STRING, ARRAY, F32_TYPE = 4, 8, 9, 0

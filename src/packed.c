@@ -73,11 +73,15 @@ size_t st_tile16_bytes(int type, int64_t rows, int64_t cols) {
     return (size_t)((rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS) * (size_t)(cols / ST_BLOCK) * tile_block_bytes(type);
 }
 
+/* Bytes of one neuron's row: two outputs a byte, d padded to whole chunks. */
+static size_t down_line_bytes(int64_t d) {
+    return (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * (ST_DOWN_CHUNK / 2);
+}
+
 size_t st_down_bytes(int64_t d, int64_t f) {
     if (d <= 0 || f <= 0 || f % ST_BLOCK)
         return 0;
-    size_t chunks = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK);
-    return chunks * ((size_t)f / ST_BLOCK * ST_DOWN_CHUNK * 2 + (size_t)f * (ST_DOWN_CHUNK / 2));
+    return down_line_bytes(d) * ((size_t)f / ST_BLOCK * 4 + (size_t)f);
 }
 
 void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1) {
@@ -146,42 +150,38 @@ static int block_shift(int n) { return n % ST_BLOCK >= 16 ? 4 : 0; }
 
 void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
     int64_t groups = f / ST_BLOCK;
+    size_t line = down_line_bytes(d);
+    uint8_t *lines = dst + (size_t)groups * line * 4;
     memset(dst, 0, st_down_bytes(d, f));
-    for (int64_t c = 0; c * ST_DOWN_CHUNK < d; c++) {
-        uint8_t *scales = dst, *lines = dst + groups * ST_DOWN_CHUNK * 2;
-        for (int o = 0; o < ST_DOWN_CHUNK && c * ST_DOWN_CHUNK + o < d; o++) {
-            const uint8_t *row = src + (c * ST_DOWN_CHUNK + o) * groups * Q4_0_BYTES;
-            uint8_t *column = lines + down_byte(o);
-            int shift = down_shift(o);
-            for (int64_t g = 0; g < groups; g++, row += Q4_0_BYTES) {
-                memcpy(scales + (g * ST_DOWN_CHUNK + o) * 2, row, 2);
-                for (int i = 0; i < 16; i++, column += 64) {
-                    column[0] |= (uint8_t)((row[2 + i] & 15) << shift);
-                    column[16 * 64] |= (uint8_t)(row[2 + i] >> 4 << shift);
-                }
-                column += 16 * 64;
+    for (int64_t o = 0; o < d; o++, src += groups * Q4_0_BYTES) {
+        uint8_t *column = lines + o / ST_DOWN_CHUNK * 64 + down_byte((int)(o % ST_DOWN_CHUNK));
+        int shift = down_shift((int)(o % ST_DOWN_CHUNK));
+        for (int64_t g = 0; g < groups; g++) {
+            const uint8_t *block = src + g * Q4_0_BYTES;
+            memcpy(dst + (size_t)g * line * 4 + 2 * o, block, 2);
+            for (int i = 0; i < 16; i++, column += line) {
+                column[0] |= (uint8_t)((block[2 + i] & 15) << shift);
+                column[16 * line] |= (uint8_t)(block[2 + i] >> 4 << shift);
             }
+            column += 16 * line;
         }
-        dst = lines + f * (ST_DOWN_CHUNK / 2);
     }
 }
 
 void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
     int64_t groups = f / ST_BLOCK;
+    size_t line = down_line_bytes(d);
+    const uint8_t *lines = src + (size_t)groups * line * 4;
     memset(dst, 0, (size_t)(d * groups * Q4_0_BYTES));
-    for (int64_t c = 0; c * ST_DOWN_CHUNK < d; c++) {
-        const uint8_t *scales = src, *lines = src + groups * ST_DOWN_CHUNK * 2;
-        for (int o = 0; o < ST_DOWN_CHUNK && c * ST_DOWN_CHUNK + o < d; o++) {
-            uint8_t *row = dst + (c * ST_DOWN_CHUNK + o) * groups * Q4_0_BYTES;
-            for (int64_t g = 0; g < groups; g++)
-                memcpy(row + g * Q4_0_BYTES, scales + (g * ST_DOWN_CHUNK + o) * 2, 2);
-            for (int64_t n = 0; n < f; n++) {
-                int q = lines[n * 64 + down_byte(o)] >> down_shift(o) & 15;
-                row[n / ST_BLOCK * Q4_0_BYTES + block_byte((int)(n % ST_BLOCK))] |=
-                    (uint8_t)(q << block_shift((int)(n % ST_BLOCK)));
-            }
+    for (int64_t o = 0; o < d; o++, dst += groups * Q4_0_BYTES) {
+        const uint8_t *column = lines + o / ST_DOWN_CHUNK * 64 + down_byte((int)(o % ST_DOWN_CHUNK));
+        int shift = down_shift((int)(o % ST_DOWN_CHUNK));
+        for (int64_t g = 0; g < groups; g++)
+            memcpy(dst + g * Q4_0_BYTES, src + (size_t)g * line * 4 + 2 * o, 2);
+        for (int64_t n = 0; n < f; n++, column += line) {
+            int i = (int)(n % ST_BLOCK);
+            dst[n / ST_BLOCK * Q4_0_BYTES + block_byte(i)] |= (uint8_t)((*column >> shift & 15) << block_shift(i));
         }
-        src = lines + f * (ST_DOWN_CHUNK / 2);
     }
 }
 

@@ -21,7 +21,7 @@ enum { SPIN_LIMIT = 4000 };
 
 struct st_team {
     int n;
-    _Alignas(64) atomic_llong claim;
+    struct st_range *ranges; /* one a thread: what is left of its share of the phase */
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_uint barrier_generation;
     _Alignas(64) atomic_uint run_generation;
@@ -34,6 +34,11 @@ struct st_team {
     pthread_t *threads;
     struct st_member *members;
     int started;
+};
+
+/* Units first..end-1 as first << 32 | end: the owner takes from the front, others from the back. */
+struct st_range {
+    _Alignas(64) _Atomic uint64_t units;
 };
 
 struct st_member {
@@ -66,19 +71,36 @@ static void announce(st_team *team, atomic_uint *word) {
     }
 }
 
-void st_team_barrier(st_team *team) {
+static void deal(st_team *team, int64_t units) {
+    for (int i = 0; i < team->n; i++) {
+        uint64_t first = (uint64_t)(units * i / team->n), end = (uint64_t)(units * (i + 1) / team->n);
+        atomic_store_explicit(&team->ranges[i].units, first << 32 | end, memory_order_relaxed);
+    }
+}
+
+void st_team_barrier(st_team *team, int64_t units) {
     unsigned generation = atomic_load_explicit(&team->barrier_generation, memory_order_relaxed);
     if (atomic_fetch_add(&team->arrived, 1) == team->n - 1) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&team->claim, 0, memory_order_relaxed);
+        deal(team, units);
         announce(team, &team->barrier_generation);
     } else {
         wait_change(team, &team->barrier_generation, generation);
     }
 }
 
-int64_t st_team_claim(st_team *team, int64_t count) {
-    return atomic_fetch_add_explicit(&team->claim, count, memory_order_relaxed);
+int64_t st_team_next(st_team *team, int tid) {
+    for (int i = 0; i < team->n; i++) {
+        struct st_range *range = &team->ranges[(tid + i) % team->n];
+        uint64_t old = atomic_load_explicit(&range->units, memory_order_relaxed);
+        while ((old >> 32) < (old & UINT32_MAX)) {
+            uint64_t left = i == 0 ? old + (UINT64_C(1) << 32) : old - 1;
+            if (atomic_compare_exchange_weak_explicit(&range->units, &old, left, memory_order_relaxed,
+                                                      memory_order_relaxed))
+                return (int64_t)(i == 0 ? old >> 32 : left & UINT32_MAX);
+        }
+    }
+    return -1;
 }
 
 static void *member_main(void *arg) {
@@ -91,20 +113,28 @@ static void *member_main(void *arg) {
         if (atomic_load(&team->stop))
             return NULL;
         team->fn(team->arg, member->tid);
-        st_team_barrier(team);
+        st_team_barrier(team, 0);
     }
 }
 
-void st_team_run(st_team *team, st_team_fn fn, void *arg) {
+void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units) {
     team->fn = fn;
     team->arg = arg;
+    deal(team, units);
     if (team->n > 1)
         announce(team, &team->run_generation);
     fn(arg, 0);
-    st_team_barrier(team);
+    st_team_barrier(team, 0);
 }
 
 int st_team_size(const st_team *team) { return team->n; }
+
+static void release(st_team *team) {
+    free(team->threads);
+    free(team->members);
+    free(team->ranges);
+    free(team);
+}
 
 st_team *st_team_create(int n) {
     if (n < 1)
@@ -115,19 +145,17 @@ st_team *st_team_create(int n) {
     *team = (st_team){.n = n};
     team->threads = calloc((size_t)n, sizeof *team->threads);
     team->members = calloc((size_t)n, sizeof *team->members);
-    if (!team->threads || !team->members || pthread_mutex_init(&team->mutex, NULL) != 0) {
-        free(team->threads);
-        free(team->members);
-        free(team);
+    team->ranges = aligned_alloc(64, (size_t)n * sizeof *team->ranges);
+    if (!team->threads || !team->members || !team->ranges || pthread_mutex_init(&team->mutex, NULL) != 0) {
+        release(team);
         return NULL;
     }
     if (pthread_cond_init(&team->changed, NULL) != 0) {
         pthread_mutex_destroy(&team->mutex);
-        free(team->threads);
-        free(team->members);
-        free(team);
+        release(team);
         return NULL;
     }
+    deal(team, 0);
     for (int i = 1; i < n; i++) {
         team->members[i] = (struct st_member){team, i};
         if (pthread_create(&team->threads[i], NULL, member_main, &team->members[i]) != 0) {
@@ -148,7 +176,5 @@ void st_team_destroy(st_team *team) {
         pthread_join(team->threads[i], NULL);
     pthread_cond_destroy(&team->changed);
     pthread_mutex_destroy(&team->mutex);
-    free(team->threads);
-    free(team->members);
-    free(team);
+    release(team);
 }

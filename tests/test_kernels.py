@@ -151,6 +151,22 @@ def test_rows_multiplies_the_chosen_rows(name: str, cols: int, kind: str) -> Non
         assert_close(out.check(), w[index] @ x, np.abs(w[index]) @ np.abs(x))
 
 
+@pytest.mark.parametrize("cols", [32, 96, 256, 1536])
+@pytest.mark.parametrize("count", [1, 2, 7, 32])
+def test_gate_and_up_together_give_the_bits_of_each_alone(name: str, cols: int, count: int) -> None:
+    gate, up = (weights(2, 32, cols, seed)[0] for seed in (1, 2))
+    tiles, rows = kernels.pack_tile16(2, gate, 32, cols), kernels.pack_rows(up, 32, cols)
+    xq = quantized(name, inputs("normal", (1, cols)))
+    index = np.sort(np.random.default_rng(count).permutation(32)[:count]).astype(np.int32)
+    g, out = Guarded(32), Guarded(count)
+    Table(name).gate_up(tiles, cols, xq[0], g.inner, rows, index, out.inner)
+    alone_g, alone_out = np.empty(32, np.float32), np.empty(count, np.float32)
+    Table(name).gemm(2, tiles, 32, cols, 0, 2, xq, alone_g, 32)
+    Table(name).rows(rows, cols, index, xq[0], alone_out)
+    assert np.array_equal(g.check(), alone_g)
+    assert np.array_equal(out.check(), alone_out)
+
+
 def activated(name: str, g: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.array(
         [Table(name).activate(a, b) for a, b in zip(g.reshape(-1, 32), up.reshape(-1, 32), strict=True)],
@@ -192,19 +208,20 @@ def test_activate_carries_nan(name: str) -> None:
 
 
 @pytest.mark.parametrize("silent", [0.0, 0.6, 0.97, 1.0])
-@pytest.mark.parametrize(("d", "f"), [(128, 32), (256, 96), (200, 768)])
+@pytest.mark.parametrize(("d", "f"), [(128, 32), (256, 96), (200, 768), (1800, 64)])
 def test_down_adds_the_weighted_product(name: str, d: int, f: int, silent: float) -> None:
     raw, w = weights(2, d, f, extreme=silent == 0.0)
     packed = kernels.pack_down(raw, d, f)
     g = np.where(np.random.default_rng(2).random(f) < silent, -1, np.abs(inputs("normal", (f,), 3))).astype(np.float32)
     active = activated(name, g, inputs("normal", (f,), 4))
     h = neuron_values(active)
-    for chunk in range((d + 127) // 128):
-        y = Guarded(128)
-        start = inputs("normal", (128,), 5)
+    chunks = (d + 127) // 128
+    for c0, c1 in {(0, chunks), (chunks - 1, chunks), (0, 1), (chunks // 2, chunks)}:
+        y = Guarded(128 * (c1 - c0))
+        start = inputs("normal", (128 * (c1 - c0),), 5)
         y.inner[:] = start
-        Table(name).down(packed, f, chunk, active, 0.37, y.inner)
-        rows = w[128 * chunk : 128 * chunk + 128]
+        Table(name).down(packed, d, f, c0, c1, active, 0.37, y.inner)
+        rows = w[128 * c0 : 128 * c1]
         got = y.check()[: len(rows)]
         magnitude = 0.37 * (np.abs(rows) @ np.abs(h)) + np.abs(start[: len(rows)])
         assert_close(got, 0.37 * (rows @ h) + start[: len(rows)], magnitude)

@@ -24,8 +24,16 @@ typedef struct st_kernels {
     /* out[i] = W[index[i]] . x for i < n.  W: Rows layout of Q4_0, nb blocks a row. */
     void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
 
-    /* y[128] += weight * (W_down of one chunk) . h.  chunk: Down layout, groups = f / 32; a[groups]. */
-    void (*down_q4_0)(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y);
+    /* g[32] = the two tiles at `gate` . x, and meanwhile out as rows_q4_0(up, nb, index, n, x, out): the same bits as
+     * the two calls apart. Rows ahead[n_ahead] of up_ahead, which the next call will use, are prefetched (a hint). */
+    void (*gate_up_q4_0)(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
+                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
+                         int64_t n_ahead);
+
+    /* y[o - 128 * c0] += weight * (W_down . h)[o] for the outputs o of chunks c0..c1 (128 each; y has room for whole
+     * chunks).  down: Down layout of d outputs and 32 * groups neurons; a[groups]. */
+    void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                      float weight, float *y);
 
     /* g[32] (gate, before relu) and up[32] (read only where g > 0) -> the 32 neurons' st_active. */
     void (*activate)(const float *g, const float *up, st_active *out);

@@ -33,10 +33,11 @@ typedef enum st_type {
 /* Rows, Q4_0 ("up"; one row is read alone when its neuron fires): per row, uint16 scale[nb], then the blocks
  * of 16 nibble bytes in order. nb = cols / 32. The row takes 18 * nb bytes, as in GGUF. */
 
-/* Down, Q4_0, neuron-major: outputs in chunks of 128 (d padded with zeros to a multiple of 128). Per chunk:
- *   uint16 scale[f/32][128], then for every neuron n one 64-byte line: byte 16*L + 4*v + k holds
- *   output 32*v + 4*L + k in its low nibble and output 32*v + 16 + 4*L + k in its high nibble.
- * The lane order is what interleaving four neurons byte by byte leaves in vector registers of any width. */
+/* Down, Q4_0, neuron-major; d padded with zeros to dp, a multiple of 128. uint16 scale[f/32][dp], then dp/2 bytes for
+ * every neuron, 64 for each chunk of 128 outputs: byte 16*L + 4*v + k of a chunk holds its output 32*v + 4*L + k in
+ * the low nibble and output 32*v + 16 + 4*L + k in the high one. The lane order is what interleaving four neurons byte
+ * by byte leaves in vector registers of any width. A neuron's row is contiguous because skipping the silent ones
+ * then reads long runs: measured on DRAM, 38 % of the rows, two threads: 18 GB/s in runs of 64 bytes, 25 in 384. */
 
 /* Activations, Q8_0: 128 columns. q[0][b][i] is column 32*b + i, q[1][b][i] column 32*b + 16 + i.
  * corr[4*b] = -8 * (sum of block b), the other corr are 0; scale[4*b .. 4*b+3] all hold the block's scale.
@@ -47,8 +48,8 @@ typedef struct st_q8x4 {
     float scale[16];
 } st_q8x4;
 
-/* The silenced-and-quantised output of 32 neurons of one expert for one token: only neurons whose quantised
- * value is not zero, four at a time (padded with value 0). value of neuron index[i] = scale * h[i]. */
+/* The silenced-and-quantised output of 32 neurons of one expert for one token: only neurons whose quantised value is
+ * not zero, four at a time (padded with the last index and value 0). value of neuron index[i] = scale * h[i]. */
 typedef struct st_active {
     int8_t h[32];
     uint8_t index[32];

@@ -1,5 +1,6 @@
-/* A team of threads that runs one function together (fork/join), with barriers and dynamic claiming of work
- * inside. Waiting spins for a moment, then sleeps. One team serves one caller at a time. */
+/* A team of threads that runs one function together (fork/join), with barriers and shared-out work inside. Each thread
+ * gets a contiguous range of a phase's units, so that it streams through memory; one that is done early takes units
+ * from the end of another's range. Waiting spins for a moment, then sleeps. One team serves one caller at a time. */
 #ifndef SMALLTHINKER_THREADS_H
 #define SMALLTHINKER_THREADS_H
 
@@ -13,14 +14,16 @@ st_team *st_team_create(int n);
 void st_team_destroy(st_team *team); /* NULL is fine */
 int st_team_size(const st_team *team);
 
-/* Runs fn(arg, tid) for every tid in 0..n-1 and returns when all have returned; the caller is tid 0. */
-void st_team_run(st_team *team, st_team_fn fn, void *arg);
+/* Runs fn(arg, tid) for every tid in 0..n-1 and returns when all have returned; the caller is tid 0. units: of the
+ * first phase, below 2^31. */
+void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units);
 
-/* Inside fn only: waits for all threads; what they wrote before is visible after. Also resets the claim. */
-void st_team_barrier(st_team *team);
+/* Inside fn only: waits for all threads; what they wrote before is visible after. Then the next phase begins, with
+ * `units` units of work (the same number from every thread), thread t's share being units * t / n .. units * (t + 1) /
+ * n. */
+void st_team_barrier(st_team *team, int64_t units);
 
-/* Inside fn only: takes the next `count` units of the phase between two barriers; returns the first one
- * taken. The caller stops at its own total. */
-int64_t st_team_claim(st_team *team, int64_t count);
+/* Inside fn only: the next unit for thread tid, or -1 where none is left in this phase. Every unit is given once. */
+int64_t st_team_next(st_team *team, int tid);
 
 #endif

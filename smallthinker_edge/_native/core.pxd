@@ -52,8 +52,11 @@ cdef extern from "smallthinker/kernels.h" nogil:
                           const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
         void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
                           float *out) noexcept nogil
-        void (*down_q4_0)(const uint8_t *chunk, int64_t groups, const st_active *a, float weight,
-                          float *y) noexcept nogil
+        void (*gate_up_q4_0)(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
+                             const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead,
+                             const int32_t *ahead, int64_t n_ahead) noexcept nogil
+        void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                          float weight, float *y) noexcept nogil
         void (*activate)(const float *g, const float *up, st_active *out) noexcept nogil
         void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                           float scale, float *scores, float *acc, float *m, float *l) noexcept nogil
@@ -75,9 +78,9 @@ cdef extern from "smallthinker/threads.h" nogil:
     st_team *st_team_create(int n)
     void st_team_destroy(st_team *team)
     int st_team_size(const st_team *team)
-    void st_team_run(st_team *team, st_team_fn fn, void *arg)
-    void st_team_barrier(st_team *team)
-    int64_t st_team_claim(st_team *team, int64_t count)
+    void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units)
+    void st_team_barrier(st_team *team, int64_t units)
+    int64_t st_team_next(st_team *team, int tid)
 
 cdef extern from "smallthinker/reader.h" nogil:
     ctypedef struct st_reader:

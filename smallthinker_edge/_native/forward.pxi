@@ -1,6 +1,6 @@
 # The forward pass, nogil: what the threads of a team do together for one decode call. Included by engine.pyx, which
-# owns the memory behind every pointer here. Phases are separated by barriers; within one, threads claim units of
-# work, and no unit's result depends on who computed it or with which other tokens.
+# owns the memory behind every pointer here. Phases are separated by barriers; within one, each thread works through its
+# share of the units, and no unit's result depends on who computed it or with which other tokens.
 
 cdef enum:
     TILE = 1   # Tile16 of Q4_0 or Q8_0, integer kernels
@@ -34,10 +34,19 @@ cdef struct Layer:
 
 cdef struct Shape:
     int64_t n_layers, d, heads, kv_heads, hd, experts, used, f, vocab, batch, context
-    int64_t d_padded, groups, nb_d, nb_o, down_units
+    int64_t d_padded, groups, nb_d, nb_o, down_units, down_step
     float eps
     int softmax
     int down_transposed
+
+# 32 neurons of one expert for one token, whose gate is known; up is still to be computed.
+cdef struct Pending:
+    int64_t slot          # -1: none
+    int64_t group
+    int64_t fired         # neurons whose gate is positive
+    const uint8_t *up     # the expert's up rows
+    int32_t index[32]     # the neurons that fired
+    float gate[32]
 
 # What one thread needs for itself.
 cdef struct Scratch:
@@ -46,6 +55,7 @@ cdef struct Scratch:
     const st_q8x4 **rows  # [batch] pointers handed to the GEMMs
     float *gate           # [batch][32]
     float *up             # [32]
+    Pending pending[2]    # the unit whose gate is computed last, and the one before
     float *row            # one dequantised row
     float *scores         # [G][256]
     float *out            # [batch][64]: a unit's output before it is added to x
@@ -55,6 +65,7 @@ cdef struct Call:
     Shape s
     const st_kernels *kernels
     st_team *team
+    int64_t team_size
     Layer *layers
     const uint8_t **experts  # [L * E]; NULL where a pager holds them
     st_pager *pager
@@ -125,9 +136,15 @@ cdef void prepare(Call *c, Scratch *s, const float *norm_weight, int64_t t) noex
     c.kernels.quantize(c.hidden + t * c.s.d, c.s.d // 32 * 32, c.xq + t * c.nq)
 
 
-cdef void inputs(Call *c, Scratch *s, const float *norm_weight, const st_q8x4 *const **xq, const float **xf,
-                 ) noexcept nogil:
-    """What the next GEMM reads. One token: every thread makes its own copy, which is cheaper than a barrier."""
+cdef int64_t shared_inputs(Call *c, int64_t units) noexcept nogil:
+    """Units of the phase that starts with inputs(), before `units` units: prompts first normalise each token once."""
+    return units if c.n == 1 else c.n
+
+
+cdef void inputs(Call *c, Scratch *s, int tid, const float *norm_weight, int64_t units, const st_q8x4 *const **xq,
+                 const float **xf) noexcept nogil:
+    """What the next GEMM reads, before `units` units. One token: every thread makes its own copy, which is cheaper
+    than a barrier."""
     cdef int64_t t
     if c.n == 1:
         c.kernels.rmsnorm(c.x, norm_weight, c.s.d, c.s.eps, s.norm)
@@ -136,11 +153,11 @@ cdef void inputs(Call *c, Scratch *s, const float *norm_weight, const st_q8x4 *c
         xf[0] = s.norm
     else:
         while True:
-            t = st_team_claim(c.team, 1)
-            if t >= c.n:
+            t = st_team_next(c.team, tid)
+            if t < 0:
                 break
             prepare(c, s, norm_weight, t)
-        st_team_barrier(c.team)
+        st_team_barrier(c.team, units)
         for t in range(c.n):
             s.rows[t] = c.xq + t * c.nq
         xf[0] = c.hidden
@@ -316,14 +333,20 @@ cdef int64_t first_chunk(Layer *layer, int64_t p) noexcept nogil:
     return max(0, p - layer.window + 1) // ST_ATTN_CHUNK if layer.window else 0
 
 
+cdef int64_t attention_units(Call *c, Layer *layer) noexcept nogil:
+    if c.n > 1:
+        return c.n * (1 + c.s.kv_heads)
+    return 1 + (c.position // ST_ATTN_CHUNK - first_chunk(layer, c.position) + 1) * c.s.kv_heads
+
+
 cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) noexcept nogil:
     cdef int64_t G = c.s.heads // c.s.kv_heads, hd = c.s.hd, u, t, kv, i, chunk0, chunks, base
     if c.n == 1:
         chunk0 = first_chunk(layer, c.position)
         chunks = c.position // ST_ATTN_CHUNK - chunk0 + 1
         while True:
-            u = st_team_claim(c.team, 1)
-            if u > chunks * c.s.kv_heads:
+            u = st_team_next(c.team, tid)
+            if u < 0:
                 break
             if u == 0:
                 choose_experts(c, 0)
@@ -336,8 +359,8 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
                             c.partial_l + base, s)
         return
     while True:
-        u = st_team_claim(c.team, 1)
-        if u >= c.n * (1 + c.s.kv_heads):
+        u = st_team_next(c.team, tid)
+        if u < 0:
             break
         if u < c.n:
             choose_experts(c, u)
@@ -355,7 +378,11 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
                      c.attn + (t * c.s.heads + kv * G) * hd)
 
 
-cdef void output_phase(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept nogil:
+cdef int64_t output_units(Call *c) noexcept nogil:
+    return (c.s.d + 63) // 64
+
+
+cdef void output_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) noexcept nogil:
     """x += W_o . attention"""
     cdef int64_t hd = c.s.hd, G = c.s.heads // c.s.kv_heads, width = c.s.heads * hd, kv, chunk0, chunks, base, t, r
     cdef int64_t u, r0, r1
@@ -372,22 +399,22 @@ cdef void output_phase(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept no
         xf = s.norm
     else:
         while True:
-            t = st_team_claim(c.team, 1)
-            if t > c.n:
+            t = st_team_next(c.team, tid)
+            if t < 0:
                 break
-            if t == c.n:
+            if t == 0:
                 page_in(c, l)
             else:
-                c.kernels.quantize(c.attn + t * width, width // 32 * 32, c.xq + t * c.nq)
-        st_team_barrier(c.team)
+                c.kernels.quantize(c.attn + (t - 1) * width, width // 32 * 32, c.xq + (t - 1) * c.nq)
+        st_team_barrier(c.team, output_units(c))
         for t in range(c.n):
             s.rows[t] = c.xq + t * c.nq
         xf = c.attn
     while True:
-        u = st_team_claim(c.team, 1)
-        r0 = u * 64
-        if r0 >= c.s.d:
+        u = st_team_next(c.team, tid)
+        if u < 0:
             break
+        r0 = u * 64
         r1 = min(r0 + 64, c.s.d)
         mat_unit(c, &layer.o, r0, r1, s.rows, xf, width, c.n, s.out, 64, s)
         for t in range(c.n):
@@ -400,27 +427,57 @@ cdef void output_phase(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept no
 cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, const st_q8x4 *const *xq,
                          Scratch *s) noexcept nogil:
     """Gate of 32 neurons for every token of the expert, then up only where the gate is positive."""
-    cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e], j, fired, tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
+    cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e], tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
     cdef int32_t *slots = c.list_slot + c.list_start[e]
-    cdef const uint8_t *up = blob + c.s.groups * 2 * tile_bytes
-    cdef int32_t index[32]
+    cdef Pending *p = s.pending
     cdef float value[32]
-    cdef float *gate
     for i in range(m):
         s.rows[c.s.batch + i] = xq[slots[i] // c.s.used]
     c.kernels.gemm_q4_0(blob, c.s.f, c.s.nb_d, 2 * g, 2 * g + 2, s.rows + c.s.batch, m, s.gate, 32)
     for i in range(m):
-        gate = s.gate + i * 32
-        fired = 0
-        for j in range(32):
-            s.up[j] = 0
-            if not gate[j] <= 0:
-                index[fired] = <int32_t>(32 * g + j)
-                fired += 1
-        c.kernels.rows_q4_0(up, c.s.nb_d, index, fired, s.rows[c.s.batch + i], value)
-        for j in range(fired):
-            s.up[index[j] - 32 * g] = value[j]
-        c.kernels.activate(gate, s.up, c.active + slots[i] * c.s.groups + g)
+        fill_pending(p, s.gate + i * 32, slots[i], g, blob + c.s.groups * 2 * tile_bytes)
+        c.kernels.rows_q4_0(p.up, c.s.nb_d, p.index, p.fired, s.rows[c.s.batch + i], value)
+        finish_pending(c, p, value, s)
+
+
+cdef void fill_pending(Pending *p, const float *gate, int64_t slot, int64_t g, const uint8_t *up) noexcept nogil:
+    cdef int64_t j
+    p.slot, p.group, p.up, p.fired = slot, g, up, 0
+    memcpy(p.gate, gate, 32 * sizeof(float))
+    for j in range(32):
+        if not gate[j] <= 0:
+            p.index[p.fired] = <int32_t>(32 * g + j)
+            p.fired += 1
+
+
+cdef void finish_pending(Call *c, Pending *p, const float *value, Scratch *s) noexcept nogil:
+    """value: up of the neurons that fired."""
+    cdef int64_t j
+    memset(s.up, 0, 32 * sizeof(float))
+    for j in range(p.fired):
+        s.up[p.index[j] - 32 * p.group] = value[j]
+    c.kernels.activate(p.gate, s.up, c.active + p.slot * c.s.groups + p.group)
+
+
+cdef void neurons_decode(Call *c, const uint8_t *blob, int64_t e, int64_t g, Scratch *s) noexcept nogil:
+    """The same for one token, three units deep: this one's gate is computed, the rows of the unit before are
+    prefetched, those of the unit before that are computed. blob NULL: no unit is left, finish the pending ones."""
+    cdef int64_t tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
+    cdef Pending *last = &s.pending[0]
+    cdef Pending *first = &s.pending[1]
+    cdef float value[32]
+    cdef int64_t n = first.fired if first.slot >= 0 else 0, n_ahead = last.fired if last.slot >= 0 else 0
+    if blob != NULL:
+        c.kernels.gate_up_q4_0(blob + 2 * g * tile_bytes, c.s.nb_d, s.xq, s.gate, first.up, first.index, n, value,
+                               last.up, last.index, n_ahead)
+    elif n:
+        c.kernels.rows_q4_0(first.up, c.s.nb_d, first.index, n, s.xq, value)
+    if first.slot >= 0:
+        finish_pending(c, first, value, s)
+    first[0] = last[0]
+    last.slot = -1
+    if blob != NULL:
+        fill_pending(last, s.gate, c.list_slot[c.list_start[e]], g, blob + c.s.groups * 2 * tile_bytes)
 
 
 cdef void neurons_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t g, const float *xf,
@@ -441,14 +498,14 @@ cdef void neurons_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, in
             c.h[slots[i] * c.s.f + n] = 0 if s.gate[i] <= 0 else s.gate[i] * c.kernels.dot(s.row, x, d)
 
 
-cdef void down_packed(Call *c, const uint8_t *blob, int64_t e, int64_t chunk) noexcept nogil:
+cdef void down_packed(Call *c, const uint8_t *blob, int64_t e, int64_t unit) noexcept nogil:
     cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e], groups = c.s.groups
+    cdef int64_t c0 = unit * c.s.down_step, c1 = min(c0 + c.s.down_step, (c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
     cdef int32_t *slots = c.list_slot + c.list_start[e]
     cdef const uint8_t *down = blob + c.s.groups * 2 * c.s.nb_d * ST_TILE_Q4_0_BYTES + c.s.f * c.s.nb_d * 18
-    down += chunk * (groups * ST_DOWN_CHUNK * 2 + c.s.f * (ST_DOWN_CHUNK // 2))
     for i in range(m):
-        c.kernels.down_q4_0(down, groups, c.active + slots[i] * groups, c.weight[slots[i]],
-                            c.x + slots[i] // c.s.used * c.s.d_padded + chunk * ST_DOWN_CHUNK)
+        c.kernels.down_q4_0(down, c.s.d, groups, c0, c1, c.active + slots[i] * groups, c.weight[slots[i]],
+                            c.x + slots[i] // c.s.used * c.s.d_padded + c0 * ST_DOWN_CHUNK)
 
 
 cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t chunk, Scratch *s) noexcept nogil:
@@ -477,33 +534,48 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
             x[r] += c.weight[slots[i]] * c.kernels.dot(s.row, c.h + slots[i] * f, f)
 
 
-cdef bint expert_phases(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept nogil:
+cdef int64_t expert_of_unit(Call *c, int64_t u, int64_t *g) noexcept nogil:
+    """Which expert and which 32 neurons (g) unit u of the neuron phase is. Where the groups divide evenly, each thread
+    has its part of every expert, experts in memory first: then all wait for the same missing one, and late."""
+    cdef int64_t parts = c.team_size if c.s.groups % c.team_size == 0 else 1
+    cdef int64_t width = c.s.groups // parts, part = u // (c.n_active * width), i = u % (c.n_active * width)
+    g[0] = part * width + i % width
+    return c.order[i // width]
+
+
+cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, int64_t next_units) noexcept nogil:
     """x += the experts' weighted outputs. False, for every thread alike, when an expert could not be read."""
     cdef const st_q8x4 *const *xq
     cdef const float *xf
     cdef const uint8_t *blob
-    cdef int64_t u, i, e, units, packed = layer.expert_layout == EXPERT_PACKED
-    inputs(c, s, layer.ffn_norm, &xq, &xf)
+    cdef int64_t u, i, e, g, units, packed = layer.expert_layout == EXPERT_PACKED
+    inputs(c, s, tid, layer.ffn_norm, c.n_active * c.s.groups, &xq, &xf)
+    s.pending[0].slot = s.pending[1].slot = -1
     while True:
-        u = st_team_claim(c.team, 1)
-        if u >= c.n_active * c.s.groups:
+        u = st_team_next(c.team, tid)
+        if u < 0:
             break
-        e = c.order[u // c.s.groups]
+        e = expert_of_unit(c, u, &g)
         blob = expert_blob(c, l, e)
         if blob == NULL:
             continue
-        if packed:
-            neurons_packed(c, blob, e, u % c.s.groups, xq, s)
+        if packed and c.n == 1:
+            neurons_decode(c, blob, e, g, s)
+        elif packed:
+            neurons_packed(c, blob, e, g, xq, s)
         else:
-            neurons_rows(c, layer, blob, e, u % c.s.groups, xf, s)
-    st_team_barrier(c.team)
+            neurons_rows(c, layer, blob, e, g, xf, s)
+    if packed and c.n == 1:
+        neurons_decode(c, NULL, 0, 0, s)
+        neurons_decode(c, NULL, 0, 0, s)
+    units = c.s.down_units if packed else (c.s.d + GENERIC_CHUNK - 1) // GENERIC_CHUNK
+    st_team_barrier(c.team, units)
     for i in range(c.n_active):
         if expert_blob(c, l, c.active_expert[i]) == NULL:
             return False
-    units = c.s.down_units if packed else (c.s.d + GENERIC_CHUNK - 1) // GENERIC_CHUNK
     while True:
-        u = st_team_claim(c.team, 1)
-        if u >= units:
+        u = st_team_next(c.team, tid)
+        if u < 0:
             break
         for i in range(c.n_active):
             e = c.active_expert[i]
@@ -512,69 +584,85 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, Scratch *s) noexcept n
                 down_packed(c, blob, e, u)
             else:
                 down_rows(c, layer, blob, e, u, s)
-    st_team_barrier(c.team)
+    st_team_barrier(c.team, next_units)
     return True
 
 
 # ---------------------------------------------------------------- the whole pass
 
-cdef void embed(Call *c) noexcept nogil:
+cdef void embed(Call *c, int tid, int64_t next_units) noexcept nogil:
     cdef int64_t t
     cdef const Matrix *m = &c.embedding
     while True:
-        t = st_team_claim(c.team, 1)
-        if t >= c.n:
+        t = st_team_next(c.team, tid)
+        if t < 0:
             break
         if m.layout == TILE:
             st_dequantize_tile16_row(m.type, m.data, m.cols, c.tokens[t], c.x + t * c.s.d_padded)
         else:
             st_dequantize_row(m.type, m.data + c.tokens[t] * st_row_bytes(m.type, m.cols), m.cols,
                               c.x + t * c.s.d_padded)
-    st_team_barrier(c.team)
+    st_team_barrier(c.team, next_units)
 
 
-cdef void head_phase(Call *c, Scratch *s) noexcept nogil:
+cdef int64_t head_units(Call *c) noexcept nogil:
+    return (c.s.vocab + 255) // 256
+
+
+cdef void head_phase(Call *c, int tid, Scratch *s) noexcept nogil:
     """Logits of the last token, or of all."""
     cdef const st_q8x4 *const *xq
     cdef const float *xf
     cdef int64_t u, r0, first = 0 if c.all_logits else c.n - 1, V = c.s.vocab
-    inputs(c, s, c.output_norm, &xq, &xf)
+    inputs(c, s, tid, c.output_norm, head_units(c), &xq, &xf)
     while True:
-        u = st_team_claim(c.team, 1)
-        r0 = u * 256
-        if r0 >= V:
+        u = st_team_next(c.team, tid)
+        if u < 0:
             break
+        r0 = u * 256
         mat_unit(c, &c.head, r0, min(r0 + 256, V), xq + first, xf + first * c.s.d, c.s.d, c.n - first,
                  c.logits + r0, V, s)
+
+
+cdef int64_t projection_units(Call *c) noexcept nogil:
+    return c.n * ((c.s.experts + 7) // 8) + c.s.heads + 2 * c.s.kv_heads
+
+
+cdef void projection_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) noexcept nogil:
+    """The router, q, k and v."""
+    cdef const st_q8x4 *const *xq
+    cdef const float *xf
+    cdef int64_t u, routers = c.n * ((c.s.experts + 7) // 8)
+    inputs(c, s, tid, layer.attn_norm, projection_units(c), &xq, &xf)
+    while True:
+        u = st_team_next(c.team, tid)
+        if u < 0:
+            break
+        if u < routers:
+            router_unit(c, layer, u)
+        else:
+            projection_unit(c, layer, l, u - routers, xq, xf, s)
 
 
 cdef void forward(void *arg, int tid) noexcept nogil:
     cdef Call *c = <Call *>arg
     cdef Scratch *s = c.scratch + tid
     cdef Layer *layer
-    cdef const st_q8x4 *const *xq
-    cdef const float *xf
-    cdef int64_t l, u, routers = c.n * ((c.s.experts + 7) // 8)
-    embed(c)
+    cdef int64_t l, next_units = shared_inputs(c, projection_units(c))
+    embed(c, tid, next_units)
     for l in range(c.s.n_layers):
         layer = c.layers + l
-        inputs(c, s, layer.attn_norm, &xq, &xf)
-        while True:
-            u = st_team_claim(c.team, 1)
-            if u < routers:
-                router_unit(c, layer, u)
-            elif u - routers < c.s.heads + 2 * c.s.kv_heads:
-                projection_unit(c, layer, l, u - routers, xq, xf, s)
-            else:
-                break
-        st_team_barrier(c.team)
+        projection_phase(c, layer, l, tid, s)
+        st_team_barrier(c.team, attention_units(c, layer))
         attention_phase(c, layer, l, tid, s)
-        st_team_barrier(c.team)
-        output_phase(c, layer, l, s)
-        st_team_barrier(c.team)
-        if not expert_phases(c, layer, l, s):
+        st_team_barrier(c.team, output_units(c) if c.n == 1 else c.n + 1)
+        output_phase(c, layer, l, tid, s)
+        st_team_barrier(c.team, shared_inputs(c, c.n_active * c.s.groups))
+        if l == c.s.n_layers - 1:
+            next_units = shared_inputs(c, head_units(c))
+        if not expert_phases(c, layer, l, tid, s, next_units):
             if tid == 0:
                 c.failed = 1
             return
     if c.logits != NULL:
-        head_phase(c, s)
+        head_phase(c, tid, s)

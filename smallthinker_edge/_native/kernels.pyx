@@ -125,13 +125,21 @@ cdef class Table:
         if index.shape[0]:
             self.k.rows_q4_0(&w[0], cols // 32, &index[0], index.shape[0], <const st_q8x4 *>&x[0], &out[0])
 
-    def down(self, const uint8_t[::1] w, int64_t f, int64_t chunk, active, float weight, float[::1] y):
-        """One chunk of 128 outputs; active: f / 32 entries of dtype ACTIVE."""
+    def gate_up(self, const uint8_t[::1] gate, int64_t cols, const uint8_t[::1] x, float[::1] g,
+                const uint8_t[::1] up, const int32_t[::1] index, float[::1] out):
+        """g[32] of the two tiles of `gate`, and out as rows(up, cols, index, x, out)."""
+        need(gate.shape[0] == 2 * cols // 32 * ST_TILE_Q4_0_BYTES and g.shape[0] == 32)
+        need(x.shape[0] >= (cols + 127) // 128 * <int64_t>sizeof(st_q8x4) and out.shape[0] >= index.shape[0] >= 1)
+        self.k.gate_up_q4_0(&gate[0], cols // 32, <const st_q8x4 *>&x[0], &g[0], &up[0], &index[0], index.shape[0],
+                            &out[0], &up[0], &index[0], index.shape[0])
+
+    def down(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,
+             float[::1] y):
+        """Chunks c0..c1 of 128 outputs; active: f / 32 entries of dtype ACTIVE."""
         cdef const uint8_t[::1] a = active.view(np.uint8)
-        cdef int64_t size = f // 32 * ST_DOWN_CHUNK * 2 + f * (ST_DOWN_CHUNK // 2)
-        need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= ST_DOWN_CHUNK)
-        need(w.shape[0] >= (chunk + 1) * size)
-        self.k.down_q4_0(&w[chunk * size], f // 32, <const st_active *>&a[0], weight, &y[0])
+        need(w.shape[0] == <int64_t>st_down_bytes(d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
+        need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
+        self.k.down_q4_0(&w[0], d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
 
     def activate(self, const float[::1] g, const float[::1] up):
         """-> one entry of dtype ACTIVE."""

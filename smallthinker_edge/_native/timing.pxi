@@ -84,12 +84,19 @@ cdef void apply_rows_q4_0(const Job *j, const uint8_t *item, int tid) noexcept n
     j.k.rows_q4_0(item, j.cols // 32, j.index, j.n_index, j.xq[0], j.out + tid * j.out_stride)
 
 
+cdef void apply_gate_up_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """32 neurons: the gate's two tiles, then the up rows, of which the same ones are prefetched in the next item."""
+    cdef int64_t nb = j.cols // 32
+    cdef const uint8_t *up = item + 2 * nb * ST_TILE_Q4_0_BYTES
+    cdef float *g = j.out + tid * j.out_stride
+    j.k.gate_up_q4_0(item, nb, j.xq[0], g, up, j.index, j.n_index, g + 32, up + j.stride * st_team_size(j.team),
+                     j.index, j.n_index)
+
+
 cdef void apply_down_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """A whole matrix [cols][rows]: rows are the neurons, as everywhere here."""
-    cdef int64_t chunk, bytes = j.rows // 32 * ST_DOWN_CHUNK * 2 + j.rows * (ST_DOWN_CHUNK // 2)
-    for chunk in range((j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK):
-        j.k.down_q4_0(item + chunk * bytes, j.rows // 32, j.active, 1e-3,
-                      j.out + tid * j.out_stride + chunk * ST_DOWN_CHUNK)
+    j.k.down_q4_0(item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.active, 1e-3,
+                  j.out + tid * j.out_stride)
 
 
 cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept nogil:
@@ -131,7 +138,7 @@ cdef struct Named:
     const char *name
     apply_t apply
 
-cdef Named[12] APPLY
+cdef Named[13] APPLY
 APPLY[0] = Named("read", apply_read)
 APPLY[1] = Named("gemm_q4_0", apply_gemm_q4_0)
 APPLY[2] = Named("gemm_q8_0", apply_gemm_q8_0)
@@ -144,6 +151,7 @@ APPLY[8] = Named("rmsnorm", apply_rmsnorm)
 APPLY[9] = Named("dot", apply_dot)
 APPLY[10] = Named("axpy", apply_axpy)
 APPLY[11] = Named("to_f16", apply_to_f16)
+APPLY[12] = Named("gate_up_q4_0", apply_gate_up_q4_0)
 
 
 cdef void run_job(void *arg, int tid) noexcept nogil:
@@ -160,7 +168,7 @@ cdef struct Ffn:
     const st_kernels *k
     st_team *team
     const uint8_t *data
-    int64_t experts, first, tokens, used, d, f
+    int64_t experts, first, tokens, used, d, f, down_step
     int whole                 # 1: gate, up and down as dense matrices; 0: by neuron
     const int32_t *index      # neurons of up that are computed, 32-groups one after another
     const int32_t *start      # [f / 32 + 1] where each group begins in index
@@ -194,10 +202,10 @@ cdef void neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, fl
     t.k.activate(t.gate + 32 * group, out + 64, t.active + slot * (t.f // 32) + group)
 
 
-cdef void down(Ffn *t, int64_t token, int64_t chunk, const st_q8x4 *hidden, float *out) noexcept nogil:
-    """128 outputs of every expert."""
-    cdef int64_t slot, i, third = t.d * t.f * 18 // 32, groups = t.f // 32, first = chunk * ST_DOWN_CHUNK
-    cdef int64_t last = min(first + ST_DOWN_CHUNK, t.d), bytes = groups * ST_DOWN_CHUNK * 2 + t.f * (ST_DOWN_CHUNK // 2)
+cdef void down(Ffn *t, int64_t token, int64_t unit, const st_q8x4 *hidden, float *out) noexcept nogil:
+    """down_step * 128 outputs of every expert."""
+    cdef int64_t slot, i, third = t.d * t.f * 18 // 32, groups = t.f // 32
+    cdef int64_t first = unit * t.down_step * ST_DOWN_CHUNK, last = min(first + t.down_step * ST_DOWN_CHUNK, t.d)
     cdef const uint8_t *w
     for slot in range(t.used):
         w = t.data + (t.first + token * t.used + slot) % t.experts * 3 * third + 2 * third
@@ -207,7 +215,8 @@ cdef void down(Ffn *t, int64_t token, int64_t chunk, const st_q8x4 *hidden, floa
             for i in range(last - first):
                 t.y[first + i] += out[i]
         else:
-            t.k.down_q4_0(w + chunk * bytes, groups, t.active + slot * groups, 0.25, t.y + first)
+            t.k.down_q4_0(w, t.d, groups, first // ST_DOWN_CHUNK, (last + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK,
+                          t.active + slot * groups, 0.25, t.y + first)
 
 
 cdef void run_ffn(void *arg, int tid) noexcept nogil:
@@ -215,23 +224,24 @@ cdef void run_ffn(void *arg, int tid) noexcept nogil:
     cdef float *out = <float *>(t.scratch + tid * t.scratch_stride)
     cdef st_q8x4 *hidden = <st_q8x4 *>(t.scratch + tid * t.scratch_stride + 1024)
     cdef int64_t token, u, slot, third = t.d * t.f * 18 // 32, groups = t.f // 32
+    cdef int64_t downs = (t.d + t.down_step * ST_DOWN_CHUNK - 1) // (t.down_step * ST_DOWN_CHUNK)
     for token in range(t.tokens):
         while True:
-            u = st_team_claim(t.team, 1)
-            if u >= t.used * groups:
+            u = st_team_next(t.team, tid)
+            if u < 0:
                 break
             slot = u // groups
             neurons(t, t.data + (t.first + token * t.used + slot) % t.experts * 3 * third, slot, u % groups, out)
-        st_team_barrier(t.team)
+        st_team_barrier(t.team, downs)
         if t.whole:
             for slot in range(t.used):
                 t.k.quantize(t.hidden + slot * t.f, t.f, hidden + slot * ((t.f + 127) // 128))
         while True:
-            u = st_team_claim(t.team, 1)
-            if u * ST_DOWN_CHUNK >= t.d:
+            u = st_team_next(t.team, tid)
+            if u < 0:
                 break
             down(t, token, u, hidden, out)
-        st_team_barrier(t.team)
+        st_team_barrier(t.team, t.used * groups)
 
 
 cdef class Timer:
@@ -290,8 +300,10 @@ cdef class Timer:
         need(self.item_bytes(kernel, rows, cols, tokens) <= stride <= data.shape[0])
         need(a.shape[0] >= rows // 32 * <int64_t>ACTIVE_BYTES and streams >= 1 and ahead >= 0)
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
+        need(kernel != "gate_up_q4_0" or rows == 32)
         need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
-        need(not np.any(np.asarray(chosen) < 0) and (kernel != "rows_q4_0" or np.all(np.asarray(chosen) < rows)))
+        picks = kernel in ("rows_q4_0", "gate_up_q4_0")
+        need(not np.any(np.asarray(chosen) < 0) and (not picks or np.all(np.asarray(chosen) < rows)))
         job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
         job.first, job.count, job.rows, job.cols, job.tokens = first % job.items, count, rows, cols, tokens
         job.index, job.n_index, job.active = &chosen[0], chosen.shape[0], <const st_active *>&a[0]
@@ -313,7 +325,7 @@ cdef class Timer:
         job.out = <float *>&out[0]
         with nogil:
             started = seconds_now()
-            st_team_run(self.team, run_job, &job)
+            st_team_run(self.team, run_job, &job, 0)
             started = seconds_now() - started
         return started
 
@@ -324,6 +336,8 @@ cdef class Timer:
             return st_tile16_bytes(ST_Q4_0 if kernel == "gemm_q4_0" else ST_Q8_0, rows, cols)
         if kernel == "rows_q4_0":
             return rows * st_row_bytes(ST_Q4_0, cols)
+        if kernel == "gate_up_q4_0":
+            return 2 * rows * st_row_bytes(ST_Q4_0, cols)
         if kernel == "down_q4_0":
             return st_down_bytes(cols, rows)
         if kernel == "attention":
@@ -352,6 +366,7 @@ cdef class Timer:
         need(t.experts >= used)
         t.k, t.team, t.data, t.first, t.tokens, t.used = self.k, self.team, &data[0], first % t.experts, tokens, used
         t.d, t.f, t.whole, t.start, t.gate = d, f, whole, &start[0], &gate[0]
+        t.down_step = 1 if whole else max(1, d // ST_DOWN_CHUNK // (2 * self.threads))
         t.index = &index[0] if index.shape[0] else &start[0]
         t.scratch_stride = (1024 + used * ((f + 127) // 128) * <int64_t>sizeof(st_q8x4) + 4096) // 64 * 64
         cdef int64_t q_bytes = (d + 127) // 128 * <int64_t>sizeof(st_q8x4)
@@ -367,6 +382,6 @@ cdef class Timer:
         t.scratch = &bytes[(q_bytes + active_bytes + used * f * 4 + d * 4 + 63) // 64 * 64]
         with nogil:
             started = seconds_now()
-            st_team_run(self.team, run_ffn, &t)
+            st_team_run(self.team, run_ffn, &t, used * (f // 32))
             started = seconds_now() - started
         return started

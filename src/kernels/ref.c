@@ -80,20 +80,31 @@ static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_
     }
 }
 
-static void down_q4_0(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y) {
-    const uint8_t *lines = chunk + groups * ST_DOWN_CHUNK * 2;
-    for (int o = 0; o < ST_DOWN_CHUNK; o++) {
-        int byte = (o % 16 / 4) * 16 + (o / 32) * 4 + o % 4, shift = o % 32 >= 16 ? 4 : 0;
+static void gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
+                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
+                         int64_t n_ahead) {
+    (void)up_ahead, (void)ahead, (void)n_ahead;
+    gemm_q4_0(gate, 2 * ST_TILE_ROWS, nb, 0, 2, &x, 1, g, 2 * ST_TILE_ROWS);
+    rows_q4_0(up, nb, index, n, x, out);
+}
+
+static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                      float weight, float *y) {
+    int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
+    const uint8_t *lines = down + groups * padded * 2;
+    for (int64_t o = c0 * ST_DOWN_CHUNK; o < c1 * ST_DOWN_CHUNK; o++) {
+        int64_t byte = o / 128 * 64 + (o % 16 / 4) * 16 + (o % 128 / 32) * 4 + o % 4;
+        int shift = o % 32 >= 16 ? 4 : 0;
         float sum = 0;
         for (int64_t g = 0; g < groups; g++) {
             int dot = 0;
             if (a[g].quads == 0)
                 continue;
             for (int i = 0; i < 4 * a[g].quads; i++)
-                dot += a[g].h[i] * ((lines[(32 * g + a[g].index[i]) * 64 + byte] >> shift & 15) - 8);
-            sum += (float)dot * (u16_f32(chunk + (g * ST_DOWN_CHUNK + o) * 2) * a[g].scale);
+                dot += a[g].h[i] * ((lines[(32 * g + a[g].index[i]) * (padded / 2) + byte] >> shift & 15) - 8);
+            sum += (float)dot * (u16_f32(down + (g * padded + o) * 2) * a[g].scale);
         }
-        y[o] += weight * sum;
+        y[o - c0 * ST_DOWN_CHUNK] += weight * sum;
     }
 }
 
@@ -122,6 +133,8 @@ static void activate(const float *g, const float *up, st_active *out) {
         used = 1;
     out->corr = -8 * sum;
     out->quads = (used + 3) / 4;
+    for (int i = used; i < 4 * out->quads; i++)
+        out->index[i] = out->index[used - 1];
 }
 
 static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
@@ -180,6 +193,7 @@ const st_kernels st_kernels_ref = {
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
     .rows_q4_0 = rows_q4_0,
+    .gate_up_q4_0 = gate_up_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,

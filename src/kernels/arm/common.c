@@ -100,6 +100,8 @@ void st_neon_activate(const float *g, const float *up, st_active *out) {
         n = 1;
     out->corr = -8 * sum_bytes(q);
     out->quads = (n + 3) / 4;
+    for (int i = n; i < 4 * out->quads; i++)
+        out->index[i] = out->index[n - 1];
     out->scale = amax / 127;
 }
 

@@ -38,6 +38,7 @@ typedef int32x4_t sum8;
 #define GEMM_Q4_0 st_dotprod_gemm_q4_0
 #define GEMM_Q8_0 st_dotprod_gemm_q8_0
 #define ROWS_Q4_0 st_dotprod_rows_q4_0
+#define GATE_UP_Q4_0 st_dotprod_gate_up_q4_0
 #define DOWN_Q4_0 st_dotprod_down_q4_0
 #include "matrix.h"
 
@@ -47,6 +48,7 @@ const st_kernels st_kernels_dotprod = {
     .gemm_q4_0 = st_dotprod_gemm_q4_0,
     .gemm_q8_0 = st_dotprod_gemm_q8_0,
     .rows_q4_0 = st_dotprod_rows_q4_0,
+    .gate_up_q4_0 = st_dotprod_gate_up_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,

@@ -119,6 +119,7 @@ const st_kernels st_kernels_i8mm = {
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
     .rows_q4_0 = st_dotprod_rows_q4_0,
+    .gate_up_q4_0 = st_dotprod_gate_up_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,

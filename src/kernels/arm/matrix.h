@@ -1,10 +1,9 @@
 /* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
- * GEMM_Q4_0, GEMM_Q8_0, ROWS_Q4_0, DOWN_Q4_0), says how many TOKENS share one unpacking of the weights, and defines how
- * bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
- *   columns, load_columns(q, lane)     32 quantised columns of one token
- *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
- *   FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j] * (column 4 * i + j of x)
- *   NEXT(sum, w, x, i)                 adds such a product, at most seven times
+ * GEMM_Q4_0, GEMM_Q8_0, ROWS_Q4_0, GATE_UP_Q4_0, DOWN_Q4_0), says how many TOKENS share one unpacking of the weights,
+ * and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x): columns,
+ * load_columns(q, lane)     32 quantised columns of one token sum4                               running sums of four
+ * outputs (rows of a tile, outputs of a down line) FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 *
+ * r + j] * (column 4 * i + j of x) NEXT(sum, w, x, i)                 adds such a product, at most seven times
  *   EMPTY(start), NEXT_SAME(.., w, h)  the same for four values h that are repeated in every 32-bit lane
  *   total4(sum, start)                 the four sums, start included once
  *   row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr)
@@ -181,15 +180,16 @@ MATRIX_LINKAGE void ROWS_Q4_0(const uint8_t *w, int64_t nb, const int32_t *index
 }
 
 /* Lane L (16 bytes) of the lines of one group's active neurons: sums of 2 x 4 x 4 outputs, [2 * v + high]. */
-ALWAYS_INLINE void down_group(const uint8_t *lines, const st_active *a, int32x4_t start, int32x4_t out[8]) {
+ALWAYS_INLINE void down_group(const uint8_t *lines, size_t line, const st_active *a, int32x4_t start,
+                              int32x4_t out[8]) {
     const uint8x16_t nibble = vdupq_n_u8(15);
     sum4 sum[8];
     for (int i = 0; i < 8; i++)
         sum[i] = EMPTY(start);
     for (int k = 0; k < a->quads; k++) {
         const uint8_t *index = a->index + 4 * k;
-        uint8x16_t l0 = vld1q_u8(lines + 64 * index[0]), l1 = vld1q_u8(lines + 64 * index[1]);
-        uint8x16_t l2 = vld1q_u8(lines + 64 * index[2]), l3 = vld1q_u8(lines + 64 * index[3]);
+        uint8x16_t l0 = vld1q_u8(lines + line * index[0]), l1 = vld1q_u8(lines + line * index[1]);
+        uint8x16_t l2 = vld1q_u8(lines + line * index[2]), l3 = vld1q_u8(lines + line * index[3]);
         uint16x8_t a0 = vreinterpretq_u16_u8(vzip1q_u8(l0, l1)), a1 = vreinterpretq_u16_u8(vzip2q_u8(l0, l1));
         uint16x8_t b0 = vreinterpretq_u16_u8(vzip1q_u8(l2, l3)), b1 = vreinterpretq_u16_u8(vzip2q_u8(l2, l3));
         uint16x8_t v[4] = {vzip1q_u16(a0, b0), vzip2q_u16(a0, b0), vzip1q_u16(a1, b1), vzip2q_u16(a1, b1)};
@@ -205,8 +205,9 @@ ALWAYS_INLINE void down_group(const uint8_t *lines, const st_active *a, int32x4_
         out[i] = total4(sum[i], start);
 }
 
-MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y) {
-    const uint8_t *lines = chunk + groups * ST_DOWN_CHUNK * 2;
+/* 128 outputs; rows of `line` bytes a neuron, of which n chunks are asked for ahead. */
+static void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, int64_t groups, int64_t n,
+                       const st_active *a, float weight, float *y) {
     for (int lane = 0; lane < 4; lane++) {
         float32x4_t total[8];
         for (int i = 0; i < 8; i++)
@@ -215,14 +216,15 @@ MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *chunk, int64_t groups, const st_act
             int32x4_t dot[8];
             if (lane == 0 && g + 1 < groups)
                 for (int k = 0; k < 4 * a[g + 1].quads; k++)
-                    __builtin_prefetch(lines + 64 * (32 * (g + 1) + a[g + 1].index[k]));
+                    for (int64_t i = 0; i < n; i++)
+                        __builtin_prefetch(lines + line * (size_t)(32 * (g + 1) + a[g + 1].index[k]) + 64 * i);
             if (a[g].quads == 0)
                 continue;
-            down_group(lines + 64 * 32 * g + 16 * lane, a + g, vdupq_n_s32(a[g].corr), dot);
-            const uint8_t *scales = chunk + g * ST_DOWN_CHUNK * 2 + 8 * lane;
+            down_group(lines + line * 32 * (size_t)g + 16 * lane, line, a + g, vdupq_n_s32(a[g].corr), dot);
+            const uint8_t *scale = scales + (size_t)g * line * 4 + 8 * lane;
             for (int i = 0; i < 8; i++)
                 total[i] =
-                    vfmaq_f32(total[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(load_f16x4(scales + 32 * i), a[g].scale));
+                    vfmaq_f32(total[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(load_f16x4(scale + 32 * i), a[g].scale));
         }
         for (int i = 0; i < 8; i++) {
             float *out = y + 16 * i + 4 * lane;
@@ -231,5 +233,25 @@ MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *chunk, int64_t groups, const st_act
     }
 }
 
+MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                              const st_active *a, float weight, float *y) {
+    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    const uint8_t *lines = down + (size_t)groups * line * 4;
+    for (int64_t c = c0; c < c1; c++)
+        down_chunk(lines + c * 64, line, down + c * ST_DOWN_CHUNK * 2, groups, c == c0 ? c1 - c0 : 0, a, weight,
+                   y + (c - c0) * ST_DOWN_CHUNK);
+}
+
 GEMM(GEMM_Q4_0, q4_0, ST_TILE_Q4_0_BYTES)
 GEMM(GEMM_Q8_0, q8_0, ST_TILE_Q8_0_BYTES)
+
+/* Tiles and rows one after the other: on these in-order and small out-of-order cores nothing was measured yet. */
+MATRIX_LINKAGE void GATE_UP_Q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
+                                 const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead,
+                                 const int32_t *ahead, int64_t n_ahead) {
+    for (int64_t k = 0; k < n_ahead; k++)
+        for (int64_t i = 0; i < nb * 18; i += 64)
+            __builtin_prefetch(up_ahead + ahead[k] * nb * 18 + i);
+    GEMM_Q4_0(gate, 2 * ST_TILE_ROWS, nb, 0, 2, &x, 1, g, 2 * ST_TILE_ROWS);
+    ROWS_Q4_0(up, nb, index, n, x, out);
+}

@@ -1,12 +1,11 @@
 /* AVX-512 with VNNI: the matrix kernels and attention at 512 bits. The small operations of 32 numbers are those
  * of the 256-bit table, which every CPU of this table can run. */
+#include "prefetch.h"
 #include "small.h"
 
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
-
-#define PREFETCH_AHEAD 4096 /* measured: 76 GB/s against 50 without, two threads streaming Q4_0 tiles */
 
 static inline __m512i load512(const void *p) { return _mm512_loadu_si512(p); }
 
@@ -18,10 +17,7 @@ static inline __m512i broadcast4(const int8_t *p) {
 
 static inline __m512 load_f16x16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
-static inline void prefetch_block(const uint8_t *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + PREFETCH_AHEAD + i, _MM_HINT_T0);
-}
+static inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 
 /* exp for x <= 0: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2] (Taylor terms; error below 2e-7 there). */
 static inline __m512 exp16(__m512 x) {
@@ -40,6 +36,27 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* Blocks b0..b1 of a tile for one token, added to sum. */
+static inline __m512 tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, __m512 sum) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    tile += b0 * ST_TILE_Q4_0_BYTES;
+    for (int64_t b = b0; b < b1; b++, tile += ST_TILE_Q4_0_BYTES) {
+        const st_q8x4 *q = x + b / 4;
+        int lane = b % 4;
+        __m512i even = _mm512_set1_epi32(q->corr[4 * lane]), odd = _mm512_setzero_si512();
+        prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);
+        for (int g = 0; g < 4; g++) {
+            __m512i w = load512(tile + 32 + 64 * g);
+            even = _mm512_dpbusd_epi32(even, _mm512_and_si512(w, nibble), broadcast4(q->q[0][lane] + 4 * g));
+            odd = _mm512_dpbusd_epi32(odd, _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble),
+                                      broadcast4(q->q[1][lane] + 4 * g));
+        }
+        __m512 s = _mm512_mul_ps(load_f16x16(tile), _mm512_set1_ps(q->scale[4 * lane]));
+        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), s, sum);
+    }
+    return sum;
+}
+
 /* The sum starts at -8 * sum(x), so that nibbles 0..15 need no offset. Weights are unpacked once for N tokens. */
 #define TILE_Q4_0(NAME, N)                                                                                             \
     static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m512 *total) {                        \
@@ -50,7 +67,8 @@ static inline __m512 exp16(__m512 x) {
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             __m512i low[4], high[4];                                                                                   \
-            prefetch_block(tile, ST_TILE_Q4_0_BYTES);                                                                  \
+            if (N == 1)                                                                                                \
+                prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);                                                              \
             __m512 scale = load_f16x16(tile);                                                                          \
             for (int g = 0; g < 4; g++) {                                                                              \
                 __m512i w = load512(tile + 32 + 64 * g);                                                               \
@@ -82,7 +100,8 @@ static inline __m512 exp16(__m512 x) {
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             __m512i u[8];                                                                                              \
-            prefetch_block(tile, ST_TILE_Q8_0_BYTES);                                                                  \
+            if (N == 1)                                                                                                \
+                prefetch_ahead(tile, ST_TILE_Q8_0_BYTES);                                                              \
             __m512 scale = load_f16x16(tile);                                                                          \
             for (int g = 0; g < 8; g++)                                                                                \
                 u[g] = _mm512_xor_si512(load512(tile + 32 + 64 * g), flip);                                            \
@@ -101,7 +120,9 @@ static inline __m512 exp16(__m512 x) {
             total[t] = sum[t];                                                                                         \
     }
 
-TILE_Q4_0(tile_q4_0_x1, 1)
+static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m512 *total) {
+    total[0] = tile_q4_0_part(tile, 0, nb, x[0], _mm512_setzero_ps());
+}
 TILE_Q4_0(tile_q4_0_x2, 2)
 TILE_Q4_0(tile_q4_0_x4, 4)
 TILE_Q4_0(tile_q4_0_x8, 8)
@@ -118,7 +139,7 @@ TILE_Q8_0(tile_q8_0_x8, 8)
             const uint8_t *p = w + tile * nb * BYTES;                                                                  \
             float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
             int64_t left = rows - tile * ST_TILE_ROWS;                                                                 \
-            __mmask16 mask = left >= ST_TILE_ROWS ? 0xffff : (__mmask16)((1u << left) - 1);                            \
+            __mmask16 mask = first_lanes(left);                                                                        \
             __m512 sum[8];                                                                                             \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
                 step = n - t >= 8 ? 8 : n - t >= 4 ? 4 : n - t >= 2 ? 2 : 1;                                           \
@@ -137,102 +158,193 @@ TILE_Q8_0(tile_q8_0_x8, 8)
 GEMM(gemm_q4_0, q4_0, ST_TILE_Q4_0_BYTES)
 GEMM(gemm_q8_0, q8_0, ST_TILE_Q8_0_BYTES)
 
-/* Four blocks (64 nibble bytes) a step; each block leaves 4 sums, which the replicated scales fit. */
-static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
+/* Four blocks (64 nibble bytes) a step, sixteen scales a turn; each block leaves 4 sums, which the replicated scales
+ * fit. Two rows share the reads of x: `rows` and `out` have R entries. */
+static inline __attribute__((always_inline)) void rows_r(const int R, const uint8_t *const *rows, int64_t nb,
+                                                         const st_q8x4 *x, float *out) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    for (int64_t k = 0; k < n; k++) {
-        const uint8_t *scales = w + index[k] * nb * 18, *nibbles = scales + 2 * nb;
-        if (k + 2 < n)
-            for (int64_t i = 0; i < nb * 18; i += 64)
-                _mm_prefetch((const char *)w + index[k + 2] * nb * 18 + i, _MM_HINT_T0);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t b = 0; b < nb; b += 4) {
-            const st_q8x4 *q = x + b / 4;
-            int64_t left = nb - b;
-            __mmask16 mask = left >= 4 ? 0xffff : (__mmask16)((1u << 4 * left) - 1);
-            __m512i v = _mm512_maskz_loadu_epi32(mask, nibbles + 16 * b);
-            __m128i d = _mm_maskz_loadu_epi16((__mmask8)(left >= 4 ? 15 : (1 << left) - 1), scales + 2 * b);
-            __m512i even = _mm512_dpbusd_epi32(load512(q->corr), _mm512_and_si512(v, nibble), load512(q->q[0]));
-            __m512i odd = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble),
-                                              load512(q->q[1]));
-            __m512 s = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_cvtph_ps(d)));
-            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)),
-                                  _mm512_mul_ps(s, _mm512_loadu_ps(q->scale)), sum);
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t b = 0; b < nb; b += 16) {
+        __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        __m512 d[2];
+        for (int r = 0; r < R; r++)
+            d[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(nb - b), rows[r] + 2 * b));
+        for (int64_t c = b; c < nb && c < b + 16; c += 4) {
+            const st_q8x4 *q = x + c / 4;
+            __mmask16 mask = first_lanes(4 * (nb - c));
+            __m512i q0 = load512(q->q[0]), q1 = load512(q->q[1]), corr = load512(q->corr);
+            __m512 scale = _mm512_loadu_ps(q->scale);
+            for (int r = 0; r < R; r++) {
+                __m512i v = _mm512_maskz_loadu_epi32(mask, rows[r] + 2 * nb + 16 * c);
+                __m512i even = _mm512_dpbusd_epi32(corr, _mm512_and_si512(v, nibble), q0);
+                __m512i odd =
+                    _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), q1);
+                __m512 s = _mm512_mul_ps(_mm512_permutexvar_ps(spread, d[r]), scale);
+                sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), s, sum[r]);
+            }
+            spread = _mm512_add_epi32(spread, _mm512_set1_epi32(4));
         }
-        out[k] = _mm512_reduce_add_ps(sum);
+    }
+    for (int r = 0; r < R; r++)
+        out[r] = _mm512_reduce_add_ps(sum[r]);
+}
+
+static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
+    for (int64_t k = 0; k < n; k += 2) {
+        const uint8_t *rows[2] = {w + index[k] * nb * 18, k + 1 < n ? w + index[k + 1] * nb * 18 : NULL};
+        if (rows[1])
+            rows_r(2, rows, nb, x, out + k);
+        else
+            rows_r(1, rows, nb, x, out + k);
     }
 }
 
-static inline void prefetch_lines(const uint8_t *lines, const st_active *a) {
-    for (int k = 0; k < 4 * a->quads; k++)
-        _mm_prefetch((const char *)lines + 64 * a->index[k], _MM_HINT_T0);
+/* A tile's blocks come from memory in order; the rows' arithmetic and the prefetches of `ahead` go between them, where
+ * the core would wait. */
+static void gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
+                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
+                         int64_t n_ahead) {
+    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
+    for (int tile = 0; tile < 2; tile++, gate += nb * ST_TILE_Q4_0_BYTES) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
+            int64_t end = b + GATE_STEP < nb ? b + GATE_STEP : nb;
+            int64_t k0 = share(n, step, steps), k1 = share(n, step + 1, steps);
+            sum = tile_q4_0_part(gate, b, end, x, sum);
+            rows_q4_0(up, nb, index + k0, k1 - k0, x, out + k0);
+            for (int64_t k = share(n_ahead, step, steps); k < share(n_ahead, step + 1, steps); k++)
+                prefetch_row(up_ahead + ahead[k] * nb * 18, nb * 18);
+        }
+        _mm512_storeu_ps(g + 16 * tile, sum);
+    }
 }
 
-static void down_q4_0(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y) {
+/* 128 outputs of one group of 32 neurons: total[8] += scale * (sum over the active neurons). */
+static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a,
+                              __m512 *total) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    const uint8_t *lines = chunk + groups * ST_DOWN_CHUNK * 2;
-    __m512 total[8];
+    __m512i sum[8];
     for (int i = 0; i < 8; i++)
-        total[i] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g++) {
-        if (g + 2 < groups)
-            prefetch_lines(lines + 32 * 64 * (g + 2), a + g + 2);
-        if (a[g].quads == 0)
-            continue;
-        __m512i sum[8];
-        for (int i = 0; i < 8; i++)
-            sum[i] = _mm512_set1_epi32(a[g].corr);
-        for (int k = 0; k < 4 * a[g].quads; k += 4) {
-            const uint8_t *p = lines + 32 * 64 * g, *index = a[g].index + k;
-            __m512i l0 = load512(p + 64 * index[0]), l1 = load512(p + 64 * index[1]);
-            __m512i l2 = load512(p + 64 * index[2]), l3 = load512(p + 64 * index[3]);
-            __m512i a0 = _mm512_unpacklo_epi8(l0, l1), a1 = _mm512_unpackhi_epi8(l0, l1);
-            __m512i b0 = _mm512_unpacklo_epi8(l2, l3), b1 = _mm512_unpackhi_epi8(l2, l3);
-            __m512i v[4] = {_mm512_unpacklo_epi16(a0, b0), _mm512_unpackhi_epi16(a0, b0), _mm512_unpacklo_epi16(a1, b1),
-                            _mm512_unpackhi_epi16(a1, b1)};
-            __m512i h = broadcast4(a[g].h + k);
-            for (int i = 0; i < 4; i++) {
-                sum[2 * i] = _mm512_dpbusd_epi32(sum[2 * i], _mm512_and_si512(v[i], nibble), h);
-                sum[2 * i + 1] =
-                    _mm512_dpbusd_epi32(sum[2 * i + 1], _mm512_and_si512(_mm512_srli_epi16(v[i], 4), nibble), h);
+        sum[i] = _mm512_set1_epi32(a->corr);
+    for (int k = 0; k < 4 * a->quads; k += 4) {
+        const uint8_t *index = a->index + k;
+        __m512i l0 = load512(lines + line * index[0]), l1 = load512(lines + line * index[1]);
+        __m512i l2 = load512(lines + line * index[2]), l3 = load512(lines + line * index[3]);
+        __m512i a0 = _mm512_unpacklo_epi8(l0, l1), a1 = _mm512_unpackhi_epi8(l0, l1);
+        __m512i b0 = _mm512_unpacklo_epi8(l2, l3), b1 = _mm512_unpackhi_epi8(l2, l3);
+        __m512i v[4] = {_mm512_unpacklo_epi16(a0, b0), _mm512_unpackhi_epi16(a0, b0), _mm512_unpacklo_epi16(a1, b1),
+                        _mm512_unpackhi_epi16(a1, b1)};
+        __m512i h = broadcast4(a->h + k);
+        for (int i = 0; i < 4; i++) {
+            sum[2 * i] = _mm512_dpbusd_epi32(sum[2 * i], _mm512_and_si512(v[i], nibble), h);
+            sum[2 * i + 1] =
+                _mm512_dpbusd_epi32(sum[2 * i + 1], _mm512_and_si512(_mm512_srli_epi16(v[i], 4), nibble), h);
+        }
+    }
+    for (int i = 0; i < 8; i++) {
+        __m512 d = _mm512_mul_ps(load_f16x16(scales + 32 * i), _mm512_set1_ps(a->scale));
+        total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), d, total[i]);
+    }
+}
+
+/* Group by group, so that a neuron's whole run of bytes is used when it comes; the sums of up to DOWN_CHUNKS chunks
+ * stay in the first-level cache. */
+static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                      float weight, float *y) {
+    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    for (int64_t c = c0; c < c1; c += DOWN_CHUNKS, y += DOWN_CHUNKS * ST_DOWN_CHUNK) {
+        int64_t n = c1 - c < DOWN_CHUNKS ? c1 - c : DOWN_CHUNKS;
+        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64, *scales = down + c * ST_DOWN_CHUNK * 2;
+        __m512 total[8 * DOWN_CHUNKS];
+        for (int64_t i = 0; i < 8 * n; i++)
+            total[i] = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t i = 0; i < n; i++) {
+                const uint8_t *first = lines + 32 * line * (size_t)g;
+                if (g + 2 < groups)
+                    prefetch_neurons(first + 64 * line, line, n, a + g + 2, i);
+                if (a[g].quads)
+                    down_chunk(first + 64 * i, line, scales + (size_t)g * line * 4 + 256 * i, a + g, total + 8 * i);
+            }
+        for (int64_t i = 0; i < 8 * n; i++)
+            _mm512_storeu_ps(y + 16 * i,
+                             _mm512_fmadd_ps(_mm512_set1_ps(weight), total[i], _mm512_loadu_ps(y + 16 * i)));
+    }
+}
+
+/* Lane i = the sum of a[i]'s lanes. */
+static inline __m256 sum8x16(const __m512 a[8]) {
+    __m512 t[4], u[2];
+    for (int i = 0; i < 4; i++)
+        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 2; i++) {
+        __m512d low = _mm512_castps_pd(t[2 * i]), high = _mm512_castps_pd(t[2 * i + 1]);
+        u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+    __m512 w = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+    w = _mm512_add_ps(_mm512_shuffle_f32x4(w, w, 0x08), _mm512_shuffle_f32x4(w, w, 0x0d)); /* lanes 0+1 and 2+3 */
+    return _mm512_castps512_ps256(w);
+}
+
+/* Scores of H heads at eight positions (the last one repeated beyond n); each key is read and widened once. */
+static inline __attribute__((always_inline)) void scores_8(const int H, const float *q, int64_t hd, const uint16_t *k,
+                                                           int64_t n, float scale, float *scores) {
+    __m512 sum[3][8];
+    for (int h = 0; h < H; h++)
+        for (int p = 0; p < 8; p++)
+            sum[h][p] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < hd; i += 16) {
+        __mmask16 mask = first_lanes(hd - i);
+        _Pragma("GCC unroll 8") for (int p = 0; p < 8; p++) {
+            __m512 key = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, k + (p < n ? p : n - 1) * hd + i));
+            for (int h = 0; h < H; h++)
+                sum[h][p] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, q + h * hd + i), key, sum[h][p]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+        _mm256_mask_storeu_ps(scores + h * ST_ATTN_CHUNK, (__mmask8)first_lanes(n < 8 ? n : 8),
+                              _mm256_mul_ps(sum8x16(sum[h]), _mm256_set1_ps(scale)));
+}
+
+/* acc[h] = sum over n positions of scores[h][p] * v[p], 64 columns of H heads at a time. */
+static inline __attribute__((always_inline)) void values_h(const int H, const float *scores, const uint16_t *v,
+                                                           int64_t hd, int64_t n, float *acc) {
+    for (int64_t i = 0; i < hd; i += 64) {
+        __m512 sum[3][4];
+        __mmask16 mask[4];
+        for (int j = 0; j < 4; j++) {
+            mask[j] = hd - i - 16 * j <= 0 ? 0 : first_lanes(hd - i - 16 * j);
+            for (int h = 0; h < H; h++)
+                sum[h][j] = _mm512_setzero_ps();
+        }
+        for (int64_t p = 0; p < n; p++) {
+            __m512 value[4];
+            for (int j = 0; j < 4; j++)
+                value[j] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask[j], v + p * hd + i + 16 * j));
+            for (int h = 0; h < H; h++) {
+                __m512 s = _mm512_set1_ps(scores[h * ST_ATTN_CHUNK + p]);
+                for (int j = 0; j < 4; j++)
+                    sum[h][j] = _mm512_fmadd_ps(s, value[j], sum[h][j]);
             }
         }
-        for (int i = 0; i < 8; i++) {
-            __m512 d = _mm512_mul_ps(load_f16x16(chunk + (g * ST_DOWN_CHUNK + 16 * i) * 2), _mm512_set1_ps(a[g].scale));
-            total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), d, total[i]);
-        }
+        for (int h = 0; h < H; h++)
+            for (int j = 0; j < 4; j++)
+                _mm512_mask_storeu_ps(acc + h * hd + i + 16 * j, mask[j], sum[h][j]);
     }
-    for (int i = 0; i < 8; i++)
-        _mm512_storeu_ps(y + 16 * i, _mm512_fmadd_ps(_mm512_set1_ps(weight), total[i], _mm512_loadu_ps(y + 16 * i)));
-}
-
-static float dot_f16(const float *q, const uint16_t *k, int64_t n) {
-    __m512 s0 = _mm512_setzero_ps(), s1 = s0;
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        s0 = _mm512_fmadd_ps(_mm512_loadu_ps(q + i), load_f16x16(k + i), s0);
-        s1 = _mm512_fmadd_ps(_mm512_loadu_ps(q + i + 16), load_f16x16(k + i + 16), s1);
-    }
-    for (; i < n; i += 16) {
-        __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
-        __m512 key = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, k + i));
-        s0 = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, q + i), key, s0);
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
 }
 
 /* scores[0..n) -> exp(score - max); returns their sum. */
 static float softmax_chunk(float *s, int64_t n, float *max) {
     __m512 m = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (int64_t p = 0; p < n; p += 16) {
-        __mmask16 mask = n - p >= 16 ? 0xffff : (__mmask16)((1u << (n - p)) - 1);
+        __mmask16 mask = first_lanes(n - p);
         m = _mm512_mask_max_ps(m, mask, m, _mm512_maskz_loadu_ps(mask, s + p));
     }
     *max = _mm512_reduce_max_ps(m);
     m = _mm512_set1_ps(*max);
     for (int64_t p = 0; p < n; p += 16) {
-        __mmask16 mask = n - p >= 16 ? 0xffff : (__mmask16)((1u << (n - p)) - 1);
+        __mmask16 mask = first_lanes(n - p);
         __m512 e = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + p), m)));
         _mm512_mask_storeu_ps(s + p, mask, e);
         sum = _mm512_add_ps(sum, e);
@@ -242,27 +354,24 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
 
 static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                       float scale, float *scores, float *acc, float *m, float *l) {
-    for (int64_t p = 0; p < n; p++)
-        for (int64_t h = 0; h < G; h++)
-            scores[h * ST_ATTN_CHUNK + p] = dot_f16(q + h * hd, k + p * hd, hd) * scale;
+    for (int64_t p = 0; p < n; p += 8)
+        for (int64_t h = 0; h < G; h += 3) {
+            const uint16_t *keys = k + p * hd;
+            float *out = scores + h * ST_ATTN_CHUNK + p;
+            switch (G - h) {
+            case 1: scores_8(1, q + h * hd, hd, keys, n - p, scale, out); break;
+            case 2: scores_8(2, q + h * hd, hd, keys, n - p, scale, out); break;
+            default: scores_8(3, q + h * hd, hd, keys, n - p, scale, out); break;
+            }
+        }
     for (int64_t h = 0; h < G; h++)
         l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
-    for (int64_t i = 0; i < hd; i += 16) {
-        __mmask16 mask = hd - i >= 16 ? 0xffff : (__mmask16)((1u << (hd - i)) - 1);
-        for (int64_t h = 0; h < G; h += 4) { /* up to four heads share the read and conversion of v */
-            const float *s[4];
-            __m512 a[4];
-            for (int j = 0; j < 4; j++) {
-                s[j] = scores + (h + j < G ? h + j : h) * ST_ATTN_CHUNK;
-                a[j] = _mm512_setzero_ps();
-            }
-            for (int64_t p = 0; p < n; p++) {
-                __m512 value = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, v + p * hd + i));
-                for (int j = 0; j < 4; j++)
-                    a[j] = _mm512_fmadd_ps(_mm512_set1_ps(s[j][p]), value, a[j]);
-            }
-            for (int j = 0; j < 4 && h + j < G; j++)
-                _mm512_mask_storeu_ps(acc + (h + j) * hd + i, mask, a[j]);
+    for (int64_t h = 0; h < G; h += 3) {
+        const float *s = scores + h * ST_ATTN_CHUNK;
+        switch (G - h) {
+        case 1: values_h(1, s, v, hd, n, acc + h * hd); break;
+        case 2: values_h(2, s, v, hd, n, acc + h * hd); break;
+        default: values_h(3, s, v, hd, n, acc + h * hd); break;
         }
     }
 }
@@ -275,7 +384,7 @@ static float dot(const float *a, const float *b, int64_t n) {
         s1 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16), _mm512_loadu_ps(b + i + 16), s1);
     }
     for (; i < n; i += 16) {
-        __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+        __mmask16 mask = first_lanes(n - i);
         s0 = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, a + i), _mm512_maskz_loadu_ps(mask, b + i), s0);
     }
     return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
@@ -287,6 +396,7 @@ const st_kernels st_kernels_avx512vnni = {
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
     .rows_q4_0 = rows_q4_0,
+    .gate_up_q4_0 = gate_up_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = st_avx2_activate,
     .attention = attention,

@@ -3,13 +3,11 @@
  *   DOT(sum, u, s)       sum += u * s, at most 8 times with u <= 15 before
  *   TO_I32(sum)          eight 32-bit sums of four neighbouring products each
  *   DOT_SIGNED(w, s)     eight 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
-#include "smallthinker/kernels.h"
+#include "prefetch.h"
 
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
-
-#define PREFETCH_AHEAD 4096 /* measured: 76 GB/s against 50 without, two threads streaming Q4_0 tiles */
 
 static inline __m256i load256(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 
@@ -20,11 +18,6 @@ static inline __m256i broadcast4(const int8_t *p) {
 }
 
 static inline __m256 load_f16x8(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-
-static inline void prefetch_block(const uint8_t *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + PREFETCH_AHEAD + i, _MM_HINT_T0);
-}
 
 static inline float sum8(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -104,6 +97,31 @@ static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
     }
 }
 
+/* Blocks b0..b1 of a tile for one token, added to sum; half h is rows 8h..8h+7. */
+static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, __m256 sum[2]) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    tile += b0 * ST_TILE_Q4_0_BYTES;
+    for (int64_t b = b0; b < b1; b++, tile += ST_TILE_Q4_0_BYTES) {
+        const st_q8x4 *q = x + b / 4;
+        int lane = b % 4;
+        __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);
+        for (int g = 0; g < 4; g++) {
+            __m256i even = broadcast4(q->q[0][lane] + 4 * g), odd = broadcast4(q->q[1][lane] + 4 * g);
+            for (int h = 0; h < 2; h++) {
+                __m256i w = load256(tile + 32 + 64 * g + 32 * h);
+                acc[h] = DOT(acc[h], _mm256_and_si256(w, nibble), even);
+                acc[h] = DOT(acc[h], _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), odd);
+            }
+        }
+        for (int h = 0; h < 2; h++) {
+            __m256i dot = _mm256_add_epi32(TO_I32(acc[h]), _mm256_set1_epi32(q->corr[4 * lane]));
+            __m256 s = _mm256_mul_ps(load_f16x8(tile + 16 * h), _mm256_set1_ps(q->scale[4 * lane]));
+            sum[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), s, sum[h]);
+        }
+    }
+}
+
 /* One block of one tile for N tokens; half h is rows 8h..8h+7. */
 #define GEMM_Q4_0(NAME, N)                                                                                             \
     static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m256 sum[N][2]) {                     \
@@ -112,7 +130,8 @@ static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
             sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
-            prefetch_block(tile, ST_TILE_Q4_0_BYTES);                                                                  \
+            if (N == 1)                                                                                                \
+                prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);                                                              \
             for (int h = 0; h < 2; h++) {                                                                              \
                 __m256i low[4], high[4];                                                                               \
                 __m256 scale = load_f16x8(tile + 16 * h);                                                              \
@@ -142,7 +161,8 @@ static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
             sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
-            prefetch_block(tile, ST_TILE_Q8_0_BYTES);                                                                  \
+            if (N == 1)                                                                                                \
+                prefetch_ahead(tile, ST_TILE_Q8_0_BYTES);                                                              \
             for (int h = 0; h < 2; h++) {                                                                              \
                 __m256 scale = load_f16x8(tile + 16 * h);                                                              \
                 for (int t = 0; t < N; t++) {                                                                          \
@@ -159,7 +179,10 @@ static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
         }                                                                                                              \
     }
 
-GEMM_Q4_0(tile_q4_0_x1, 1)
+static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m256 sum[1][2]) {
+    sum[0][0] = sum[0][1] = _mm256_setzero_ps();
+    tile_q4_0_part(tile, 0, nb, x[0], sum[0]);
+}
 GEMM_Q4_0(tile_q4_0_x2, 2)
 GEMM_Q4_0(tile_q4_0_x4, 4)
 GEMM_Q8_0(tile_q8_0_x1, 1)
@@ -204,47 +227,86 @@ static inline void store_rows(const __m256 sum[2], int64_t count, float *y) {
 GEMM(gemm_q4_0, q4_0, ST_TILE_Q4_0_BYTES)
 GEMM(gemm_q8_0, q8_0, ST_TILE_Q8_0_BYTES)
 
-/* Two blocks (32 nibble bytes) a step; DOT leaves 4 sums a block, which the replicated scales fit. */
-static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
-    const __m256i nibble = _mm256_set1_epi8(15), spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    for (int64_t k = 0; k < n; k++) {
-        const uint8_t *scales = w + index[k] * nb * 18, *nibbles = scales + 2 * nb;
-        if (k + 2 < n)
-            for (int64_t i = 0; i < nb * 18; i += 64)
-                _mm_prefetch((const char *)w + index[k + 2] * nb * 18 + i, _MM_HINT_T0);
-        __m256 sum = _mm256_setzero_ps();
-        for (int64_t b = 0; b < nb; b += 2) {
-            const st_q8x4 *q = x + b / 4;
-            int lane = b % 4;
-            uint16_t pair[8] = {0};
-            __m256i v;
-            if (b + 1 < nb) {
-                memcpy(pair, scales + 2 * b, 4);
-                v = load256(nibbles + 16 * b);
-            } else {
-                memcpy(pair, scales + 2 * b, 2);
-                v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(nibbles + 16 * b)));
-                v = _mm256_inserti128_si256(v, _mm_setzero_si128(), 1);
-            }
-            __m256i acc = DOT(_mm256_setzero_si256(), _mm256_and_si256(v, nibble), load256(q->q[0][lane]));
-            acc = DOT(acc, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble), load256(q->q[1][lane]));
-            acc = _mm256_add_epi32(TO_I32(acc), load256(q->corr + 4 * lane));
-            __m256 d = _mm256_permutevar8x32_ps(load_f16x8(pair), spread);
-            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_mul_ps(d, _mm256_loadu_ps(q->scale + 4 * lane)), sum);
+/* Two blocks (32 nibble bytes) a step, eight scales a turn; DOT leaves 4 sums a block, which the replicated scales
+ * fit. Two rows share the reads of x: `rows` and `out` have R entries. */
+static inline __attribute__((always_inline)) void rows_r(const int R, const uint8_t *const *rows, int64_t nb,
+                                                         const st_q8x4 *x, float *out) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t b = 0; b < nb; b += 8) {
+        __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+        __m256 d[2];
+        for (int r = 0; r < R; r++) {
+            uint16_t last[8] = {0};
+            if (nb - b < 8)
+                memcpy(last, rows[r] + 2 * b, (size_t)(2 * (nb - b)));
+            d[r] = load_f16x8(nb - b < 8 ? (const void *)last : rows[r] + 2 * b);
         }
-        out[k] = sum8(sum);
+        for (int64_t c = b; c < nb && c < b + 8; c += 2) {
+            const st_q8x4 *q = x + c / 4;
+            int lane = c % 4;
+            __m256i q0 = load256(q->q[0][lane]), q1 = load256(q->q[1][lane]), corr = load256(q->corr + 4 * lane);
+            __m256 scale = _mm256_loadu_ps(q->scale + 4 * lane);
+            for (int r = 0; r < R; r++) {
+                const uint8_t *p = rows[r] + 2 * nb + 16 * c;
+                __m256i v = c + 1 < nb ? load256(p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p));
+                __m256i acc = DOT(_mm256_setzero_si256(), _mm256_and_si256(v, nibble), q0);
+                acc = DOT(acc, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble), q1);
+                acc = _mm256_add_epi32(TO_I32(acc), corr);
+                __m256 s = _mm256_mul_ps(_mm256_permutevar8x32_ps(d[r], spread), scale);
+                sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), s, sum[r]);
+            }
+            spread = _mm256_add_epi32(spread, _mm256_set1_epi32(2));
+        }
+    }
+    for (int r = 0; r < R; r++)
+        out[r] = sum8(sum[r]);
+}
+
+static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
+    for (int64_t k = 0; k < n; k += 2) {
+        const uint8_t *rows[2] = {w + index[k] * nb * 18, k + 1 < n ? w + index[k + 1] * nb * 18 : NULL};
+        if (rows[1])
+            rows_r(2, rows, nb, x, out + k);
+        else
+            rows_r(1, rows, nb, x, out + k);
     }
 }
 
-/* One half of the lines (lanes 2*half, 2*half + 1) of one group: 8 sums of 8 outputs, [v][low, high]. */
-static inline void down_group(const uint8_t *lines, const st_active *a, int half, __m256i sum[8]) {
+/* A tile's blocks come from memory in order; the rows' arithmetic and the prefetches of `ahead` go between them, where
+ * the core would wait. */
+static void gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
+                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
+                         int64_t n_ahead) {
+    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
+    for (int tile = 0; tile < 2; tile++, gate += nb * ST_TILE_Q4_0_BYTES) {
+        __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
+            int64_t end = b + GATE_STEP < nb ? b + GATE_STEP : nb;
+            int64_t k0 = share(n, step, steps), k1 = share(n, step + 1, steps);
+            tile_q4_0_part(gate, b, end, x, sum);
+            rows_q4_0(up, nb, index + k0, k1 - k0, x, out + k0);
+            for (int64_t k = share(n_ahead, step, steps); k < share(n_ahead, step + 1, steps); k++)
+                prefetch_row(up_ahead + ahead[k] * nb * 18, nb * 18);
+        }
+        store_rows(sum, ST_TILE_ROWS, g + 16 * tile);
+    }
+}
+
+/* Half (lanes 2*half, 2*half + 1) of 128 outputs of one group of 32 neurons: total[8] += scale * (sum over the active
+ * neurons); total i is outputs 16 * i + 8 * half and the seven after it. */
+static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int half,
+                              __m256 *total) {
     const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i sum[8];
+    lines += 32 * half;
+    scales += 16 * half;
     for (int i = 0; i < 8; i++)
         sum[i] = _mm256_setzero_si256();
     for (int k = 0; k < 4 * a->quads; k += 4) {
-        const uint8_t *p = lines + 32 * half;
-        __m256i l0 = load256(p + 64 * a->index[k]), l1 = load256(p + 64 * a->index[k + 1]);
-        __m256i l2 = load256(p + 64 * a->index[k + 2]), l3 = load256(p + 64 * a->index[k + 3]);
+        const uint8_t *index = a->index + k;
+        __m256i l0 = load256(lines + line * index[0]), l1 = load256(lines + line * index[1]);
+        __m256i l2 = load256(lines + line * index[2]), l3 = load256(lines + line * index[3]);
         __m256i a0 = _mm256_unpacklo_epi8(l0, l1), a1 = _mm256_unpackhi_epi8(l0, l1);
         __m256i b0 = _mm256_unpacklo_epi8(l2, l3), b1 = _mm256_unpackhi_epi8(l2, l3);
         __m256i v[4] = {_mm256_unpacklo_epi16(a0, b0), _mm256_unpackhi_epi16(a0, b0), _mm256_unpacklo_epi16(a1, b1),
@@ -255,29 +317,36 @@ static inline void down_group(const uint8_t *lines, const st_active *a, int half
             sum[2 * i + 1] = DOT(sum[2 * i + 1], _mm256_and_si256(_mm256_srli_epi16(v[i], 4), nibble), h);
         }
     }
+    for (int i = 0; i < 8; i++) {
+        __m256i s = _mm256_add_epi32(TO_I32(sum[i]), _mm256_set1_epi32(a->corr));
+        __m256 d = _mm256_mul_ps(load_f16x8(scales + 32 * i), _mm256_set1_ps(a->scale));
+        total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, total[i]);
+    }
 }
 
-static void down_q4_0(const uint8_t *chunk, int64_t groups, const st_active *a, float weight, float *y) {
-    const uint8_t *lines = chunk + groups * ST_DOWN_CHUNK * 2;
-    for (int half = 0; half < 2; half++) {
-        __m256 total[8], w = _mm256_set1_ps(weight);
-        for (int i = 0; i < 8; i++)
+/* Group by group, so that a neuron's whole run of bytes is used when it comes; the sums of up to DOWN_CHUNKS chunks
+ * stay in the first-level cache. */
+static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                      float weight, float *y) {
+    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    for (int64_t c = c0; c < c1; c += DOWN_CHUNKS) {
+        int64_t n = c1 - c < DOWN_CHUNKS ? c1 - c : DOWN_CHUNKS;
+        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64, *scales = down + c * ST_DOWN_CHUNK * 2;
+        __m256 total[16 * DOWN_CHUNKS];
+        for (int64_t i = 0; i < 16 * n; i++)
             total[i] = _mm256_setzero_ps();
-        for (int64_t g = 0; g < groups; g++) {
-            __m256i sum[8];
-            if (a[g].quads == 0)
-                continue;
-            down_group(lines + 32 * 64 * g, a + g, half, sum);
-            const uint8_t *scales = chunk + g * ST_DOWN_CHUNK * 2 + 16 * half;
-            for (int i = 0; i < 8; i++) {
-                __m256i s = _mm256_add_epi32(TO_I32(sum[i]), _mm256_set1_epi32(a[g].corr));
-                __m256 d = _mm256_mul_ps(load_f16x8(scales + 32 * i), _mm256_set1_ps(a[g].scale));
-                total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, total[i]);
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t i = 0; i < n; i++) {
+                const uint8_t *first = lines + 32 * line * (size_t)g;
+                if (g + 2 < groups)
+                    prefetch_neurons(first + 64 * line, line, n, a + g + 2, i);
+                for (int half = 0; half < 2 && a[g].quads; half++)
+                    down_chunk(first + 64 * i, line, scales + (size_t)g * line * 4 + 256 * i, a + g, half,
+                               total + 16 * i + 8 * half);
             }
-        }
-        for (int i = 0; i < 8; i++) {
-            float *out = y + 16 * i + 8 * half;
-            _mm256_storeu_ps(out, _mm256_fmadd_ps(w, total[i], _mm256_loadu_ps(out)));
+        for (int64_t i = 0; i < 16 * n; i++) {
+            float *out = y + (c - c0 + i / 16) * ST_DOWN_CHUNK + i % 8 * 16 + i / 8 % 2 * 8;
+            _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_set1_ps(weight), total[i], _mm256_loadu_ps(out)));
         }
     }
 }
@@ -311,18 +380,62 @@ static void activate(const float *g, const float *up, st_active *out) {
     out->corr = -8 * sum_bytes(q);
     out->quads = (n + 3) / 4;
     out->scale = amax / 127;
+    for (int i = n; i < 4 * out->quads; i++)
+        out->index[i] = out->index[n - 1];
 }
 
-static float dot_f16(const float *q, const uint16_t *k, int64_t n) {
-    __m256 s0 = _mm256_setzero_ps(), s1 = s0;
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        s0 = _mm256_fmadd_ps(_mm256_loadu_ps(q + i), load_f16x8(k + i), s0);
-        s1 = _mm256_fmadd_ps(_mm256_loadu_ps(q + i + 8), load_f16x8(k + i + 8), s1);
+/* Lane i = the sum of a[i]'s lanes. */
+static inline __m128 sum4x8(const __m256 a[4]) {
+    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+/* Scores of H heads at four positions (the last one repeated beyond n); each key is read and widened once. */
+static inline __attribute__((always_inline)) void scores_4(const int H, const float *q, int64_t hd, const uint16_t *k,
+                                                           int64_t n, float scale, float *scores) {
+    __m256 sum[3][4];
+    for (int h = 0; h < H; h++)
+        for (int p = 0; p < 4; p++)
+            sum[h][p] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < hd; i += 8)
+        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) {
+            __m256 key = load_f16x8(k + (p < n ? p : n - 1) * hd + i);
+            for (int h = 0; h < H; h++)
+                sum[h][p] = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * hd + i), key, sum[h][p]);
+        }
+    for (int h = 0; h < H; h++) {
+        float four[4];
+        _mm_storeu_ps(four, _mm_mul_ps(sum4x8(sum[h]), _mm_set1_ps(scale)));
+        memcpy(scores + h * ST_ATTN_CHUNK, four, sizeof *four * (size_t)(n < 4 ? n : 4));
     }
-    if (i < n)
-        s0 = _mm256_fmadd_ps(_mm256_loadu_ps(q + i), load_f16x8(k + i), s0);
-    return sum8(_mm256_add_ps(s0, s1));
+}
+
+/* acc[h] = sum over n positions of scores[h][p] * v[p], 32 columns of H heads at a time, or the J * 8 that are left. */
+static inline __attribute__((always_inline)) void values_j(const int H, const int J, const float *scores,
+                                                           const uint16_t *v, int64_t hd, int64_t n, float *acc) {
+    __m256 sum[3][4];
+    for (int h = 0; h < H; h++)
+        for (int j = 0; j < J; j++)
+            sum[h][j] = _mm256_setzero_ps();
+    for (int64_t p = 0; p < n; p++) {
+        for (int j = 0; j < J; j++) {
+            __m256 value = load_f16x8(v + p * hd + 8 * j);
+            for (int h = 0; h < H; h++)
+                sum[h][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(scores + h * ST_ATTN_CHUNK + p), value, sum[h][j]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+        for (int j = 0; j < J; j++)
+            _mm256_storeu_ps(acc + h * hd + 8 * j, sum[h][j]);
+}
+
+static inline __attribute__((always_inline)) void values_h(const int H, const float *scores, const uint16_t *v,
+                                                           int64_t hd, int64_t n, float *acc) {
+    int64_t i = 0;
+    for (; i + 32 <= hd; i += 32)
+        values_j(H, 4, scores, v + i, hd, n, acc + i);
+    for (; i < hd; i += 8)
+        values_j(H, 1, scores, v + i, hd, n, acc + i);
 }
 
 /* scores[0..n) -> exp(score - max); returns their sum. Lanes past n count nothing. */
@@ -347,24 +460,26 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
 
 static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                       float scale, float *scores, float *acc, float *m, float *l) {
-    for (int64_t p = 0; p < n; p++)
-        for (int64_t h = 0; h < G; h++)
-            scores[h * ST_ATTN_CHUNK + p] = dot_f16(q + h * hd, k + p * hd, hd) * scale;
+    for (int64_t p = 0; p < n; p += 4)
+        for (int64_t h = 0; h < G; h += 3) {
+            const uint16_t *keys = k + p * hd;
+            float *out = scores + h * ST_ATTN_CHUNK + p;
+            switch (G - h) {
+            case 1: scores_4(1, q + h * hd, hd, keys, n - p, scale, out); break;
+            case 2: scores_4(2, q + h * hd, hd, keys, n - p, scale, out); break;
+            default: scores_4(3, q + h * hd, hd, keys, n - p, scale, out); break;
+            }
+        }
     for (int64_t h = 0; h < G; h++)
         l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
-    for (int64_t i = 0; i < hd; i += 8)
-        for (int64_t h = 0; h < G; h += 2) { /* two heads share the read and conversion of v */
-            const float *s0 = scores + h * ST_ATTN_CHUNK, *s1 = h + 1 < G ? s0 + ST_ATTN_CHUNK : s0;
-            __m256 a0 = _mm256_setzero_ps(), a1 = a0;
-            for (int64_t p = 0; p < n; p++) {
-                __m256 value = load_f16x8(v + p * hd + i);
-                a0 = _mm256_fmadd_ps(_mm256_set1_ps(s0[p]), value, a0);
-                a1 = _mm256_fmadd_ps(_mm256_set1_ps(s1[p]), value, a1);
-            }
-            _mm256_storeu_ps(acc + h * hd + i, a0);
-            if (h + 1 < G)
-                _mm256_storeu_ps(acc + (h + 1) * hd + i, a1);
+    for (int64_t h = 0; h < G; h += 3) {
+        const float *s = scores + h * ST_ATTN_CHUNK;
+        switch (G - h) {
+        case 1: values_h(1, s, v, hd, n, acc + h * hd); break;
+        case 2: values_h(2, s, v, hd, n, acc + h * hd); break;
+        default: values_h(3, s, v, hd, n, acc + h * hd); break;
         }
+    }
 }
 
 static float dot(const float *a, const float *b, int64_t n) {
@@ -415,6 +530,7 @@ const st_kernels ST_TABLE = {
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
     .rows_q4_0 = rows_q4_0,
+    .gate_up_q4_0 = gate_up_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,
