@@ -288,6 +288,8 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--flash-attention", nargs="+", choices=("on", "off"), default=["on", "off"], help="of llama.cpp"
     )
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of everything; medians count (5)")
+    parser.add_argument("--turns", choices=("auto", "jobs", "processes"), default="auto", help="auto: job by job where"
+                        " both engines fit into memory, else one process after the other")  # fmt: skip
     parser.add_argument("--starts", type=int, default=3, metavar="N", help="process starts timed per file (3)")
     parser.add_argument("--active-share", type=float, metavar="X", help="active neurons, to count bytes (default: from"
                         " MODEL.json as make_synthetic.py --stats writes it)")  # fmt: skip
@@ -321,7 +323,7 @@ def main() -> None:
     if arguments.packed and not os.path.exists(arguments.packed):
         pack(arguments.model, arguments.packed)
     plan = make_plan(arguments, config.vocab_size, config.context_length)
-    together = fits_twice(arguments.model)
+    together = arguments.turns == "jobs" or (arguments.turns == "auto" and fits_twice(arguments.model))
     result = {
         "date": date.today().isoformat(),
         "machine": machine(),

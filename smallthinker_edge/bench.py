@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -326,6 +327,13 @@ def _figure(result: KernelResult, limits: dict[int, ReadLimit]) -> str:
     return text
 
 
+def foreign_seconds() -> float:
+    """CPU seconds that all processes but this one have used since the start of the system, in ticks of about 10 ms."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    waiting = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
+    return float(sum(times) - waiting - own.user - own.system)
+
+
 def run_bench(
     what: str,
     *,
@@ -351,6 +359,7 @@ def run_bench(
     memory = arbitrary_weights(streaming_bytes())
     teams = sorted({1, threads or auto_threads()})
     chosen = [shape for shape in SHAPES if shape.name in shapes]
+    busy, started = foreign_seconds(), time.perf_counter()
     limits = {count: read_limit(count, memory) for count in teams}
     text = [
         f"Memory reads, {count} thread{'s' if count > 1 else ''}: {limit.bytes_per_second / 1e9:.1f} GB/s"
@@ -369,6 +378,8 @@ def run_bench(
             sparsity.plot_sparsity(curves, plot)
     elif what != "memory":
         raise ValueError(f"cannot measure {what!r}")
+    figures["foreign_cpus"] = foreign = (foreign_seconds() - busy) / (time.perf_counter() - started)
+    text.append(f"Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.")
     if json_path:
         Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return "\n\n".join(text)
