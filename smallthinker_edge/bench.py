@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -379,7 +380,7 @@ def run_bench(
     elif what != "memory":
         raise ValueError(f"cannot measure {what!r}")
     figures["foreign_cpus"] = foreign = (foreign_seconds() - busy) / (time.perf_counter() - started)
-    text.append(f"Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.")
+    text.append(f"{date.today().isoformat()}. Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.")
     if json_path:
         Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return "\n\n".join(text)
