@@ -20,7 +20,7 @@ import psutil
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import Timer
-from smallthinker_edge.cpus import auto_threads
+from smallthinker_edge.cpus import auto_threads, memory_limit
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -57,8 +57,9 @@ def last_level_cache() -> int:
 
 
 def streaming_bytes() -> int:
-    """How much memory to walk through so that no cache holds it: twice the largest cache, or what is free if less."""
-    return max(64 << 20, min(2 * last_level_cache(), int(psutil.virtual_memory().available) // 3))
+    """Memory to walk through so that no cache holds it: twice the largest cache, at most a third of what is free."""
+    free = int(psutil.virtual_memory().available)
+    return max(64 << 20, min(2 * last_level_cache(), min(free, memory_limit() or free) // 3))
 
 
 def arbitrary_weights(size: int) -> Bytes:

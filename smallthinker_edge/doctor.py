@@ -1,7 +1,7 @@
-"""What this machine offers the library: processor and kernel tables, memory and its limits, speed of the storage.
+"""What this machine offers the library: processor and kernel tables, memory and storage, their limits and speeds.
 
-Run by `smallthinker-edge doctor`. It measures the storage by reading; in a folder it first writes a temporary file,
-which it removes. It changes no setting.
+Run by `smallthinker-edge doctor`. It measures memory and storage by reading; in a folder it first writes a temporary
+file, which it removes. It changes no setting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from smallthinker_edge import cpus, heat
+from smallthinker_edge import bench, cpus, heat
 from smallthinker_edge._native import kernels
 
 Rows = list[tuple[str, str]]
@@ -49,7 +49,7 @@ def report(path: str | os.PathLike[str] = ".", root: Path = Path("/")) -> str:
 
     Raises OSError where `path` cannot be read or written.
     """
-    rows = [*processor(root), *memory(root), *disk(path)]
+    rows = [*processor(root), *memory(root), *memory_reads(cpus.auto_threads(root)), *disk(path)]
     rows.append(("recommended budget", f"memory={recommended_budget(root) >> 20}MiB"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -94,6 +94,14 @@ def memory(root: Path = Path("/")) -> Rows:
             f"version {version}, " + (f"limit {_gib(limit)}" if limit else "no memory limit") if version else "none",
         ),
     ]
+
+
+def memory_reads(threads: int) -> Rows:
+    """Speed of reading memory that no cache holds, with one thread and with all: what decode is bound by."""
+    space = bench.arbitrary_weights(bench.streaming_bytes())
+    limits = [bench.read_limit(count, space, patterns=[(4, 0), (4, 4096)]) for count in sorted({1, threads})]
+    speeds = [f"{_mb(limit.bytes_per_second)} with {limit.threads}" for limit in limits]
+    return [("memory reads", ", ".join(speeds) + (" threads" if threads > 1 else " thread"))]
 
 
 def recommended_budget(root: Path = Path("/")) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import compare
 import gguf_files
 import numpy as np
 import pytest
@@ -367,3 +368,31 @@ def test_bench_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert written["read_limits"][0]["bytes_per_second"] > 0
     assert {result["table"] for result in written["kernels"]} == {"ref"}
     assert main(["bench", "kernels", "--tables", "none", "--threads", "1"]) == 2
+
+
+class Neighbour:
+    """A worker's stand-in: while it works, another process uses the machine as long as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, foreign: Sequence[float]) -> None:
+        self.foreign, self.jobs, self.busy = list(foreign), 0, 0.0
+        monkeypatch.setattr(compare, "SETTLE_SECONDS", 0)
+        monkeypatch.setattr(compare, "busy_seconds", lambda: self.busy)
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.busy += 2.0 + self.foreign[self.jobs]
+        self.jobs += 1
+        return {"seconds": 1.0, "cpu_seconds": 2.0, "idle_cpu_seconds": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("foreign", "context", "attempts"),
+    [([0.05], 0, 1), ([0.9, 0.05], 0, 2), ([0.9, 0.8, 0.7], 0, 3), ([0.9], 4096, 1)],
+)
+def test_a_disturbed_turn_is_taken_again(
+    foreign: list[float], context: int, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Neighbour(monkeypatch, foreign)
+    contender, job = compare.Contender("a", "a", ""), compare.Job(4, context, True)
+    answer = compare.calm_turn(worker, contender, job, [1, 2, 3, 4])  # type: ignore[arg-type]
+    assert answer["attempts"] == worker.jobs == attempts
+    assert answer["foreign_cpu_share"] == pytest.approx(foreign[-1])

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smallthinker_edge import doctor
+from smallthinker_edge import bench, doctor
 from smallthinker_edge._native import kernels
 from smallthinker_edge.cli import main
 
@@ -17,6 +17,7 @@ from smallthinker_edge.cli import main
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SECONDS", 0.05)
     monkeypatch.setattr(doctor, "FILE", 4 << 20)
+    monkeypatch.setattr(bench, "streaming_bytes", lambda: 4 << 20)
 
 
 def write(root: Path, name: str, text: str) -> None:
@@ -32,6 +33,7 @@ def test_report_names_table_page_size_and_budget(tmp_path: Path, capsys: pytest.
     assert rows["page size"].split()[0] == str(os.sysconf("SC_PAGE_SIZE"))
     assert rows["recommended budget"].strip().startswith("memory=")
     assert "MB/s" in rows[f"reads at {tmp_path}"]
+    assert "MB/s with 1" in rows["memory reads"]
     assert list(tmp_path.iterdir()) == []  # the temporary file is gone
 
 
