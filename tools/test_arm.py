@@ -161,7 +161,18 @@ def test_machine(machine: Machine, expected: Path, wheel: Path | None, build: Pa
     for cpu, table in machine.cpus.items():
         start = time.monotonic()
         # Only the model's own table: the others have had their turn on the model that chooses them.
-        kernels = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, "--rootdir=."]
+        kernels = [
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "--noconftest",
+            "-c",
+            os.devnull,
+            "--rootdir=.",
+        ]
         emulate(machine, cpu, [*kernels, "-k", table, "test_kernels.py"])
         emulate(machine, cpu, ["arm_check.py", "compare", str(expected), table])
         print(f"{machine.debian} on {cpu}: passed in {time.monotonic() - start:.0f} s", flush=True)
