@@ -70,7 +70,7 @@ static long down(const st_kernels *k, int times) {
     for (int g = 0; g < FFN / 32; g++)
         k->activate(gate, up, a + g);
     for (int t = 0; t < times; t++)
-        k->down_q4_0(chunk, FFN / 32, a, 1, y);
+        k->down_q4_0(chunk, 128, FFN / 32, 0, 1, a, 1, y);
     return (long)FFN * ACTIVE / STEP * 128;
 }
 

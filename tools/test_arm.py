@@ -47,7 +47,8 @@ ARM64 = Machine(
 )  # fmt: skip
 # PyPI has no NumPy for armv7l, so Debian's it is. tokenizers and psutil are not needed for the kernels.
 ARMHF = Machine(
-    "armhf", "arm", "manylinux_2_31_armv7l", "arm-linux-gnueabihf", ("python3", "python3-numpy", "libstdc++6"),
+    "armhf", "arm", "manylinux_2_31_armv7l", "arm-linux-gnueabihf",
+    ("python3", "python3-numpy", "python3-yaml", "python3-requests", "libstdc++6"),
     ("gguf", "pytest"), {"cortex-a7": "ref"},
 )  # fmt: skip
 

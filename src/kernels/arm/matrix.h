@@ -1,9 +1,10 @@
 /* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
- * GEMM_Q4_0, GEMM_Q8_0, ROWS_Q4_0, GATE_UP_Q4_0, DOWN_Q4_0), says how many TOKENS share one unpacking of the weights,
- * and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x): columns,
- * load_columns(q, lane)     32 quantised columns of one token sum4                               running sums of four
- * outputs (rows of a tile, outputs of a down line) FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 *
- * r + j] * (column 4 * i + j of x) NEXT(sum, w, x, i)                 adds such a product, at most seven times
+ * GEMM_Q4_0, GEMM_Q8_0, ROWS_Q4_0, GATE_UP_Q4_0, DOWN_Q4_0), says how many TOKENS share one unpacking of the
+ * weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
+ *   columns, load_columns(q, lane)     32 quantised columns of one token
+ *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
+ *   FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j] * (column 4 * i + j of x)
+ *   NEXT(sum, w, x, i)                 adds such a product, at most seven times
  *   EMPTY(start), NEXT_SAME(.., w, h)  the same for four values h that are repeated in every 32-bit lane
  *   total4(sum, start)                 the four sums, start included once
  *   row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr)
