@@ -45,11 +45,11 @@ ARM64 = Machine(
     "arm64", "aarch64", "manylinux_2_28_aarch64", "aarch64-linux-gnu", ("python3", "libstdc++6"),
     ("numpy", "tokenizers", "psutil", "gguf", "pytest"), MODELS,
 )  # fmt: skip
-# PyPI has no NumPy for armv7l, so Debian's it is. tokenizers and psutil are not needed for the kernels.
+# PyPI has no NumPy and psutil for armv7l: Debian's.
 ARMHF = Machine(
     "armhf", "arm", "manylinux_2_31_armv7l", "arm-linux-gnueabihf",
-    ("python3", "python3-numpy", "python3-yaml", "python3-requests", "libstdc++6"),
-    ("gguf", "pytest"), {"cortex-a7": "ref"},
+    ("python3", "python3-numpy", "python3-psutil", "python3-yaml", "python3-requests", "libstdc++6"),
+    ("tokenizers", "gguf", "pytest"), {"cortex-a7": "ref"},
 )  # fmt: skip
 
 
