@@ -169,6 +169,7 @@ def cases(shape: Shape) -> list[Case]:
         Case("gemm_q4_0", "head, 512 rows", 512, d),
         Case("gemm_q4_0", "gate, 64 tokens", f, d, 64, streamed=False),
         Case("gemm_q8_0", "head, 512 rows", 512, d),
+        Case("gemm_q6_k", "head, 512 rows", 512, d),
         Case("rows_q4_0", f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("rows_q4_0", "up, all", f, d),
         Case("gate_up_q4_0", f"32 neurons, {ACTIVE_SHARE:.0%} active", 32, d, active=ACTIVE_SHARE),

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-enum { Q4_0_BYTES = 18, Q4_1_BYTES = 20, Q8_0_BYTES = 34, Q6_K_BYTES = 210, Q6_K_BLOCK = 256 };
+enum { Q4_0_BYTES = 18, Q4_1_BYTES = 20, Q8_0_BYTES = 34, Q6_K_BYTES = 210 };
 
 float st_f16_to_f32(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff, bits;
@@ -58,7 +58,7 @@ size_t st_row_bytes(int type, int64_t cols) {
     case ST_Q4_0: return n % ST_BLOCK ? 0 : n / ST_BLOCK * Q4_0_BYTES;
     case ST_Q4_1: return n % ST_BLOCK ? 0 : n / ST_BLOCK * Q4_1_BYTES;
     case ST_Q8_0: return n % ST_BLOCK ? 0 : n / ST_BLOCK * Q8_0_BYTES;
-    case ST_Q6_K: return n % Q6_K_BLOCK ? 0 : n / Q6_K_BLOCK * Q6_K_BYTES;
+    case ST_Q6_K: return n % ST_SUPER ? 0 : n / ST_SUPER * Q6_K_BYTES;
     default: return 0;
     }
 }
@@ -68,8 +68,11 @@ static size_t tile_block_bytes(int type) {
 }
 
 size_t st_tile16_bytes(int type, int64_t rows, int64_t cols) {
-    if (rows <= 0 || cols <= 0 || cols % ST_BLOCK)
+    if (rows <= 0 || cols <= 0 || cols % (type == ST_Q6_K ? ST_SUPER : ST_BLOCK))
         return 0;
+    if (type == ST_Q6_K)
+        return (size_t)((rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS) * (size_t)(cols / ST_SUPER) *
+               ST_TILE_Q6_K_SUPER_BYTES;
     return (size_t)((rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS) * (size_t)(cols / ST_BLOCK) * tile_block_bytes(type);
 }
 
@@ -84,7 +87,59 @@ size_t st_down_bytes(int64_t d, int64_t f) {
     return down_line_bytes(d) * ((size_t)f / ST_BLOCK * 4 + (size_t)f);
 }
 
+/* Where column i (0..31) of row r stands in a Q6_K block of a tile: its low four bits, and the two above. */
+static uint8_t *q6_low(uint8_t *block, int r, int i) { return block + 32 + 64 * (i % 16 / 4) + 4 * r + i % 4; }
+static uint8_t *q6_high(uint8_t *block, int r, int i) { return block + 288 + 64 * (i % 16 / 8) + 4 * r + i % 4; }
+static int q6_high_shift(int i) { return i % 8 / 4 * 4 + i / 16 * 2; }
+
+/* One row's super-block from GGUF to its place in a tile, which starts out as zeros, or back. */
+static void pack_q6_k(const uint8_t *super, int r, uint8_t *out) {
+    memcpy(out + 2 * r, super + 208, 2);
+    out += 32;
+    for (int b = 0; b < ST_SUPER / ST_BLOCK; b++, out += ST_TILE_Q6_K_BYTES) {
+        int half = b / 4, quarter = b % 4;
+        out[r] = super[192 + 2 * b];
+        out[16 + r] = super[192 + 2 * b + 1];
+        for (int i = 0; i < ST_BLOCK; i++) {
+            int low = super[64 * half + 32 * (quarter % 2) + i] >> 4 * (quarter / 2) & 15;
+            int high = super[128 + 32 * half + i] >> 2 * quarter & 3;
+            *q6_low(out, r, i) |= (uint8_t)(low << i / 16 * 4);
+            *q6_high(out, r, i) |= (uint8_t)(high << q6_high_shift(i));
+        }
+    }
+}
+
+static void unpack_q6_k(const uint8_t *in, int r, uint8_t *super) {
+    memset(super, 0, Q6_K_BYTES);
+    memcpy(super + 208, in + 2 * r, 2);
+    in += 32;
+    for (int b = 0; b < ST_SUPER / ST_BLOCK; b++, in += ST_TILE_Q6_K_BYTES) {
+        int half = b / 4, quarter = b % 4;
+        super[192 + 2 * b] = in[r];
+        super[192 + 2 * b + 1] = in[16 + r];
+        for (int i = 0; i < ST_BLOCK; i++) {
+            int low = *q6_low((uint8_t *)in, r, i) >> i / 16 * 4 & 15;
+            int high = *q6_high((uint8_t *)in, r, i) >> q6_high_shift(i) & 3;
+            super[64 * half + 32 * (quarter % 2) + i] |= (uint8_t)(low << 4 * (quarter / 2));
+            super[128 + 32 * half + i] |= (uint8_t)(high << 2 * quarter);
+        }
+    }
+}
+
+static void pack_tile16_q6_k(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1) {
+    int64_t supers = cols / ST_SUPER;
+    memset(dst + t0 * supers * ST_TILE_Q6_K_SUPER_BYTES, 0, (size_t)((t1 - t0) * supers * ST_TILE_Q6_K_SUPER_BYTES));
+    for (int64_t row = t0 * ST_TILE_ROWS; row < t1 * ST_TILE_ROWS && row < rows; row++)
+        for (int64_t i = 0; i < supers; i++)
+            pack_q6_k(src + (row * supers + i) * Q6_K_BYTES, (int)(row % ST_TILE_ROWS),
+                      dst + (row / ST_TILE_ROWS * supers + i) * ST_TILE_Q6_K_SUPER_BYTES);
+}
+
 void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1) {
+    if (type == ST_Q6_K) {
+        pack_tile16_q6_k(src, rows, cols, dst, t0, t1);
+        return;
+    }
     size_t row_bytes = st_row_bytes(type, cols), tile_bytes = tile_block_bytes(type);
     size_t block_bytes = row_bytes / (size_t)(cols / ST_BLOCK);
     int groups = type == ST_Q4_0 ? 4 : 8;
@@ -106,6 +161,13 @@ void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, ui
 }
 
 void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    if (type == ST_Q6_K) {
+        for (int64_t row = 0, supers = cols / ST_SUPER; row < rows; row++)
+            for (int64_t i = 0; i < supers; i++)
+                unpack_q6_k(src + (row / ST_TILE_ROWS * supers + i) * ST_TILE_Q6_K_SUPER_BYTES,
+                            (int)(row % ST_TILE_ROWS), dst + (row * supers + i) * Q6_K_BYTES);
+        return;
+    }
     size_t row_bytes = st_row_bytes(type, cols), tile_bytes = tile_block_bytes(type);
     size_t block_bytes = row_bytes / (size_t)(cols / ST_BLOCK);
     int groups = type == ST_Q4_0 ? 4 : 8;
@@ -187,10 +249,10 @@ void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
 
 static void dequantize_q6_k(const uint8_t *row, int64_t cols, float *out) {
     /* 256 weights: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, fp16 super-scale. */
-    for (int64_t b = 0; b < cols / Q6_K_BLOCK; b++, row += Q6_K_BYTES) {
+    for (int64_t b = 0; b < cols / ST_SUPER; b++, row += Q6_K_BYTES) {
         const int8_t *scales = (const int8_t *)row + 192;
         float d = load_f16(row + 208);
-        for (int i = 0; i < Q6_K_BLOCK; i++) {
+        for (int i = 0; i < ST_SUPER; i++) {
             int half = i / 128, quarter = i % 128 / 32, lane = i % 32;
             int low = row[64 * half + 32 * (quarter % 2) + lane] >> 4 * (quarter / 2) & 15;
             int high = row[128 + 32 * half + lane] >> 2 * quarter & 3;
@@ -243,6 +305,15 @@ void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out) {
 }
 
 void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t row, float *out) {
+    if (type == ST_Q6_K) {
+        uint8_t super[Q6_K_BYTES];
+        for (int64_t i = 0, supers = cols / ST_SUPER; i < supers; i++) {
+            unpack_q6_k(tiles + (row / ST_TILE_ROWS * supers + i) * ST_TILE_Q6_K_SUPER_BYTES, (int)(row % ST_TILE_ROWS),
+                        super);
+            dequantize_q6_k(super, ST_SUPER, out + i * ST_SUPER);
+        }
+        return;
+    }
     int64_t nb = cols / ST_BLOCK, r = row % ST_TILE_ROWS;
     size_t tile_bytes = tile_block_bytes(type);
     const uint8_t *in = tiles + (size_t)(row / ST_TILE_ROWS * nb) * tile_bytes;

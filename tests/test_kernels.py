@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from gguf import quants
+from gguf_files import quantize_q6_k
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import ACTIVE, Q8X4_BYTES, Table
 
-TYPES = {2: T.Q4_0, 8: T.Q8_0}
+TYPES = {2: T.Q4_0, 8: T.Q8_0, 14: T.Q6_K}
 GUARD = 64
 pytestmark = pytest.mark.parametrize("name", kernels.tables())
 
@@ -49,6 +50,11 @@ def inputs(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 KINDS = ("normal", "zeros", "extreme", "denormal", "spike")
 
 
+def columns(kind: int, cols: int) -> int:
+    """cols, or where the type has longer blocks the next number of columns that fits them."""
+    return -(-cols // 256) * 256 if kind == 14 else cols
+
+
 def quantized(table: str, x: np.ndarray) -> np.ndarray:
     out = np.zeros((x.shape[0], (x.shape[1] + 127) // 128 * Q8X4_BYTES), np.uint8)
     for row, target in zip(x, out, strict=True):
@@ -67,10 +73,12 @@ def values_of(xq: np.ndarray, cols: int) -> np.ndarray:
 
 def weights(kind: int, rows: int, cols: int, seed: int = 1, extreme: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(GGUF bytes, float64 values) of a random quantised matrix."""
-    raw = quants.quantize(np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32), TYPES[kind])
+    values = np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
+    raw = quantize_q6_k(values) if kind == 14 else quants.quantize(values, TYPES[kind])
     if extreme:
-        block = raw.reshape(-1, 18 if kind == 2 else 34)
-        block[:, 2:] = np.random.default_rng(seed).choice([0x00, 0xFF, 0xF0, 0x80, 0x7F], block[:, 2:].shape)
+        block = raw.reshape(-1, {2: 18, 8: 34, 14: 210}[kind])
+        codes = block[:, :-2] if kind == 14 else block[:, 2:]
+        codes[:] = np.random.default_rng(seed).choice([0x00, 0xFF, 0xF0, 0x80, 0x7F], codes.shape)
         raw = block.reshape(raw.shape)
     return np.ascontiguousarray(raw).reshape(-1), quants.dequantize(raw, TYPES[kind]).astype(np.float64).reshape(
         rows, cols
@@ -109,6 +117,7 @@ def test_quantize_carries_what_is_no_number(name: str, bad: float) -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(16, 32), (40, 96), (48, 160), (33, 1536)])
 @pytest.mark.parametrize("type_", TYPES)
 def test_gemm_multiplies(name: str, type_: int, rows: int, cols: int, kind: str) -> None:
+    cols = columns(type_, cols)
     raw, w = weights(type_, rows, cols, extreme=kind == "extreme")
     packed = kernels.pack_tile16(type_, raw, rows, cols)
     for n in (1, 2, 3, 7, 8, 13):
@@ -291,8 +300,10 @@ def test_to_f16_rounds_to_nearest_even(name: str) -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(16, 32), (40, 96), (200, 768)])
 def test_layouts_are_permutations(name: str, rows: int, cols: int) -> None:
     for kind in TYPES:
-        raw = weights(kind, rows, cols)[0]
-        assert np.array_equal(kernels.unpack_tile16(kind, kernels.pack_tile16(kind, raw, rows, cols), rows, cols), raw)
+        width = columns(kind, cols)
+        raw = weights(kind, rows, width)[0]
+        packed = kernels.pack_tile16(kind, raw, rows, width)
+        assert np.array_equal(kernels.unpack_tile16(kind, packed, rows, width), raw)
     raw = weights(2, rows, cols)[0]
     assert np.array_equal(kernels.pack_rows(kernels.pack_rows(raw, rows, cols), rows, cols, True), raw)
     assert np.array_equal(kernels.unpack_down(kernels.pack_down(raw, rows, cols), rows, cols), raw)

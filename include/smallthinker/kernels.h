@@ -21,6 +21,10 @@ typedef struct st_kernels {
     void (*gemm_q8_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
                       int64_t n, float *y, int64_t ldy);
 
+    /* nb a multiple of 8. */
+    void (*gemm_q6_k)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                      int64_t n, float *y, int64_t ldy);
+
     /* out[i] = W[index[i]] . x for i < n.  W: Rows layout of Q4_0, nb blocks a row. */
     void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
 
@@ -53,6 +57,9 @@ typedef struct st_kernels {
 } st_kernels;
 
 extern const st_kernels st_kernels_ref;
+/* Plain C for tables that have no kernel of their own. */
+void st_ref_gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                      int64_t n, float *y, int64_t ldy);
 #if defined(__x86_64__)
 extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
 #elif defined(__aarch64__)

@@ -26,9 +26,15 @@ typedef enum st_type {
  *   uint16 scale[16] (fp16, one a row), then 4 groups g of 64 bytes: byte 4*r + j of group g is byte 4*g + j of
  *   row r's block, so its low nibble is column 4*g + j and its high nibble column 16 + 4*g + j.
  * Tile16, Q8_0: the same with 8 groups of 64 bytes, byte 4*r + j of group g being column 4*g + j: 544 bytes.
- * Rows are padded to a multiple of 16 with zero bytes. */
+ * Tile16, Q6_K: for every 256 columns uint16 d[16], then for each of their 8 blocks of 32 columns 416 bytes: int8
+ *   scale[2][16] (of the first and the last 16 columns), the low four bits as in Q4_0, and 2 groups h of 64 bytes with
+ * the two bits above: byte 4*r + j of group h holds, from its low end, those of columns 8*h + j, 16 + 8*h + j, 8*h + 4
+ * + j and 16 + 8*h + 4 + j. Rows are padded to a multiple of 16 with zero bytes. */
 #define ST_TILE_Q4_0_BYTES 288
 #define ST_TILE_Q8_0_BYTES 544
+#define ST_TILE_Q6_K_BYTES 416        /* of a block */
+#define ST_TILE_Q6_K_SUPER_BYTES 3360 /* of 256 columns: 32 + 8 * 416 */
+#define ST_SUPER 256                  /* columns of a Q6_K super-block */
 
 /* Rows, Q4_0 ("up"; one row is read alone when its neuron fires): per row, uint16 scale[nb], then the blocks
  * of 16 nibble bytes in order. nb = cols / 32. The row takes 18 * nb bytes, as in GGUF. */

@@ -251,7 +251,7 @@ cdef class Engine:
         if <size_t>src.shape[0] != st_row_bytes(type, cols) * rows:
             raise ValueError("matrix bytes do not match its shape and type")
         m.type, m.rows, m.cols = type, rows, cols
-        if not self.exact and not view and type in (ST_Q4_0, ST_Q8_0) and unit % ST_TILE_ROWS == 0:
+        if not self.exact and not view and type in (ST_Q4_0, ST_Q8_0, ST_Q6_K) and unit % ST_TILE_ROWS == 0:
             m.layout = TILE
             size = st_tile16_bytes(type, rows, cols)
             dst = <uint8_t *>self.arena.take(size)

@@ -3,7 +3,7 @@
 # share of the units, and no unit's result depends on who computed it or with which other tokens.
 
 cdef enum:
-    TILE = 1   # Tile16 of Q4_0 or Q8_0, integer kernels
+    TILE = 1   # Tile16 of Q4_0, Q8_0 or Q6_K, integer kernels
     ROWS = 2   # rows as in GGUF, dequantised one at a time, float arithmetic
     EXPERT_PACKED = 1
     EXPERT_ROWS = 2
@@ -120,6 +120,8 @@ cdef void mat_unit(Call *c, const Matrix *m, int64_t r0, int64_t r1, const st_q8
     if m.layout == TILE:
         if m.type == ST_Q4_0:
             c.kernels.gemm_q4_0(m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
+        elif m.type == ST_Q6_K:
+            c.kernels.gemm_q6_k(m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
         else:
             c.kernels.gemm_q8_0(m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
         return

@@ -116,6 +116,8 @@ cdef class Table:
             for _ in range(repeat):
                 if type == ST_Q4_0:
                     self.k.gemm_q4_0(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
+                elif type == ST_Q6_K:
+                    self.k.gemm_q6_k(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
                 else:
                     self.k.gemm_q8_0(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
         free(p)

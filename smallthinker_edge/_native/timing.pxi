@@ -80,6 +80,11 @@ cdef void apply_gemm_q8_0(const Job *j, const uint8_t *item, int tid) noexcept n
                   j.rows)
 
 
+cdef void apply_gemm_q6_k(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.gemm_q6_k(item, j.rows, j.cols // 32, 0, (j.rows + 15) // 16, j.xq, j.tokens, j.out + tid * j.out_stride,
+                  j.rows)
+
+
 cdef void apply_rows_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     j.k.rows_q4_0(item, j.cols // 32, j.index, j.n_index, j.xq[0], j.out + tid * j.out_stride)
 
@@ -138,7 +143,7 @@ cdef struct Named:
     const char *name
     apply_t apply
 
-cdef Named[13] APPLY
+cdef Named[14] APPLY
 APPLY[0] = Named("read", apply_read)
 APPLY[1] = Named("gemm_q4_0", apply_gemm_q4_0)
 APPLY[2] = Named("gemm_q8_0", apply_gemm_q8_0)
@@ -152,6 +157,10 @@ APPLY[9] = Named("dot", apply_dot)
 APPLY[10] = Named("axpy", apply_axpy)
 APPLY[11] = Named("to_f16", apply_to_f16)
 APPLY[12] = Named("gate_up_q4_0", apply_gate_up_q4_0)
+APPLY[13] = Named("gemm_q6_k", apply_gemm_q6_k)
+
+
+TILE_TYPES = {"gemm_q4_0": ST_Q4_0, "gemm_q8_0": ST_Q8_0, "gemm_q6_k": ST_Q6_K}
 
 
 cdef void run_job(void *arg, int tid) noexcept nogil:
@@ -332,8 +341,8 @@ cdef class Timer:
     @staticmethod
     def item_bytes(str kernel, int64_t rows, int64_t cols, int64_t tokens=1):
         """Bytes of one item that a kernel reads, 0 where it reads none."""
-        if kernel in ("gemm_q4_0", "gemm_q8_0"):
-            return st_tile16_bytes(ST_Q4_0 if kernel == "gemm_q4_0" else ST_Q8_0, rows, cols)
+        if kernel in TILE_TYPES:
+            return st_tile16_bytes(TILE_TYPES[kernel], rows, cols)
         if kernel == "rows_q4_0":
             return rows * st_row_bytes(ST_Q4_0, cols)
         if kernel == "gate_up_q4_0":

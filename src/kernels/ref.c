@@ -66,6 +66,34 @@ static void gemm_q8_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, in
     gemm_tile16(ST_Q8_0, w, rows, nb, t0, t1, x, n, y, ldy);
 }
 
+/* Column i of row r of a Q6_K block of a tile (packed.h), -32..31. */
+static int q6_at(const uint8_t *block, int64_t r, int i) {
+    int low = block[32 + 64 * (i % 16 / 4) + 4 * r + i % 4] >> i / 16 * 4 & 15;
+    int high = block[288 + 64 * (i % 16 / 8) + 4 * r + i % 4] >> (i % 8 / 4 * 4 + i / 16 * 2) & 3;
+    return (low | high << 4) - 32;
+}
+
+void st_ref_gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                      int64_t n, float *y, int64_t ldy) {
+    for (int64_t row = t0 * ST_TILE_ROWS; row < t1 * ST_TILE_ROWS && row < rows; row++) {
+        const uint8_t *tile = w + row / ST_TILE_ROWS * (nb / 8) * ST_TILE_Q6_K_SUPER_BYTES;
+        int64_t r = row % ST_TILE_ROWS;
+        for (int64_t t = 0; t < n; t++) {
+            float sum = 0;
+            for (int64_t b = 0; b < nb; b++) {
+                const uint8_t *super = tile + b / 8 * ST_TILE_Q6_K_SUPER_BYTES;
+                const uint8_t *block = super + 32 + b % 8 * ST_TILE_Q6_K_BYTES;
+                int dot[2] = {0, 0};
+                for (int i = 0; i < ST_BLOCK; i++)
+                    dot[i / 16] += q8_at(x[t], b, i) * q6_at(block, r, i);
+                int scaled = dot[0] * (int8_t)block[r] + dot[1] * (int8_t)block[16 + r];
+                sum += (float)scaled * (u16_f32(super + 2 * r) * x[t][b / 4].scale[b % 4 * 4]);
+            }
+            y[t * ldy + row - t0 * ST_TILE_ROWS] = sum;
+        }
+    }
+}
+
 static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
     for (int64_t k = 0; k < n; k++) {
         const uint8_t *scales = w + index[k] * nb * 18, *nibbles = scales + 2 * nb;
@@ -192,6 +220,7 @@ const st_kernels st_kernels_ref = {
     .quantize = quantize,
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
+    .gemm_q6_k = st_ref_gemm_q6_k,
     .rows_q4_0 = rows_q4_0,
     .gate_up_q4_0 = gate_up_q4_0,
     .down_q4_0 = down_q4_0,

@@ -47,6 +47,7 @@ const st_kernels st_kernels_dotprod = {
     .quantize = st_neon_quantize,
     .gemm_q4_0 = st_dotprod_gemm_q4_0,
     .gemm_q8_0 = st_dotprod_gemm_q8_0,
+    .gemm_q6_k = st_ref_gemm_q6_k,
     .rows_q4_0 = st_dotprod_rows_q4_0,
     .gate_up_q4_0 = st_dotprod_gate_up_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,

@@ -118,6 +118,7 @@ const st_kernels st_kernels_i8mm = {
     .quantize = st_neon_quantize,
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
+    .gemm_q6_k = st_ref_gemm_q6_k,
     .rows_q4_0 = st_dotprod_rows_q4_0,
     .gate_up_q4_0 = st_dotprod_gate_up_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,
