@@ -190,25 +190,54 @@ cdef struct Ffn:
     int64_t scratch_stride
 
 
-cdef void neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, float *out) noexcept nogil:
-    """Gate and up of 32 neurons. Only the cost of the computed gate counts: its sign is replaced."""
-    cdef int64_t nb = t.d // 32, bytes = t.d * t.f * 18 // 32, i, n
-    cdef const uint8_t *up = expert + bytes
-    cdef const int32_t *index = t.index + t.start[group]
-    cdef float *value = out + 32
-    t.k.gemm_q4_0(expert, t.f, nb, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
-    if t.whole:
-        t.k.gemm_q4_0(up, t.f, nb, 2 * group, 2 * group + 2, &t.x, 1, value, 32)
-        for i in range(32):
-            t.hidden[slot * t.f + 32 * group + i] = max(t.gate[32 * group + i], <float>0) * value[i]
-        return
-    n = t.start[group + 1] - t.start[group]
+# Which 32 neurons: of the token's expert number `slot`, group of 32; up NULL: none.
+cdef struct Unit:
+    const uint8_t *up
+    int64_t slot, group
+
+
+cdef void finish_unit(Ffn *t, const Unit *u, const float *value) noexcept nogil:
+    """value: up of the active neurons."""
+    cdef float[32] up
+    cdef int64_t i, start = t.start[u.group], n = t.start[u.group + 1] - start
     for i in range(32):
-        out[64 + i] = 0
-    t.k.rows_q4_0(up, nb, index, n, t.x, value)
+        up[i] = 0
     for i in range(n):
-        out[64 + index[i] % 32] = value[i]
-    t.k.activate(t.gate + 32 * group, out + 64, t.active + slot * (t.f // 32) + group)
+        up[t.index[start + i] % 32] = value[i]
+    t.k.activate(t.gate + 32 * u.group, up, t.active + u.slot * (t.f // 32) + u.group)
+
+
+cdef void sparse_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, Unit *before) noexcept nogil:
+    """Three units deep, as the forward pass: the gate of this one, prefetches for up of before[0], up of before[1].
+    Only the cost of the computed gate counts: its sign is replaced. expert NULL: no unit is left, finish the others."""
+    cdef int64_t nb = t.d // 32, n = 0, n_ahead = 0
+    cdef float[32] gate
+    cdef float[32] value
+    cdef const int32_t *index = t.index
+    cdef const int32_t *ahead = t.index
+    if before[1].up != NULL:
+        index, n = t.index + t.start[before[1].group], t.start[before[1].group + 1] - t.start[before[1].group]
+    if before[0].up != NULL:
+        ahead, n_ahead = t.index + t.start[before[0].group], t.start[before[0].group + 1] - t.start[before[0].group]
+    if expert != NULL:
+        t.k.gate_up_q4_0(expert + 2 * group * nb * ST_TILE_Q4_0_BYTES, nb, t.x, gate, before[1].up, index, n, value,
+                         before[0].up, ahead, n_ahead)
+    elif n:
+        t.k.rows_q4_0(before[1].up, nb, index, n, t.x, value)
+    if before[1].up != NULL:
+        finish_unit(t, &before[1], value)
+    before[1] = before[0]
+    before[0].up = expert + t.d * t.f * 18 // 32 if expert != NULL else NULL
+    before[0].slot, before[0].group = slot, group
+
+
+cdef void dense_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, float *out) noexcept nogil:
+    """Gate and up of 32 neurons, both whole."""
+    cdef int64_t i
+    t.k.gemm_q4_0(expert, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
+    t.k.gemm_q4_0(expert + t.d * t.f * 18 // 32, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out + 32, 32)
+    for i in range(32):
+        t.hidden[slot * t.f + 32 * group + i] = max(t.gate[32 * group + i], <float>0) * out[32 + i]
 
 
 cdef void down(Ffn *t, int64_t token, int64_t unit, const st_q8x4 *hidden, float *out) noexcept nogil:
@@ -233,14 +262,24 @@ cdef void run_ffn(void *arg, int tid) noexcept nogil:
     cdef float *out = <float *>(t.scratch + tid * t.scratch_stride)
     cdef st_q8x4 *hidden = <st_q8x4 *>(t.scratch + tid * t.scratch_stride + 1024)
     cdef int64_t token, u, slot, third = t.d * t.f * 18 // 32, groups = t.f // 32
+    cdef const uint8_t *expert
+    cdef Unit[2] before
     cdef int64_t downs = (t.d + t.down_step * ST_DOWN_CHUNK - 1) // (t.down_step * ST_DOWN_CHUNK)
     for token in range(t.tokens):
+        before[0].up = before[1].up = NULL
         while True:
             u = st_team_next(t.team, tid)
             if u < 0:
                 break
             slot = u // groups
-            neurons(t, t.data + (t.first + token * t.used + slot) % t.experts * 3 * third, slot, u % groups, out)
+            expert = t.data + (t.first + token * t.used + slot) % t.experts * 3 * third
+            if t.whole:
+                dense_neurons(t, expert, slot, u % groups, out)
+            else:
+                sparse_neurons(t, expert, slot, u % groups, before)
+        if not t.whole:
+            sparse_neurons(t, NULL, 0, 0, before)
+            sparse_neurons(t, NULL, 0, 0, before)
         st_team_barrier(t.team, downs)
         if t.whole:
             for slot in range(t.used):
