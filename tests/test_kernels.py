@@ -272,6 +272,40 @@ def test_attention_survives_far_apart_scores(name: str) -> None:
     assert np.allclose(acc / lsum, 1)
 
 
+def q8_values(x: np.ndarray) -> np.ndarray:
+    """What Q8_0 makes of rows, by the gguf package."""
+    return np.asarray(quants.dequantize(quants.quantize(x, T.Q8_0), T.Q8_0), np.float64)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 7])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 160])
+def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_dim: int) -> None:
+    rng = np.random.default_rng(heads)
+    for first, last in ((0, 1), (0, 5), (3, 4), (0, 100), (17, 190), (255, 256), (0, 256), (1, 255)):
+        q = rng.standard_normal((heads, head_dim)).astype(np.float32) * 3
+        keys, values = (rng.standard_normal((last - first, head_dim)).astype(np.float32) for _ in range(2))
+        values[0] *= 100  # one position far above the rest must not cost the others their bits
+        k, v = (np.zeros(kernels.kv_head_bytes(head_dim), np.uint8) for _ in range(2))
+        older = np.full((256, head_dim), 50, np.float32)
+        Table(name).kv_store(older, older, 0, k, v)  # positions around, which must not be looked at
+        Table(name).kv_store(keys, values, first, k, v)
+        queries = quantized(name, q)
+        rest = q - values_of(queries, head_dim).astype(np.float32)
+        queries = np.concatenate([queries, quantized(name, rest)])
+        acc, m, lsum, scores = Guarded(heads * head_dim), Guarded(heads), Guarded(heads), Guarded(2 * heads * 256)
+        Table(name).attention_q8(queries, head_dim, k, v, first, last, 0.3, scores.inner,
+                                 acc.inner.reshape(heads, head_dim), m.inner, lsum.inner)  # fmt: skip
+        scores.check()
+        s = q.astype(np.float64) @ q8_values(keys).T * 0.3
+        e = np.exp(s - s.max(1, keepdims=True))
+        expected = e @ q8_values(values) / e.sum(1, keepdims=True)
+        got = acc.check().reshape(heads, head_dim) / lsum.check()[:, None]
+        # Weights are rounded to 1/32767 of the largest scale: n independent errors of at most half of that.
+        rounding = 2 * np.sqrt(last - first) * np.abs(values).max() / 32767 / e.sum(1, keepdims=True)
+        assert np.all(np.abs(got - expected) < rounding + 2e-5 * np.abs(values).max())
+        assert np.abs(m.check() - s.max(1)).max() < 1e-3
+
+
 @pytest.mark.parametrize("n", [1, 7, 8, 31, 64, 1537])
 def test_small_operations(name: str, n: int) -> None:
     a, b = inputs("normal", (n,), 1), inputs("normal", (n,), 2)

@@ -49,6 +49,16 @@ typedef struct st_kernels {
     void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                       float scale, float *scores, float *acc, float *m, float *l);
 
+    /* The same over positions p0..p1 (0 <= p0 < p1 <= ST_ATTN_CHUNK) of one KV head in a Q8_0 page.
+     * q: 2 * G pointers to quantised rows of hd columns, the queries and then what their rounding left (kv.h), so
+     * that a query counts in 16 bits; k, v: the page's keys and values (kv.h), written at least at
+     * p0..p1, zero or older positions elsewhere; scores: scratch of 2 * G * ST_ATTN_CHUNK floats; hd % 32 == 0.
+     * Scores come from gemm_q8_0. The weights of a block of dimensions are exp(score - m) times the values' scales,
+     * rounded to 15 bits of the largest scale, so that the sum over the positions is one of integers: exact.
+     * NULL where a table has none: st_kernels_ref's serves. */
+    void (*attention_q8)(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l);
+
     /* out[n] = x / sqrt(mean(x^2) + eps) * w */
     void (*rmsnorm)(const float *x, const float *w, int64_t n, float eps, float *out);
     float (*dot)(const float *a, const float *b, int64_t n);

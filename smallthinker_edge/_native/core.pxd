@@ -62,10 +62,21 @@ cdef extern from "smallthinker/kernels.h" nogil:
         void (*activate)(const float *g, const float *up, st_active *out) noexcept nogil
         void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                           float scale, float *scores, float *acc, float *m, float *l) noexcept nogil
+        void (*attention_q8)(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v,
+                             int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
+                             float *l) noexcept nogil
         void (*rmsnorm)(const float *x, const float *w, int64_t n, float eps, float *out) noexcept nogil
         float (*dot)(const float *a, const float *b, int64_t n) noexcept nogil
         void (*axpy)(float a, const float *x, float *y, int64_t n) noexcept nogil
         void (*to_f16)(const float *x, uint16_t *out, int64_t n) noexcept nogil
+
+    const st_kernels st_kernels_ref
+
+cdef extern from "smallthinker/kv.h" nogil:
+    size_t st_kv_head_bytes(int type, int64_t hd)
+    void st_kv_store_q8_key(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *keys)
+    void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, float *rest)
+    void st_kv_store_q8_value(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *values)
 
 cdef extern from "smallthinker/cpu.h" nogil:
     const char *const *st_cpu_tables()

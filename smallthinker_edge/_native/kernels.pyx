@@ -38,6 +38,11 @@ def need(condition):
         raise ValueError("a buffer is too small for the sizes given")
 
 
+def kv_head_bytes(int64_t hd):
+    """Bytes of the keys, or of the values, of one KV head in a Q8_0 page."""
+    return st_kv_head_bytes(ST_Q8_0, hd)
+
+
 def pack_tile16(int type, const uint8_t[::1] src, int64_t rows, int64_t cols):
     """GGUF rows to Tile16 bytes (packed.h)."""
     need(src.shape[0] == rows * <int64_t>st_row_bytes(type, cols))
@@ -152,11 +157,42 @@ cdef class Table:
         return out.view(ACTIVE)[0]
 
     def attention(self, const float[:, ::1] q, const uint16_t[:, ::1] k, const uint16_t[:, ::1] v, float scale,
-                  float[::1] scores, float[:, ::1] acc, float[::1] m, float[::1] l):
-        cdef int64_t G = q.shape[0], hd = q.shape[1], n = k.shape[0]
+                  float[::1] scores, float[:, ::1] acc, float[::1] m, float[::1] l, int64_t repeat=1):
+        cdef int64_t G = q.shape[0], hd = q.shape[1], n = k.shape[0], _
         need(k.shape[1] == hd and v.shape[1] == hd and v.shape[0] == n and 1 <= n <= ST_ATTN_CHUNK)
         need(scores.shape[0] >= G * ST_ATTN_CHUNK and acc.shape[0] >= G and acc.shape[1] == hd)
-        self.k.attention(&q[0, 0], G, hd, &k[0, 0], &v[0, 0], n, scale, &scores[0], &acc[0, 0], &m[0], &l[0])
+        for _ in range(repeat):
+            self.k.attention(&q[0, 0], G, hd, &k[0, 0], &v[0, 0], n, scale, &scores[0], &acc[0, 0], &m[0], &l[0])
+
+    def kv_store(self, const float[:, ::1] keys, const float[:, ::1] values, int64_t first, uint8_t[::1] k,
+                 uint8_t[::1] v):
+        """Writes positions first, first + 1, ... of one KV head to the keys k and values v of a Q8_0 page (kv.h)."""
+        cdef int64_t n = keys.shape[0], hd = keys.shape[1], p, size = st_kv_head_bytes(ST_Q8_0, hd)
+        need(size > 0 and k.shape[0] == size and v.shape[0] == size and 0 <= first and first + n <= ST_ATTN_CHUNK)
+        need(values.shape[0] == n and values.shape[1] == hd)
+        cdef uint8_t[::1] x = np.zeros((hd + 127) // 128 * sizeof(st_q8x4), np.uint8)
+        for p in range(n):
+            self.k.quantize(&keys[p, 0], hd, <st_q8x4 *>&x[0])
+            st_kv_store_q8_key(<st_q8x4 *>&x[0], hd, first + p, &k[0])
+            self.k.quantize(&values[p, 0], hd, <st_q8x4 *>&x[0])
+            st_kv_store_q8_value(<st_q8x4 *>&x[0], hd, first + p, &v[0])
+
+    def attention_q8(self, const uint8_t[:, ::1] q, int64_t hd, const uint8_t[::1] k, const uint8_t[::1] v, int64_t p0,
+                     int64_t p1, float scale, float[::1] scores, float[:, ::1] acc, float[::1] m, float[::1] l,
+                     int64_t repeat=1):
+        """q: [2 * G][quantised row]; k, v: a page as kv_store() fills it. repeat: for timing."""
+        cdef int64_t G = q.shape[0] // 2, i, _
+        need(q.shape[0] == 2 * G and q.shape[1] >= (hd + 127) // 128 * <int64_t>sizeof(st_q8x4) and 0 <= p0 < p1 <= ST_ATTN_CHUNK)
+        need(k.shape[0] == v.shape[0] == <int64_t>st_kv_head_bytes(ST_Q8_0, hd))
+        need(scores.shape[0] >= 2 * G * ST_ATTN_CHUNK and acc.shape[0] >= G and acc.shape[1] == hd)
+        cdef const st_kernels *table = self.k if self.k.attention_q8 != NULL else &st_kernels_ref
+        cdef const st_q8x4 **rows = <const st_q8x4 **>malloc(2 * G * sizeof(void *))
+        for i in range(2 * G):
+            rows[i] = <const st_q8x4 *>&q[i, 0]
+        with nogil:
+            for _ in range(repeat):
+                table.attention_q8(rows, G, hd, &k[0], &v[0], p0, p1, scale, &scores[0], &acc[0, 0], &m[0], &l[0])
+        free(rows)
 
     def rmsnorm(self, const float[::1] x, const float[::1] w, float eps, float[::1] out):
         need(w.shape[0] == x.shape[0] <= out.shape[0])

@@ -1,5 +1,6 @@
 /* Plain C: the definition of every kernel, slow and obvious. Every other table is tested against this one. */
 #include "smallthinker/kernels.h"
+#include "smallthinker/kv.h"
 
 #include <math.h>
 #include <string.h>
@@ -189,6 +190,43 @@ static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, 
     }
 }
 
+static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
+    int64_t t0 = p0 / ST_TILE_ROWS;
+    gemm_q8_0(k, p1, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G, scores + t0 * ST_TILE_ROWS,
+              ST_ATTN_CHUNK);
+    for (int64_t h = 0; h < G; h++) {
+        float *s = scores + h * ST_ATTN_CHUNK, max = -INFINITY, sum = 0;
+        for (int64_t p = p0; p < p1; p++) {
+            s[p] = (s[p] + s[G * ST_ATTN_CHUNK + p]) * scale;
+            max = s[p] > max || s[p] != s[p] ? s[p] : max; /* NaN stays */
+        }
+        for (int64_t p = p0; p < p1; p++) {
+            s[p] = expf(s[p] - max);
+            sum += s[p];
+        }
+        m[h] = max;
+        l[h] = sum;
+    }
+    for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
+        float top = 0;
+        for (int64_t p = p0; p < p1; p++) {
+            float d = u16_f32(v + 2 * p);
+            top = d > top || d != d ? d : top;
+        }
+        for (int64_t h = 0; h < G; h++)
+            for (int i = 0; i < ST_BLOCK; i++) {
+                int32_t dot = 0;
+                for (int64_t p = p0; p < p1; p++) {
+                    float w = nearbyintf(scores[h * ST_ATTN_CHUNK + p] * (u16_f32(v + 2 * p) * (32767 / top)));
+                    int8_t value = (int8_t)v[2 * ST_ATTN_CHUNK + p / 2 * 64 + 2 * i + p % 2];
+                    dot += (w >= 0 ? (int32_t)w : 0) * value; /* NaN: the scale or the sum carries it */
+                }
+                acc[h * hd + ST_BLOCK * b + i] = (float)dot * (top / 32767);
+            }
+    }
+}
+
 static void rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out) {
     float sum = 0;
     for (int64_t i = 0; i < n; i++)
@@ -226,6 +264,7 @@ const st_kernels st_kernels_ref = {
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,
+    .attention_q8 = attention_q8,
     .rmsnorm = rmsnorm,
     .dot = dot,
     .axpy = axpy,

@@ -436,6 +436,8 @@ static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, 
     }
 }
 
+#include "attention_q8_512.h"
+
 static float dot(const float *a, const float *b, int64_t n) {
     __m512 s0 = _mm512_setzero_ps(), s1 = s0;
     int64_t i = 0;
@@ -461,6 +463,7 @@ const st_kernels st_kernels_avx512vnni = {
     .down_q4_0 = down_q4_0,
     .activate = st_avx2_activate,
     .attention = attention,
+    .attention_q8 = attention_q8,
     .rmsnorm = st_avx2_rmsnorm,
     .dot = dot,
     .axpy = st_avx2_axpy,

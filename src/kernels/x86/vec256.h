@@ -549,6 +549,8 @@ static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, 
     }
 }
 
+#include "attention_q8_256.h"
+
 static float dot(const float *a, const float *b, int64_t n) {
     __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
@@ -602,6 +604,7 @@ const st_kernels ST_TABLE = {
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,
+    .attention_q8 = attention_q8,
     .rmsnorm = rmsnorm,
     .dot = dot,
     .axpy = axpy,

@@ -1,0 +1,25 @@
+/* Layout of a KV cache page: ST_ATTN_CHUNK positions of one layer, for every KV head its keys, then its values.
+ * The engine owns the pages; the attention kernels read them. F16: keys and values are [256][hd] fp16. */
+#ifndef SMALLTHINKER_KV_H
+#define SMALLTHINKER_KV_H
+
+#include "smallthinker/kernels.h"
+
+/* Q8_0 (blocks of 32 dimensions of one position share an fp16 scale), nb = hd / 32:
+ *   keys:   Tile16 of Q8_0 (packed.h), a position being a row, so that gemm_q8_0 makes the scores.
+ *   values: per block of dimensions uint16 scale[256] (fp16, one a position), then 128 lines of 64 bytes: byte
+ *           2*i + j of line p is dimension i of the block at position 2*p + j. Two positions side by side are what
+ *           the 16-bit pair products of every instruction set take. */
+#define ST_KV_Q8_BLOCK_BYTES (ST_ATTN_CHUNK * (2 + ST_BLOCK))
+
+/* Bytes of the keys, or of the values, of one KV head in a page. type: ST_F16 or ST_Q8_0; 0 where hd does not fit. */
+size_t st_kv_head_bytes(int type, int64_t hd);
+
+/* Write one position: x holds hd dimensions, quantised by the table's quantize; scales are rounded to fp16. */
+void st_kv_store_q8_key(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *keys);
+void st_kv_store_q8_value(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *values);
+
+/* rest[hd] = x minus what its quantised form q stands for; quantised in turn, it gives a query eight more bits. */
+void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, float *rest);
+
+#endif

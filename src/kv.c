@@ -1,0 +1,42 @@
+/* Writes positions into the pages of a KV cache (kv.h). Called by the forward pass, once per token, layer and KV
+ * head; it moves bytes and never computes with them. */
+#include "smallthinker/kv.h"
+
+#include <string.h>
+
+size_t st_kv_head_bytes(int type, int64_t hd) {
+    if (type == ST_F16)
+        return (size_t)hd * ST_ATTN_CHUNK * 2;
+    return type == ST_Q8_0 && hd % ST_BLOCK == 0 ? (size_t)(hd / ST_BLOCK) * ST_KV_Q8_BLOCK_BYTES : 0;
+}
+
+static void store_scale(const st_q8x4 *x, int64_t b, uint8_t *dst) {
+    uint16_t scale = st_f32_to_f16(x[b / 4].scale[b % 4 * 4]);
+    memcpy(dst, &scale, 2);
+}
+
+void st_kv_store_q8_key(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *keys) {
+    int64_t nb = hd / ST_BLOCK, row = position % ST_TILE_ROWS;
+    uint8_t *block = keys + position / ST_TILE_ROWS * nb * ST_TILE_Q8_0_BYTES;
+    for (int64_t b = 0; b < nb; b++, block += ST_TILE_Q8_0_BYTES) {
+        store_scale(x, b, block + 2 * row);
+        for (int g = 0; g < 8; g++)
+            memcpy(block + 32 + 64 * g + 4 * row, x[b / 4].q[g / 4][b % 4] + g % 4 * 4, 4);
+    }
+}
+
+void st_kv_store_q8_value(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *values) {
+    for (int64_t b = 0; b < hd / ST_BLOCK; b++, values += ST_KV_Q8_BLOCK_BYTES) {
+        uint8_t *line = values + 2 * ST_ATTN_CHUNK + position / 2 * 64 + position % 2;
+        store_scale(x, b, values + 2 * position);
+        for (int i = 0; i < ST_BLOCK; i++)
+            line[2 * i] = (uint8_t)x[b / 4].q[i / 16][b % 4][i % 16];
+    }
+}
+
+void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, float *rest) {
+    for (int64_t i = 0; i < hd; i++) {
+        int64_t b = i / ST_BLOCK, j = i % ST_BLOCK;
+        rest[i] = x[i] - q[b / 4].scale[b % 4 * 4] * (float)q[b / 4].q[j / 16][b % 4][j % 16];
+    }
+}
