@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from smallthinker_edge._native.engine import kv_bytes
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.config import ModelConfig, tensor_name
 from smallthinker_edge.errors import MemoryBudgetError
@@ -50,12 +51,14 @@ class Plan:
         parts: bytes by purpose, expert slots not included.
         slots: experts kept in memory; 0 where the weights are loaded whole.
         slot_bytes: of one slot.
+        kv: type of the KV cache, "f16" or "q8_0".
     """
 
     limit: int | None
     parts: dict[str, int]
     slots: int
     slot_bytes: int
+    kv: str = "f16"
 
     @property
     def total(self) -> int:
@@ -80,6 +83,7 @@ def make_plan(
     batch: int,
     memory: int | str | None,
     slot_bytes: int = 0,
+    kv: str = "f16",
 ) -> Plan:
     """Divides a budget.
 
@@ -87,30 +91,30 @@ def make_plan(
         file, config: the model. context: positions of a session. batch: most tokens computed together.
         memory: the budget, see parse_memory(); None for no limit.
         slot_bytes: of one expert where a packed file lets experts be paged, else 0.
+        kv: type of the KV cache: "f16", "q8_0", or "auto": Q8_0 where with F16 the budget would be too small, or
+            would hold fewer experts than two tokens use.
 
     Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little.
     """
+    if kv == "auto":
+        return _plan_kv(file, config, context, batch, memory, slot_bytes)
     skip = set() if config.tied else {tensor_name("token_embd")}
     if slot_bytes:
         skip |= {name for name in file.tensors if name.endswith("_exps.weight")}
-    cache = 0
-    for windowed in config.window_layout:
-        positions = min(context, config.window + batch) if windowed and config.window else context
-        cache += 2 * 2 * -(-positions // 256) * 256 * config.n_kv_heads * config.head_dim
     widths = 3 * config.d_model + 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
     parts = {
         "process and tokenizer": psutil.Process().memory_info().rss,
         "dense weights" if slot_bytes else "weights": sum(i.nbytes for n, i in file.tensors.items() if n not in skip),
-        "KV cache": cache,
+        "KV cache": kv_bytes(config, context, kv),
         "buffers": batch * (4 * widths + 3 * config.n_experts_used * config.d_ffn) + 4 * config.vocab_size,
         "margin": MARGIN,
     }
     experts = config.n_layers * config.n_experts
     if memory is None:
-        return Plan(None, parts, experts if slot_bytes else 0, slot_bytes)
+        return Plan(None, parts, experts if slot_bytes else 0, slot_bytes, kv)
     limit = parse_memory(memory)
     # A prompt may use every expert of a layer at once.
-    least = Plan(limit, parts, config.n_experts if slot_bytes else 0, slot_bytes)
+    least = Plan(limit, parts, config.n_experts if slot_bytes else 0, slot_bytes, kv)
     if least.total > limit:
         hint = "" if slot_bytes else "; a packed file (smallthinker-edge pack) needs less"
         raise MemoryBudgetError(
@@ -120,4 +124,26 @@ def make_plan(
     slots = min(experts, (limit - sum(parts.values())) // slot_bytes) if slot_bytes else 0
     if slot_bytes and slots < config.n_layers * config.n_experts_used:
         logger.warning("%d expert slots are fewer than one token uses: nearly every expert will be read again", slots)
-    return Plan(limit, parts, slots, slot_bytes)
+    return Plan(limit, parts, slots, slot_bytes, kv)
+
+
+def _plan_kv(
+    file: GGUFFile | PackedFile,
+    config: ModelConfig,
+    context: int,
+    batch: int,
+    memory: int | str | None,
+    slot_bytes: int,
+) -> Plan:
+    """The plan with F16 keys and values, or with Q8_0 where that is what makes the budget work."""
+    small = config.head_dim % 32 == 0
+    try:
+        plan = make_plan(file, config, context, batch, memory, slot_bytes)
+    except MemoryBudgetError:
+        if not small:
+            raise
+    else:
+        experts = config.n_layers * min(config.n_experts, 2 * config.n_experts_used)
+        if not small or not slot_bytes or plan.slots >= experts:
+            return plan
+    return make_plan(file, config, context, batch, memory, slot_bytes, "q8_0")

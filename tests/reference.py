@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
 
 Array = npt.NDArray[np.float64]
 
@@ -73,14 +73,14 @@ class Reference:
         }
         return cls(_read_params(reader), weights)
 
-    def logits(self, tokens: Sequence[int], *, kv_f16: bool = False) -> Array:
+    def logits(self, tokens: Sequence[int], *, kv: str | None = None) -> Array:
         """Logits [n, V] of every position of one sequence that starts at position 0.
 
-        kv_f16 rounds keys (after RoPE) and values to float16, as a float16 KV cache does.
+        kv, "f16" or "q8_0", rounds keys (after RoPE) and values as a KV cache of that type does.
         """
-        return self.run(tokens, kv_f16=kv_f16).logits
+        return self.run(tokens, kv=kv).logits
 
-    def run(self, tokens: Sequence[int], *, kv_f16: bool = False) -> Trace:
+    def run(self, tokens: Sequence[int], *, kv: str | None = None) -> Trace:
         """Like logits, and keeps which experts every layer chose and with what weights."""
         p, w = self.params, self.weights
         embedding = w["token_embd.weight"]
@@ -91,7 +91,7 @@ class Reference:
             trace.chosen.append(chosen)
             trace.weights.append(weights)
             h = rms_norm(x, w[f"blk.{layer}.attn_norm.weight"], p.rms_eps)
-            x = x + self.attention(h, layer, kv_f16=kv_f16)
+            x = x + self.attention(h, layer, kv=kv)
             h = rms_norm(x, w[f"blk.{layer}.ffn_norm.weight"], p.rms_eps)
             x = x + self.experts(h, layer, chosen, weights)
         x = rms_norm(x, w["output_norm.weight"], p.rms_eps)
@@ -108,15 +108,14 @@ class Reference:
         scores = 1.0 / (1.0 + np.exp(-top))
         return chosen, scores / np.maximum(scores.sum(axis=-1, keepdims=True), SMALLEST_WEIGHT_SUM)
 
-    def attention(self, h: Array, layer: int, *, kv_f16: bool = False) -> Array:
+    def attention(self, h: Array, layer: int, *, kv: str | None = None) -> Array:
         """Output [n, d] of the attention block for its normalised input h [n, d]."""
         p, n = self.params, len(h)
         q, k, v = self._project(h, layer)
         if p.rope_layout[layer]:
             theta = p.rope_theta_swa if p.window_layout[layer] else p.rope_theta
             q, k = (rope(t, np.arange(n), theta, p.rope_dim) for t in (q, k))
-        if kv_f16:
-            k, v = (t.astype(np.float16).astype(np.float64) for t in (k, v))
+        k, v = (stored(t, kv) for t in (k, v))
         distance = np.arange(n)[:, None] - np.arange(n)[None, :]
         visible = distance >= 0
         if p.window_layout[layer]:
@@ -172,6 +171,16 @@ def rope(x: Array, positions: npt.NDArray[np.int64], theta: float, rope_dim: int
     cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
     a, b = x[..., :half], x[..., half:rope_dim]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rope_dim:]], axis=-1)
+
+
+def stored(x: Array, kv: str | None) -> Array:
+    """Keys or values [n, heads, head_dim] as a KV cache of type kv gives them back."""
+    if kv == "f16":
+        return x.astype(np.float16).astype(np.float64)
+    if kv == "q8_0":
+        kind = GGMLQuantizationType.Q8_0
+        return np.asarray(dequantize(quantize(x.astype(np.float32), kind), kind), np.float64)
+    return x
 
 
 def kl_divergence(p_logits: npt.ArrayLike, q_logits: npt.ArrayLike) -> float:

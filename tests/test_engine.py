@@ -44,12 +44,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def open_session(path: str, *, threads: int = 1, table: str | None = None, batch: int = 512, exact: bool = False,
-                 context: int = 1024) -> Session:  # fmt: skip
+                 context: int = 1024, kv: str = "f16") -> Session:  # fmt: skip
     gguf = GGUFFile(path)
     config = ModelConfig.from_gguf(gguf)
     engine = Engine(config, threads, table, batch, exact)
     Loader(gguf, config, engine).load()
-    return Session(engine, config.vocab_size, context, batch, threading.Lock())
+    return Session(engine, config.vocab_size, context, threading.Lock(), kv)
 
 
 def tokens(count: int, seed: int = 0) -> np.ndarray:
@@ -72,7 +72,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_exact_activations_agree_with_the_reference(variant: str, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant])
     ids = tokens(100)
-    expected = Reference.from_gguf(model).logits(ids.tolist(), kv_f16=True)
+    expected = Reference.from_gguf(model).logits(ids.tolist(), kv="f16")
     got = open_session(model, table="ref", exact=True).decode(ids, all_logits=True)
     # A router near-tie may fall to the other side in float32: whole rows then differ, so compare the typical row.
     error = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
@@ -160,7 +160,7 @@ def test_sessions_of_one_model_run_from_several_threads(path: str) -> None:
     config = ModelConfig.from_gguf(gguf)
     engine, turn = Engine(config, 2), threading.Lock()
     Loader(gguf, config, engine).load()
-    sessions = [Session(engine, config.vocab_size, 256, 16, turn) for _ in range(3)]
+    sessions = [Session(engine, config.vocab_size, 256, turn) for _ in range(3)]
     expected = [open_session(path).decode(tokens(100, seed)) for seed in range(3)]
     got: dict[int, np.ndarray] = {}
 

@@ -12,11 +12,14 @@ from libc.string cimport memcpy, memset
 
 import os
 
+import numpy as np
+
 from smallthinker_edge._native.core cimport *
 
 from smallthinker_edge.errors import ExpertReadError
 
 include "forward.pxi"
+include "kv_cache.pxi"
 
 
 cdef enum:
@@ -71,52 +74,6 @@ cdef class Arena:
         self.slab += rounded
         self.left -= rounded
         return p
-
-
-cdef class KVCache:
-    """Keys and values of one session, fp16, [layer][kv head][position][head dim].
-
-    Window layers are rings: a multiple of 256 positions that holds the window and one batch. Memory is committed
-    as positions are first written.
-    """
-    cdef Arena arena
-    cdef uint16_t **k
-    cdef uint16_t **v
-    cdef int64_t *capacity
-    cdef readonly int64_t position
-    cdef readonly int64_t context
-
-    def __cinit__(self, Engine engine, int64_t context):
-        cdef int64_t l, L = engine.call.s.n_layers, window
-        cdef size_t size
-        self.arena = Arena()
-        self.context = context
-        self.k = <uint16_t **>calloc(L, sizeof(void *))
-        self.v = <uint16_t **>calloc(L, sizeof(void *))
-        self.capacity = <int64_t *>calloc(L, sizeof(int64_t))
-        if self.k == NULL or self.v == NULL or self.capacity == NULL:
-            raise MemoryError("cannot allocate a KV cache")
-        for l in range(L):
-            window = engine.call.layers[l].window
-            self.capacity[l] = min(context, window + engine.call.s.batch) if window else context
-            self.capacity[l] = (self.capacity[l] + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK * ST_ATTN_CHUNK
-            size = engine.call.s.kv_heads * self.capacity[l] * engine.call.s.hd * sizeof(uint16_t)
-            self.k[l] = <uint16_t *>self.arena.take_apart(size)
-            self.v[l] = <uint16_t *>self.arena.take_apart(size)
-
-    def __dealloc__(self):
-        free(self.k)
-        free(self.v)
-        free(self.capacity)
-
-    @property
-    def bytes(self):
-        """Bytes reserved at full context."""
-        return self.arena.bytes
-
-    def reset(self):
-        """Forgets every position."""
-        self.position = 0
 
 
 cdef const st_kernels *find_table(name) except NULL:
@@ -183,10 +140,12 @@ cdef class Engine:
         self.allocate_buffers()
 
     cdef int set_layers(self) except -1:
-        cdef int64_t l
+        cdef int64_t l, windows = 0
         for l in range(self.call.s.n_layers):
             self.call.layers[l].rope = self.config.rope_layout[l]
             self.call.layers[l].window = self.config.window if self.config.window_layout[l] else 0
+            self.call.layers[l].kv_index = windows if self.call.layers[l].window else l - windows
+            windows += self.call.layers[l].window > 0
         return 0
 
     cdef int allocate_buffers(self) except -1:
@@ -209,6 +168,8 @@ cdef class Engine:
         c.q = <float *>self.arena.take(n * s.heads * s.hd * 4)
         c.attn = <float *>self.arena.take(n * s.heads * s.hd * 4)
         c.kv = <float *>self.arena.take(2 * n * s.kv_heads * s.hd * 4)
+        c.nq_head = (s.hd + 127) // 128
+        c.q8 = <st_q8x4 *>self.arena.take(2 * n * s.heads * c.nq_head * sizeof(st_q8x4))
         c.rope = <float *>self.arena.take(n * c.rope_half * 8)
         c.rope_window = <float *>self.arena.take(n * c.rope_half * 8)
         c.active = <st_active *>self.arena.take(n * s.used * s.groups * sizeof(st_active))
@@ -220,7 +181,9 @@ cdef class Engine:
             c.scratch[i].gate = <float *>self.arena.take(n * 32 * 4)
             c.scratch[i].up = <float *>self.arena.take(32 * 4)
             c.scratch[i].row = <float *>self.arena.take(max(width, s.f) * 4)
-            c.scratch[i].scores = <float *>self.arena.take(s.heads // s.kv_heads * ST_ATTN_CHUNK * 4)
+            c.scratch[i].scores = <float *>self.arena.take((2 * (s.heads // s.kv_heads) * ST_ATTN_CHUNK + s.hd) * 4)
+            c.scratch[i].head = <st_q8x4 *>self.arena.take(c.nq_head * sizeof(st_q8x4))
+            c.scratch[i].queries = <const st_q8x4 **>self.arena.take(2 * (s.heads // s.kv_heads) * sizeof(void *))
             c.scratch[i].out = <float *>self.arena.take(n * 64 * 4)
         return 0
 
@@ -413,8 +376,8 @@ cdef class Engine:
         """Runs at most `batch` tokens at the cache's position and advances it.
 
         Args:
-            cache: of this engine, with room for the tokens.
-            tokens: int32 [n], 1 <= n <= batch, each below the vocabulary's size.
+            cache: made for this engine, with room for the tokens.
+            tokens: int32 [n], 1 <= n <= cache.room(), each below the vocabulary's size.
             logits: float32 [n, V] for all tokens, [1, V] for the last one, or None; filled in place.
 
         Raises ExpertReadError when experts cannot be read: the cache's position stays, and decoding may be retried.
@@ -423,8 +386,8 @@ cdef class Engine:
         cdef const int32_t[::1] ids = tokens
         cdef float[:, ::1] out
         cdef int64_t n = ids.shape[0], i
-        if not 1 <= n <= c.s.batch or cache.position + n > cache.context:
-            raise ValueError("too many tokens, or none")
+        if not 1 <= n <= cache.room() or cache.position + n > cache.context or cache.engine is not self:
+            raise ValueError("too many tokens, or none, or another engine's cache")
         for i in range(n):
             if not 0 <= ids[i] < c.s.vocab:
                 raise ValueError(f"token {ids[i]} is outside the vocabulary of {c.s.vocab}")
@@ -438,7 +401,9 @@ cdef class Engine:
             c.all_logits = out.shape[0] == n
         self.size_partials(cache.context)
         c.tokens, c.n, c.position = &ids[0], n, cache.position
-        c.cache_k, c.cache_v, c.capacity = cache.k, cache.v, cache.capacity
+        cache.prepare(n)
+        c.kv_type, c.kv_head_bytes, c.kv_page_bytes = cache.type, cache.head_bytes, cache.page_bytes
+        c.kv_full, c.kv_ring, c.ring = cache.full_at, cache.ring_at, cache.ring_blocks
         self.fill_rope(c.rope, self.config.rope_theta, cache.position, n)
         self.fill_rope(c.rope_window, self.config.rope_theta_swa, cache.position, n)
         c.failed = 0
@@ -447,10 +412,10 @@ cdef class Engine:
             if c.pager != NULL:
                 st_pager_release(c.pager, c.held, c.n_held)
                 c.n_held = 0
+        cache.advance(n, not c.failed)
         if c.failed:
             raise ExpertReadError("expert weights could not be read from the model file; nothing was decoded")
         c.clock += n
-        cache.position += n
 
     cdef int size_partials(self, int64_t context) except -1:
         """Room for the unmerged attention chunks of the longest context seen."""

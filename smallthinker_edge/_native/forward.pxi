@@ -27,6 +27,7 @@ cdef struct Layer:
     Matrix o
     int rope
     int64_t window
+    int64_t kv_index    # its page in a KV block: among the full layers, or among the window layers
     int expert_layout
     int gate_type
     int up_type
@@ -57,7 +58,9 @@ cdef struct Scratch:
     float *up             # [32]
     Pending pending[2]    # the unit whose gate is computed last, and the one before
     float *row            # one dequantised row
-    float *scores         # [G][256]
+    float *scores         # [2 * G][256], or one head
+    st_q8x4 *head         # one head's keys or values, quantised
+    const st_q8x4 **queries  # [2 * G] pointers into q8
     float *out            # [batch][64]: a unit's output before it is added to x
 
 # One decode call; the team's threads share it.
@@ -80,9 +83,13 @@ cdef struct Call:
     int64_t n, position
     int all_logits
     int failed            # an expert could not be read
-    uint16_t **cache_k
-    uint16_t **cache_v
-    int64_t *capacity
+    int kv_type           # ST_F16 or ST_Q8_0
+    size_t kv_head_bytes, kv_page_bytes
+    uint8_t **kv_full     # block of full layers by position // 256
+    uint8_t **kv_ring     # block of window layers by position // 256 % ring
+    int64_t ring
+    st_q8x4 *q8           # [n][heads][query, its rest][nq_head], for a Q8_0 cache
+    int64_t nq_head
     float *x              # [n][d_padded] residual
     float *hidden         # [n][d] normalised, for ROWS matrices
     st_q8x4 *xq           # [n][nq]
@@ -179,13 +186,34 @@ cdef void rotate(const float *rope, int64_t half, float *v) noexcept nogil:
         v[i + half] = a * rope[2 * i + 1] + b * rope[2 * i]
 
 
-cdef void projection_unit(Call *c, Layer *layer, int64_t l, int64_t unit, const st_q8x4 *const *xq,
+cdef uint8_t *kv_head(Call *c, Layer *layer, int64_t p, int64_t unit) noexcept nogil:
+    """Keys (unit = 2 * KV head) or values (one more) of the page that holds position p."""
+    cdef int64_t block = p // ST_ATTN_CHUNK
+    cdef uint8_t *data = c.kv_ring[block % c.ring] if layer.window else c.kv_full[block]
+    return data + layer.kv_index * c.kv_page_bytes + unit * c.kv_head_bytes
+
+
+cdef void store(Call *c, Layer *layer, int64_t p, int64_t unit, const float *x, Scratch *s) noexcept nogil:
+    """Writes one head's key or value of position p."""
+    cdef uint8_t *page = kv_head(c, layer, p, unit)
+    cdef int64_t slot = p % ST_ATTN_CHUNK, hd = c.s.hd
+    if c.kv_type == ST_F16:
+        c.kernels.to_f16(x, <uint16_t *>page + slot * hd, hd)
+        return
+    c.kernels.quantize(x, hd, s.head)
+    if unit % 2 == 0:
+        st_kv_store_q8_key(s.head, hd, slot, page)
+    else:
+        st_kv_store_q8_value(s.head, hd, slot, page)
+
+
+cdef void projection_unit(Call *c, Layer *layer, int64_t unit, const st_q8x4 *const *xq,
                           const float *xf, Scratch *s) noexcept nogil:
-    """One head of q, k or v for all tokens; k and v go to the cache as fp16."""
-    cdef int64_t hd = c.s.hd, t, slot, head
+    """One head of q, k or v for all tokens; k and v go to the cache."""
+    cdef int64_t hd = c.s.hd, t, head
     cdef float *out
+    cdef st_q8x4 *query
     cdef int64_t ld = c.s.heads * hd
-    cdef uint16_t *cache
     cdef float *rope = c.rope_window if layer.window else c.rope
     if unit < c.s.heads:
         out = c.q + unit * hd
@@ -193,17 +221,21 @@ cdef void projection_unit(Call *c, Layer *layer, int64_t l, int64_t unit, const 
         if layer.rope:
             for t in range(c.n):
                 rotate(rope + t * 2 * c.rope_half, c.rope_half, out + t * ld)
+        if c.kv_type == ST_Q8_0:
+            for t in range(c.n):
+                query = c.q8 + 2 * (t * c.s.heads + unit) * c.nq_head
+                c.kernels.quantize(out + t * ld, hd, query)
+                st_kv_query_rest(out + t * ld, query, hd, s.scores)
+                c.kernels.quantize(s.scores, hd, query + c.nq_head)
         return
     unit -= c.s.heads
     head = unit // 2
     out = c.kv + unit * hd * c.n
     mat_unit(c, &layer.k if unit % 2 == 0 else &layer.v, head * hd, head * hd + hd, xq, xf, c.s.d, c.n, out, hd, s)
-    cache = (c.cache_k[l] if unit % 2 == 0 else c.cache_v[l]) + head * c.capacity[l] * hd
     for t in range(c.n):
         if layer.rope and unit % 2 == 0:
             rotate(rope + t * 2 * c.rope_half, c.rope_half, out + t * hd)
-        slot = (c.position + t) % c.capacity[l]
-        c.kernels.to_f16(out + t * hd, cache + slot * hd, hd)
+        store(c, layer, c.position + t, unit, out + t * hd, s)
 
 
 cdef void router_unit(Call *c, Layer *layer, int64_t unit) noexcept nogil:
@@ -298,17 +330,29 @@ cdef const uint8_t *expert_blob(Call *c, int64_t l, int64_t e) noexcept nogil:
     return st_pager_take(c.pager, <int32_t>(l * c.s.experts + e))
 
 
-cdef void attention_chunk(Call *c, Layer *layer, int64_t l, int64_t t, int64_t kv, int64_t chunk, float *acc,
-                          float *m, float *lsum, Scratch *s) noexcept nogil:
-    """Positions of one 256-aligned chunk that token t may see, for the heads of one KV head."""
-    cdef int64_t hd = c.s.hd, G = c.s.heads // c.s.kv_heads, p = c.position + t
-    cdef int64_t p0 = chunk * ST_ATTN_CHUNK, p1 = min(p0 + ST_ATTN_CHUNK, p + 1)
-    cdef int64_t at
+cdef const st_kernels *attention_q8_table(const st_kernels *table) noexcept nogil:
+    """The table, or plain C where it has no attention over Q8_0."""
+    return table if table.attention_q8 != NULL else &st_kernels_ref
+
+
+cdef void attention_chunk(Call *c, Layer *layer, int64_t t, int64_t kv, int64_t chunk, float *acc, float *m,
+                          float *lsum, Scratch *s) noexcept nogil:
+    """Positions of one page that token t may see, for the heads of one KV head."""
+    cdef int64_t hd = c.s.hd, G = c.s.heads // c.s.kv_heads, p = c.position + t, g
+    cdef int64_t start = chunk * ST_ATTN_CHUNK, p0 = 0, p1 = min(ST_ATTN_CHUNK, p + 1 - start)
+    cdef const uint8_t *k = kv_head(c, layer, start, 2 * kv)
+    cdef const uint8_t *v = kv_head(c, layer, start, 2 * kv + 1)
+    cdef float scale = 1 / sqrtf(<float>hd)
     if layer.window:
-        p0 = max(p0, p - layer.window + 1)
-    at = (kv * c.capacity[l] + p0 % c.capacity[l]) * hd
-    c.kernels.attention(c.q + (t * c.s.heads + kv * G) * hd, G, hd, c.cache_k[l] + at, c.cache_v[l] + at, p1 - p0,
-                        1 / sqrtf(<float>hd), s.scores, acc, m, lsum)
+        p0 = max(0, p - layer.window + 1 - start)
+    if c.kv_type == ST_F16:
+        c.kernels.attention(c.q + (t * c.s.heads + kv * G) * hd, G, hd, <const uint16_t *>k + p0 * hd,
+                            <const uint16_t *>v + p0 * hd, p1 - p0, scale, s.scores, acc, m, lsum)
+        return
+    for g in range(G):
+        s.queries[g] = c.q8 + 2 * (t * c.s.heads + kv * G + g) * c.nq_head
+        s.queries[G + g] = s.queries[g] + c.nq_head
+    attention_q8_table(c.kernels).attention_q8(s.queries, G, hd, k, v, p0, p1, scale, s.scores, acc, m, lsum)
 
 
 cdef void merge_chunks(Call *c, const float *acc, const float *m, const float *lsum, int64_t chunks, int64_t stride,
@@ -357,7 +401,7 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
             kv = (u - 1) // chunks
             i = (u - 1) % chunks
             base = (kv * c.max_chunks + i) * G
-            attention_chunk(c, layer, l, 0, kv, chunk0 + i, c.partial + base * hd, c.partial_m + base,
+            attention_chunk(c, layer, 0, kv, chunk0 + i, c.partial + base * hd, c.partial_m + base,
                             c.partial_l + base, s)
         return
     while True:
@@ -374,7 +418,7 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
         chunks = (c.position + t) // ST_ATTN_CHUNK - chunk0 + 1
         base = tid * c.max_chunks * G
         for i in range(chunks):
-            attention_chunk(c, layer, l, t, kv, chunk0 + i, c.partial + (base + i * G) * hd,
+            attention_chunk(c, layer, t, kv, chunk0 + i, c.partial + (base + i * G) * hd,
                             c.partial_m + base + i * G, c.partial_l + base + i * G, s)
         merge_chunks(c, c.partial + base * hd, c.partial_m + base, c.partial_l + base, chunks, G,
                      c.attn + (t * c.s.heads + kv * G) * hd)
@@ -630,7 +674,7 @@ cdef int64_t projection_units(Call *c) noexcept nogil:
     return c.n * ((c.s.experts + 7) // 8) + c.s.heads + 2 * c.s.kv_heads
 
 
-cdef void projection_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) noexcept nogil:
+cdef void projection_phase(Call *c, Layer *layer, int tid, Scratch *s) noexcept nogil:
     """The router, q, k and v."""
     cdef const st_q8x4 *const *xq
     cdef const float *xf
@@ -643,7 +687,7 @@ cdef void projection_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s
         if u < routers:
             router_unit(c, layer, u)
         else:
-            projection_unit(c, layer, l, u - routers, xq, xf, s)
+            projection_unit(c, layer, u - routers, xq, xf, s)
 
 
 cdef void forward(void *arg, int tid) noexcept nogil:
@@ -654,7 +698,7 @@ cdef void forward(void *arg, int tid) noexcept nogil:
     embed(c, tid, next_units)
     for l in range(c.s.n_layers):
         layer = c.layers + l
-        projection_phase(c, layer, l, tid, s)
+        projection_phase(c, layer, tid, s)
         st_team_barrier(c.team, attention_units(c, layer))
         attention_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, output_units(c) if c.n == 1 else c.n + 1)

@@ -1,0 +1,76 @@
+"""Measures what long contexts, KV types and short batches cost, as docs/context.md reports them.
+
+    python benchmarks/context.py MODEL.gguf [--positions 4096 16384] [--decode 24] [--repeat 3] [--threads N]
+
+A long context is not computed but filled with plausible bytes, so that minutes of prompt are not needed; the tokens
+decoded after it cost what they would after a real one. Random tokens route differently from text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+
+from smallthinker_edge import Session, SmallThinker
+
+
+def fill(session: Session, position: int, rng: np.random.Generator) -> None:
+    """Makes a new session stand at a position, as if it had decoded that many tokens."""
+    cache = session._open_cache()
+    cache.restore(position, max(0, position - 256 * cache.ring_blocks) if cache.ring_blocks else 0)
+    for block in cache.blocks():
+        # As fp16 numbers between 0.008 and 0.95, as Q8_0 small positive steps and scales.
+        block[:] = rng.integers(0x20, 0x3B, block.size, np.uint8)
+
+
+def milliseconds(session: Session, batches: list[np.ndarray]) -> float:
+    """Of one batch: the median over all."""
+    times = []
+    for batch in batches:
+        started = time.perf_counter()
+        session.decode(batch, all_logits=len(batch) > 1)
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", metavar="MODEL.gguf")
+    parser.add_argument("--positions", type=int, nargs="*", default=[4096, 16384], help="contexts (4096 16384)")
+    parser.add_argument("--decode", type=int, default=24, help="tokens decoded after each (24)")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="tokens together (1 2 4 8)")
+    parser.add_argument("--repeat", type=int, default=3, help="turns through all cases; the median counts (3)")
+    parser.add_argument("--threads", type=int, help="compute threads (default: usable CPUs)")
+    arguments = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    longest = max([64, *arguments.positions]) + arguments.decode * max([1, *arguments.batches])
+    with SmallThinker(arguments.model, threads=arguments.threads) as model:
+        vocabulary = model.config.vocab_size
+        results: dict[str, list[float]] = {}
+        for _ in range(arguments.repeat):
+            for position in arguments.positions:
+                for kv in ("f16", "q8_0"):
+                    session = Session(model._open_engine(), vocabulary, longest, model._turn, kv)
+                    fill(session, position, rng)
+                    tokens = [rng.integers(0, vocabulary, 1) for _ in range(arguments.decode)]
+                    name = f"{kv} at {position}: {session.kv_bytes / 1e6:.0f} MB, ms a token"
+                    results.setdefault(name, []).append(milliseconds(session, tokens))
+                    session.close()
+            for size in arguments.batches:
+                for kind in ("random", "repeated"):
+                    session = Session(model._open_engine(), vocabulary, longest, model._turn)
+                    once = rng.integers(0, vocabulary, size if kind == "random" else 1)
+                    batch = once if kind == "random" else np.repeat(once, size)
+                    name = f"batch of {size} {kind} tokens, ms together"
+                    results.setdefault(name, []).append(milliseconds(session, [batch] * 6))
+                    session.close()
+        for name, values in results.items():
+            print(f"{name:<44}{statistics.median(values):9.2f}   of {[round(v, 2) for v in values]}")
+
+
+if __name__ == "__main__":
+    main()

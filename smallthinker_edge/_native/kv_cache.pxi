@@ -1,0 +1,210 @@
+# The KV cache of one session, included by engine.pyx: blocks of 256 positions that grow with the context and that
+# forks share. It owns their memory; the forward pass writes through the two tables of pointers. It never computes.
+
+cdef class KVBlock:
+    """Keys and values of 256 positions for all layers of one kind (full or window), one page (kv.h) after another.
+
+    owners counts the caches that hold it: with more than one it is read-only. Changed with the GIL held.
+    """
+    cdef uint8_t *data
+    cdef readonly size_t bytes
+    cdef int owners
+
+    def __cinit__(self, size_t size):
+        self.data = <uint8_t *>st_memory_alloc(size)
+        if self.data == NULL:
+            raise MemoryError(f"cannot get {size} bytes for the KV cache from the system")
+        self.bytes = size
+        self.owners = 1
+
+    def __dealloc__(self):
+        st_memory_free(self.data, self.bytes)
+
+    def view(self):
+        """The bytes, uint8, writable; valid as long as this object."""
+        return np.asarray(<uint8_t[:self.bytes]>self.data)
+
+
+cdef class KVCache:
+    """Keys and values of one session.
+
+    Args:
+        engine: whose layers it serves.
+        context: most positions.
+        kv: "f16", or "q8_0": 34 instead of 64 bytes for 32 dimensions.
+
+    Full layers take a block per 256 positions as these are first decoded. Window layers are a ring of blocks that
+    holds the window and 255 positions more: so far a rewind is free, and so long may a batch be once it is full.
+    Raises MemoryError, ValueError for an unknown kv or one that the head width does not fit.
+    """
+    cdef Engine engine
+    cdef list full         # KVBlock by position // 256
+    cdef list ring         # KVBlock by position // 256 % ring_blocks, None before first use
+    cdef uint8_t **full_at
+    cdef uint8_t **ring_at
+    cdef readonly int64_t position
+    cdef readonly int64_t context
+    cdef readonly str kv
+    cdef readonly int64_t ring_blocks
+    cdef readonly int64_t lost   # window layers have forgotten the positions below this one
+    cdef int type
+    cdef size_t head_bytes, page_bytes
+    cdef int64_t n_full, n_window, window, batch
+
+    def __cinit__(self, Engine engine not None, int64_t context, str kv="f16"):
+        cdef int64_t l
+        self.head_bytes = checked_head_bytes(kv, engine.call.s.hd)
+        self.engine, self.context, self.kv, self.type = engine, context, kv, KV_TYPES[kv]
+        self.page_bytes = 2 * engine.call.s.kv_heads * self.head_bytes
+        self.batch = engine.call.s.batch
+        for l in range(engine.call.s.n_layers):
+            self.n_window += engine.call.layers[l].window > 0
+            self.window = max(self.window, engine.call.layers[l].window)
+        self.n_full = engine.call.s.n_layers - self.n_window
+        self.ring_blocks = ring_blocks(self.window)
+        self.full, self.ring = [], [None] * self.ring_blocks
+        self.full_at = <uint8_t **>calloc(context // ST_ATTN_CHUNK + 1, sizeof(void *))
+        self.ring_at = <uint8_t **>calloc(self.ring_blocks + 1, sizeof(void *))
+        if self.full_at == NULL or self.ring_at == NULL:
+            raise MemoryError("cannot allocate a KV cache")
+
+    def __dealloc__(self):
+        self.release(0, 0)
+        free(self.full_at)
+        free(self.ring_at)
+
+    cdef void release(self, int64_t first_full, int64_t first_ring):
+        """Gives up the blocks from these indices on."""
+        cdef KVBlock block
+        if self.full is not None:
+            for block in self.full[first_full:]:
+                block.owners -= 1
+            del self.full[first_full:]
+        if self.ring is not None:
+            for i in range(first_ring, self.ring_blocks):
+                block = self.ring[i]
+                if block is not None:
+                    block.owners -= 1
+                    self.ring[i] = None
+
+    @property
+    def bytes(self):
+        """Bytes of memory that the blocks take now, those shared with forks counted in each."""
+        return sum(block.bytes for block in self.full) + sum(b.bytes for b in self.ring if b is not None)
+
+    def room(self):
+        """Most tokens of the next decode() call, at most the engine's batch; results do not depend on it."""
+        cdef int64_t size = self.ring_blocks * ST_ATTN_CHUNK
+        if self.n_window == 0 or self.position + self.batch <= size:
+            return self.batch
+        return min(self.batch, size - self.window + 1)
+
+    cdef int prepare(self, int64_t n) except -1:
+        """Makes the next n positions writable: new blocks, or copies of shared ones. Nothing changes on MemoryError."""
+        cdef int64_t j, slot
+        for j in range(self.position // ST_ATTN_CHUNK, (self.position + n - 1) // ST_ATTN_CHUNK + 1):
+            if self.n_full:
+                if j == len(self.full):
+                    self.full.append(KVBlock(self.n_full * self.page_bytes))
+                else:
+                    self.full[j] = own(self.full[j])
+                self.full_at[j] = (<KVBlock>self.full[j]).data
+            if self.n_window:
+                slot = j % self.ring_blocks
+                block = self.ring[slot]
+                self.ring[slot] = KVBlock(self.n_window * self.page_bytes) if block is None else own(block)
+                self.ring_at[slot] = (<KVBlock>self.ring[slot]).data
+        return 0
+
+    cdef int advance(self, int64_t n, bint done) except -1:
+        """After n positions were written: counts them, unless the call failed; the ring has lost what they replaced."""
+        if self.n_window:
+            self.lost = max(self.lost, self.position + n - self.ring_blocks * ST_ATTN_CHUNK)
+        if done:
+            self.position += n
+        return 0
+
+    def rewindable(self, int64_t position):
+        """Whether rewind(position) can be done: window layers must still hold the window before it."""
+        return 0 <= position <= self.position and (
+            position == 0 or self.n_window == 0 or max(0, position - self.window + 1) >= self.lost)
+
+    def rewind(self, int64_t position):
+        """Forgets the positions from `position` on, and frees the memory of whole blocks. ValueError if impossible."""
+        if not self.rewindable(position):
+            raise ValueError(f"cannot go from position {self.position} back to {position}")
+        self.position = position
+        if position == 0:
+            self.lost = 0
+        blocks = (position + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK
+        self.release(blocks, blocks if blocks < self.ring_blocks and self.lost == 0 else self.ring_blocks)
+
+    def fork(self):
+        """An independent cache at the same position that shares this one's blocks until either writes to them."""
+        cdef KVCache other = KVCache(self.engine, self.context, self.kv)
+        cdef KVBlock block
+        cdef int64_t i
+        other.full, other.ring = list(self.full), list(self.ring)
+        for block in [*self.full, *(b for b in self.ring if b is not None)]:
+            block.owners += 1
+        for i in range(len(self.full)):
+            other.full_at[i] = self.full_at[i]
+        for i in range(self.ring_blocks):
+            other.ring_at[i] = self.ring_at[i]
+        other.position, other.lost = self.position, self.lost
+        return other
+
+    def blocks(self):
+        """Writable views of the blocks that hold positions, full layers first: what a saved session contains."""
+        cdef int64_t used = min(self.ring_blocks, (self.position + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK)
+        return [(<KVBlock>block).view() for block in [*self.full, *self.ring[:used]]]
+
+    def restore(self, int64_t position, int64_t lost):
+        """Makes an empty cache hold `position` positions; the caller fills blocks() then.
+
+        Raises ValueError for positions that cannot be.
+        """
+        cdef int64_t kept = self.ring_blocks * ST_ATTN_CHUNK
+        if self.position or not 0 <= position <= self.context:
+            raise ValueError("not an empty cache, or too many positions")
+        least = max(0, position - kept) if self.n_window else 0
+        if not least <= lost <= (max(0, position - self.window + 1) if self.n_window else 0):
+            raise ValueError("the window's positions are not all there")
+        if position:
+            self.prepare(position)
+            self.position, self.lost = position, lost
+
+
+cdef KVBlock own(KVBlock block):
+    """The block itself, or a copy of one that other caches hold too."""
+    cdef KVBlock copy
+    if block.owners == 1:
+        return block
+    copy = KVBlock(block.bytes)
+    memcpy(copy.data, block.data, block.bytes)
+    block.owners -= 1
+    return copy
+
+
+cdef size_t checked_head_bytes(kv, int64_t hd) except 0:
+    if kv not in KV_TYPES:
+        raise ValueError(f"kv must be one of {', '.join(KV_TYPES)}, not {kv!r}")
+    if st_kv_head_bytes(KV_TYPES[kv], hd) == 0:
+        raise ValueError(f"a head of {hd} is not a multiple of 32, which a KV cache in {kv} needs: use kv='f16'")
+    return st_kv_head_bytes(KV_TYPES[kv], hd)
+
+
+KV_TYPES = {"f16": ST_F16, "q8_0": ST_Q8_0}
+
+
+def ring_blocks(int64_t window):
+    """Blocks of 256 positions that a window layer's ring has: the window, and 255 positions more; 0 without one."""
+    return (window + 2 * ST_ATTN_CHUNK - 2) // ST_ATTN_CHUNK if window else 0
+
+
+def kv_bytes(config, int64_t context, kv="f16"):
+    """Bytes of a KV cache that is full to `context` positions, for a ModelConfig. ValueError as KVCache()."""
+    cdef size_t head = checked_head_bytes(kv, config.head_dim), page = 2 * config.n_kv_heads * head
+    windowed = sum(config.window_layout) if config.window else 0
+    blocks = (context + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK
+    return page * ((config.n_layers - windowed) * blocks + windowed * min(blocks, ring_blocks(config.window)))
