@@ -13,9 +13,11 @@ from smallthinker_edge.errors import (
     MemoryBudgetError,
     ModelFormatError,
     SessionBusy,
+    SessionFormatError,
     SmallThinkerError,
 )
-from smallthinker_edge.model import GenerationResult, SmallThinker, TextStream, Timings
+from smallthinker_edge.generation import GenerationResult, TextStream, Timings
+from smallthinker_edge.model import SmallThinker
 from smallthinker_edge.session import Session
 
 __version__ = "0.1.0"
@@ -30,6 +32,7 @@ __all__ = [
     "Sampler",
     "Session",
     "SessionBusy",
+    "SessionFormatError",
     "SmallThinker",
     "SmallThinkerError",
     "TextStream",

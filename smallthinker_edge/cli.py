@@ -22,7 +22,8 @@ from smallthinker_edge.errors import ContextFull, SmallThinkerError
 if TYPE_CHECKING:
     from smallthinker_edge._native.gguf import GGUFFile
     from smallthinker_edge.config import ModelConfig
-    from smallthinker_edge.model import GenerationResult, SmallThinker
+    from smallthinker_edge.generation import GenerationResult
+    from smallthinker_edge.model import SmallThinker
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 VALUE_WIDTH = 72
@@ -85,6 +86,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="positions to make room for (default: the model's, to 4096)",
     )
+    add_kv_argument(parser)
+
+
+def add_kv_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv",
+        choices=("f16", "q8_0", "auto"),
+        default="f16",
+        help="type of the KV cache: q8_0 takes half the memory; auto: q8_0 where the budget needs it",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,12 +110,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is none (default)")
     group.add_argument("--repetition-window", type=int, metavar="N", help="newest tokens the penalty looks at")
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
+    group.add_argument("--overflow", choices=("error", "shift"), help="at the context's end; shift drops old turns")
+    group.add_argument("--speculate", type=int, metavar="N", help="guess up to N repeated tokens; same text, faster")
     group.add_argument("--logit-bias", type=token_bias, action="append", metavar="ID=BIAS", help="may be repeated")
 
 
 SAMPLING = (
     "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window",
-    "seed", "logit_bias",
+    "seed", "logit_bias", "overflow", "speculate",
 )  # fmt: skip
 
 
@@ -132,7 +145,11 @@ def open_model(arguments: argparse.Namespace) -> SmallThinker:
 
     with checking_arguments():
         return SmallThinker(
-            arguments.model, memory=arguments.memory, threads=arguments.threads, context=arguments.context
+            arguments.model,
+            memory=arguments.memory,
+            threads=arguments.threads,
+            context=arguments.context,
+            kv=arguments.kv,
         )
 
 
@@ -373,6 +390,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_kv_argument(parser)
     parser.add_argument("file", metavar="FILE", help="GGUF or packed file")
     parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 1GiB")
     parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="positions (default: 4096)")
@@ -381,7 +399,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 def plan(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.model import plan_memory
 
-    print(plan_memory(arguments.file, arguments.memory, arguments.context).table())
+    print(plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv).table())
     return OK
 
 

@@ -33,6 +33,10 @@ class ModelFormatError(SmallThinkerError, ValueError):
         super().__init__(f"{', '.join(where)}: {message}" if where else message)
 
 
+class SessionFormatError(ModelFormatError):
+    """A saved session is damaged, or belongs to another model, KV cache or version; attributes as ModelFormatError."""
+
+
 class MemoryBudgetError(SmallThinkerError, MemoryError):
     """The memory budget cannot hold the model; the message names the smallest one that would."""
 

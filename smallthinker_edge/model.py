@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
@@ -22,153 +20,19 @@ from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.chat import Messages, encode_chat
 from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.errors import ContextFull, ModelFormatError
+from smallthinker_edge.generation import GenerationResult, TextStream
 from smallthinker_edge.loader import TYPE_NUMBER, Loader
+from smallthinker_edge.overflow import POLICIES, TurnDropper, shift_limit
 from smallthinker_edge.packed import PackedFile, expert_infos, is_packed
+from smallthinker_edge.reuse import SessionStore
 from smallthinker_edge.session import CancelSignal, Session
+from smallthinker_edge.session_file import model_hash
 from smallthinker_edge.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
+KV_CHOICES = ("f16", "q8_0", "auto")
 BATCH = 512
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds and tokens of one generation; the first token belongs to the prompt."""
-
-    prompt_tokens: int
-    prompt_seconds: float
-    decode_tokens: int
-    decode_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode speed, 0.0 where nothing was decoded after the first token."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """text: without the stop string; tokens: all that were sampled, the ending one included;
-    finish_reason: "stop" (end token or stop string), "length" (max_tokens or the context) or "cancelled"."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    timings: Timings
-
-
-class _StopFilter:
-    """Holds text back while it may be the beginning of a stop string."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-        self.hit = False
-
-    def push(self, text: str) -> str:
-        """The text that is safe to show; after a stop string `hit` is true and the rest is dropped."""
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.hit = True
-            return self._held[: min(found)]
-        keep = 0
-        for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._held)), keep, -1):
-                if self._held.endswith(stop[:size]):
-                    keep = size
-                    break
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
-
-    def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-
-class TextStream(Iterator[str]):
-    """The pieces of a text while a model makes them. Made by SmallThinker.stream(); closing it stops the work.
-
-    Attributes:
-        result: the whole GenerationResult once the stream has ended or was closed, None before.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        tokenizer: Tokenizer,
-        sampler: Sampler,
-        prompt: list[int],
-        max_tokens: int,
-        stops: Sequence[str],
-        cancel: CancelSignal | None,
-    ) -> None:
-        self.result: GenerationResult | None = None
-        self._session, self._tokenizer, self._sampler = session, tokenizer, sampler
-        self._prompt, self._max_tokens, self._cancel = prompt, max_tokens, cancel
-        self._stops = _StopFilter(stops)
-        self._tokens: list[int] = []
-        self._text: list[str] = []
-        self._reason = "cancelled"
-        self._started = self._first = 0.0
-        self._pieces = self._run()
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Ends the generation. Safe to call twice."""
-        self._pieces.close()
-        if self.result is None:  # it never started
-            self._finish()
-
-    def _run(self) -> Generator[str, None, None]:
-        self._started = time.perf_counter()
-        try:
-            for piece in self._generate():
-                self._text.append(piece)
-                yield piece
-        finally:
-            self._finish()
-
-    def _generate(self) -> Iterator[str]:
-        decoder = self._tokenizer.stream()
-        pending = self._prompt
-        while (token := self._next_token(pending)) is not None:
-            self._tokens.append(token)
-            if token in self._tokenizer.eos_ids:
-                self._reason = "stop"
-                break
-            if piece := self._stops.push(decoder.push(token)):
-                yield piece
-            if self._stops.hit:
-                self._reason = "stop"
-                return
-            if len(self._tokens) >= self._max_tokens or self._session.position >= self._session.context:
-                self._reason = "length"
-                break
-            pending = [token]
-        if rest := self._stops.push(decoder.flush()) + self._stops.flush():
-            yield rest
-
-    def _next_token(self, pending: list[int]) -> int | None:
-        """Decodes what is pending and samples; None when cancelled."""
-        if self._cancel is not None and self._cancel.is_set():
-            return None
-        logits = self._session.decode(pending, cancel=self._cancel)
-        if self._cancel is not None and self._cancel.is_set():
-            return None
-        self._first = self._first or time.perf_counter()
-        return self._sampler.sample(logits, self._prompt + self._tokens)
-
-    def _finish(self) -> None:
-        now = time.perf_counter()
-        started = self._started or now
-        first = self._first or now
-        decoded = max(0, len(self._tokens) - 1)
-        timings = Timings(len(self._prompt), first - started, decoded, now - first)
-        self.result = GenerationResult("".join(self._text), self._tokens, self._reason, timings)
-        self._session.close()
+MOST_SPECULATED = 64
 
 
 class SmallThinker:
@@ -181,6 +45,10 @@ class SmallThinker:
         threads: compute threads; "auto" takes what affinity and cgroup allow, and on a chip with cores of
             different speed only the fast ones.
         context: positions of a session; None takes the model's own up to 4096.
+        kv: keys and values in "f16", or in "q8_0", which takes about half the memory and changes logits slightly (see
+            docs/context.md). "auto" takes Q8_0 where the budget needs it: logits then depend on the budget.
+        keep_sessions: how many finished generations keep their KV cache, so that a prompt that begins like one of them
+            (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
@@ -197,11 +65,17 @@ class SmallThinker:
         memory: int | str | None = None,
         threads: int | Literal["auto"] | None = "auto",
         context: int | None = None,
+        kv: str = "f16",
+        keep_sessions: int = 1,
     ) -> None:
         automatic = threads is None or threads == "auto"
         count = cpus.auto_threads() if threads is None or threads == "auto" else threads
         if not isinstance(count, int) or not 1 <= count <= 256:
             raise ValueError('threads must be in 1..256, or "auto"')
+        if keep_sessions < 0:
+            raise ValueError("keep_sessions must be at least 0")
+        if kv not in KV_CHOICES:
+            raise ValueError(f"kv must be one of {', '.join(KV_CHOICES)}, not {kv!r}")
         self._engine: Engine | None = None
         gguf = GGUFFile(path)
         try:
@@ -218,21 +92,24 @@ class SmallThinker:
             kernels = os.environ.get("SMALLTHINKER_CPU") or None
             with cpus.started_on(cpus.big_cpus() if automatic else cpus.allowed_cpus()):
                 engine = Engine(self.config, count, kernels, BATCH)
-            self.plan = self._load(engine, memory)
+            self.plan = self._load(engine, memory, kv)
+            self.kv = self.plan.kv
         except BaseException:
             gguf.close()
             raise
         self._engine = engine
         self._turn = threading.Lock()
+        self._hash: bytes | None = None
+        self._sessions = SessionStore(keep_sessions, self.session)
 
-    def _load(self, engine: Engine, memory: int | str | None) -> budget.Plan:
+    def _load(self, engine: Engine, memory: int | str | None, kv: str) -> budget.Plan:
         """Fills the engine within the budget; the experts of a packed file stay there until they are needed."""
         if not isinstance(self._file, PackedFile):
-            plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory)
+            plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, kv=kv)
             Loader(self._file, self.config, engine).load()
             return plan
         offsets, size = self._file.experts(self.config)
-        plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, size)
+        plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, size, kv)
         Loader(self._file, self.config, engine, paged=True).load()
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
@@ -253,7 +130,21 @@ class SmallThinker:
         size = self.context if context is None else context
         if not 1 <= size <= self.config.context_length:
             raise ValueError(f"context must be in 1..{self.config.context_length}")
-        return Session(self._open_engine(), self.config.vocab_size, size, BATCH, self._turn)
+        engine = self._open_engine()
+        return Session(engine, self.config.vocab_size, size, self._turn, self.kv, self._model_hash)
+
+    def load_session(self, path: str | os.PathLike[str], context: int | None = None) -> Session:
+        """A new session as Session.save() wrote it; see Session.load()."""
+        session = self.session(context)
+        session.load(path)
+        return session
+
+    def _model_hash(self) -> bytes:
+        """See session_file.model_hash(): read once, when a session is first saved or loaded."""
+        if self._hash is None:
+            self._open_engine()
+            self._hash = model_hash(self._file)
+        return self._hash
 
     def generate(
         self,
@@ -270,6 +161,8 @@ class SmallThinker:
         repetition_window: int = 64,
         seed: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
+        overflow: str = "error",
+        speculate: int = 0,
     ) -> GenerationResult:
         """Continues a prompt.
 
@@ -279,6 +172,11 @@ class SmallThinker:
             stop: strings that end the text; they are not part of it.
             cancel: a threading.Event or the like; when set, generation ends within one token.
             temperature, ...: see Sampler. The default is greedy.
+            overflow: what to do at the end of the context. "error": a prompt that is too long raises, an answer ends
+                with "length". "shift": the oldest turns are dropped, never the system prompt nor the newest turn, and
+                the rest is computed again (text without ChatML turns loses its oldest tokens).
+            speculate: longest guess, in tokens, of what comes next where the text repeats itself; 0 never guesses.
+                Tokens are the same ones, also when sampling with a seed. It pauses by itself while it loses time.
 
         Raises:
             ContextFull: the prompt leaves no room. ValueError: an argument is out of range, or the prompt is empty.
@@ -296,6 +194,8 @@ class SmallThinker:
             repetition_window=repetition_window,
             seed=seed,
             logit_bias=logit_bias,
+            overflow=overflow,
+            speculate=speculate,
         )
         for _ in stream:
             pass
@@ -317,6 +217,8 @@ class SmallThinker:
         repetition_window: int = 64,
         seed: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
+        overflow: str = "error",
+        speculate: int = 0,
     ) -> TextStream:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
         sampler = Sampler(
@@ -331,10 +233,18 @@ class SmallThinker:
         ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt has no tokens")
+        if overflow not in POLICIES:
+            raise ValueError(f"overflow must be one of {', '.join(POLICIES)}, not {overflow!r}")
+        if not 0 <= speculate <= MOST_SPECULATED:
+            raise ValueError(f"speculate must be in 0..{MOST_SPECULATED}")
+        drop = TurnDropper(self.tokenizer) if overflow == "shift" else None
         if len(ids) > self.context:
-            raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
-        session = self.session(min(self.context, len(ids) + max_tokens))
-        return TextStream(session, self.tokenizer, sampler, ids, max_tokens, stops, cancel)
+            shorter = drop(ids, shift_limit(self.context)) if drop else None
+            if shorter is None:
+                raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
+            ids = shorter
+        self._open_engine()
+        return TextStream(self._sessions, self.tokenizer, sampler, ids, max_tokens, stops, cancel, drop, speculate)
 
     def chat(self, messages: Messages, **options: object) -> GenerationResult:
         """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options as in generate().
@@ -357,6 +267,7 @@ class SmallThinker:
             "threads": engine.threads,
             "kernels": engine.kernels,
             "context": self.context,
+            "kv": self.kv,
             **(engine.pager_stats() or {}),
             **heat.readings(),
         }
@@ -364,6 +275,8 @@ class SmallThinker:
     def close(self) -> None:
         """Frees the weights once no session uses them. Safe to call twice."""
         self._engine = None
+        if hasattr(self, "_sessions"):
+            self._sessions.close()
         self._file.close()
 
     def __enter__(self) -> SmallThinker:
@@ -381,9 +294,9 @@ class SmallThinker:
 
 
 def plan_memory(
-    path: str | os.PathLike[str], memory: int | str | None = None, context: int = DEFAULT_CONTEXT
+    path: str | os.PathLike[str], memory: int | str | None = None, context: int = DEFAULT_CONTEXT, kv: str = "f16"
 ) -> budget.Plan:
-    """How SmallThinker(path, memory, context=context) would divide its memory; loads no weights.
+    """How SmallThinker(path, memory, context=context, kv=kv) would divide its memory; loads no weights.
 
     Raises as SmallThinker() does.
     """
@@ -392,6 +305,6 @@ def plan_memory(
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
         slot_bytes = file.experts(config)[1] if isinstance(file, PackedFile) else 0
-        plan = budget.make_plan(file, config, min(context, config.context_length), BATCH, memory, slot_bytes)
+        plan = budget.make_plan(file, config, min(context, config.context_length), BATCH, memory, slot_bytes, kv)
         del tokenizer  # it was built so that its memory counts
         return plan

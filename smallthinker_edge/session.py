@@ -5,14 +5,18 @@ Made by SmallThinker.session(); model.py's generation runs on it too. It never s
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from smallthinker_edge import session_file
 from smallthinker_edge._native.engine import Engine, KVCache
 from smallthinker_edge.errors import ContextFull, SessionBusy
 
@@ -32,18 +36,38 @@ class Session:
     different threads and take turns inside decode().
     """
 
-    def __init__(self, engine: Engine, vocab_size: int, context: int, batch: int, turn: threading.Lock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        vocab_size: int,
+        context: int,
+        turn: threading.Lock,
+        kv: str = "f16",
+        model_hash: Callable[[], bytes] = bytes,
+    ) -> None:
         self._engine = engine
         self._vocab_size = vocab_size
-        self._batch = batch
-        self._cache: KVCache | None = KVCache(engine, context)
+        self._cache: KVCache | None = KVCache(engine, context, kv)
+        self._tokens = array("i")
+        self._marks: list[KVCache] = []
         self._turn = turn
+        self._model_hash = model_hash
         self._busy = threading.Lock()
 
     @property
     def position(self) -> int:
         """Tokens decoded so far, that is the position of the next one."""
         return self._open_cache().position
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids decoded so far."""
+        return list(self._tokens)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the KV cache takes now; what it shares with forks counts in each."""
+        return self._open_cache().bytes
 
     @property
     def context(self) -> int:
@@ -69,9 +93,7 @@ class Session:
             ValueError: no token, an id outside the vocabulary, or the session is closed.
         """
         ids = self._checked(tokens)
-        if not self._busy.acquire(blocking=False):
-            raise SessionBusy("another thread is decoding with this session")
-        try:
+        with self._exclusive():
             cache = self._open_cache()
             if cache.position + ids.size > cache.context:
                 raise ContextFull(
@@ -79,25 +101,91 @@ class Session:
                 )
             rows = ids.size if all_logits else 1
             logits = np.empty((rows, self._vocab_size), np.float32)
-            for start in range(0, ids.size, self._batch):
-                if cancel is not None and cancel.is_set():
-                    break
-                chunk = ids[start : start + self._batch]
+            start = 0
+            while start < ids.size and not (cancel is not None and cancel.is_set()):
+                chunk = ids[start : start + cache.room()]
                 last = start + chunk.size == ids.size
                 out = logits[start : start + chunk.size] if all_logits else logits if last else None
                 with self._turn:
                     self._engine.decode(cache, chunk, out)
+                self._tokens.extend(chunk.tolist())
+                start += chunk.size
             return logits if all_logits else logits[0]
-        finally:
-            self._busy.release()
+
+    def fork(self) -> Session:
+        """An independent session that stands where this one does.
+
+        Costs nothing at first: both share the memory of what was decoded, and copy only the blocks of 256 positions
+        that they write to (the newest one, and with window layers those of the ring as they come round).
+        """
+        with self._exclusive():
+            cache = self._open_cache()
+            other = Session(self._engine, self._vocab_size, cache.context, self._turn, cache.kv, self._model_hash)
+            other._cache, other._tokens, other._marks = cache.fork(), self._tokens[:], list(self._marks)
+            return other
+
+    def rewindable(self, count: int) -> bool:
+        """Whether rewind(count) can be done."""
+        cache = self._open_cache()
+        return 0 <= count <= cache.position and self._holder(cache.position - count) is not None
+
+    def rewind(self, count: int) -> None:
+        """Forgets the `count` newest tokens, as if they had never been decoded.
+
+        Without window layers this is always possible. Window layers remember their window and 255 positions more:
+        back to a position it works for at least 255 tokens, for any number while fewer than that have been decoded in
+        all, and to any place where mark() was called. Everything can always be forgotten (reset).
+
+        Raises ValueError where window layers have lost what is needed, or for a count that is not there.
+        """
+        with self._exclusive():
+            position = self.position - count
+            holder = self._holder(position) if 0 <= count <= self.position else None
+            if holder is None:
+                raise ValueError(
+                    f"cannot rewind {count} of {self.position} tokens: not decoded, or the window layers have lost them"
+                )
+            if holder is not self._cache:
+                self._cache = holder.fork()
+            self._open_cache().rewind(position)
+            del self._tokens[position:]
+            self._marks = [mark for mark in self._marks if mark.position <= position]
+
+    def mark(self) -> None:
+        """Keeps what a rewind to here will need, until the session is rewound beyond or closed.
+
+        With window layers that is up to one more ring: window + 255 positions of every window layer, taken bit by
+        bit as decoding goes on. Without window layers it costs nothing.
+        """
+        with self._exclusive():
+            if self._open_cache().ring_blocks:
+                self._marks.append(self._open_cache().fork())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the tokens and the KV cache to a file. Raises OSError; an older file stays whole then."""
+        with self._exclusive():
+            session_file.save(path, self._open_cache(), np.array(self._tokens, np.int32), self._model_hash())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replaces everything by a saved session of the same model and KV type; continues bit for bit like it.
+
+        (With the same kernel table: another CPU's instructions round differently.)
+
+        Raises SessionFormatError for a file that is damaged or of another kind, OSError where it cannot be read; the
+        session is then unchanged.
+        """
+        with self._exclusive():
+            empty = KVCache(self._engine, self.context, self._open_cache().kv)
+            self._cache, tokens = session_file.load(path, empty, self._vocab_size, self._model_hash())
+            self._tokens, self._marks = array("i", tokens.tolist()), []
 
     def reset(self) -> None:
         """Forgets every token; the context starts anew."""
-        self._open_cache().reset()
+        self.rewind(self.position)
 
     def close(self) -> None:
         """Frees the KV cache. Safe to call twice."""
-        self._cache = None
+        self._cache, self._marks = None, []
 
     def __enter__(self) -> Session:
         return self
@@ -106,6 +194,19 @@ class Session:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise SessionBusy("another thread is using this session")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _holder(self, position: int) -> KVCache | None:
+        """The cache, or else a mark, that can go back to a position."""
+        return next((c for c in (self._open_cache(), *reversed(self._marks)) if c.rewindable(position)), None)
 
     def _open_cache(self) -> KVCache:
         if self._cache is None:

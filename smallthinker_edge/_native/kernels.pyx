@@ -182,7 +182,8 @@ cdef class Table:
                      int64_t repeat=1):
         """q: [2 * G][quantised row]; k, v: a page as kv_store() fills it. repeat: for timing."""
         cdef int64_t G = q.shape[0] // 2, i, _
-        need(q.shape[0] == 2 * G and q.shape[1] >= (hd + 127) // 128 * <int64_t>sizeof(st_q8x4) and 0 <= p0 < p1 <= ST_ATTN_CHUNK)
+        need(q.shape[0] == 2 * G and q.shape[1] >= (hd + 127) // 128 * <int64_t>sizeof(st_q8x4))
+        need(0 <= p0 < p1 <= ST_ATTN_CHUNK)
         need(k.shape[0] == v.shape[0] == <int64_t>st_kv_head_bytes(ST_Q8_0, hd))
         need(scores.shape[0] >= 2 * G * ST_ATTN_CHUNK and acc.shape[0] >= G and acc.shape[1] == hd)
         cdef const st_kernels *table = self.k if self.k.attention_q8 != NULL else &st_kernels_ref

@@ -1,0 +1,131 @@
+"""Saved sessions: one file with the tokens and the KV cache of a session, so that a prompt is paid for once.
+
+Called by Session.save() and load(). Nothing in a file is trusted: sizes are checked before memory is taken, and the
+session changes only after the checksum of everything has matched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from smallthinker_edge._native.engine import KVCache
+from smallthinker_edge.config import ModelFile, tensor_name
+from smallthinker_edge.errors import SessionFormatError
+
+MAGIC, VERSION = b"STKVSESS", 1
+# magic, version, type of the KV cache, the model's hash, positions, positions lost by window layers, blocks, their
+# bytes in all. Little-endian; then int32 tokens, the blocks, and a crc32 of everything before it.
+HEADER = struct.Struct("<8sI8s32sQQQQ")
+SLICE = 1 << 20
+
+
+def model_hash(file: ModelFile) -> bytes:
+    """SHA-256 of the names, types and shapes of all tensors, and of the data of those that are not experts.
+
+    A GGUF and the packed file made from it have the same hash. Experts' weights are not read: with all the dense
+    weights and the routers equal, two models are taken to be the same.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(file.tensors):
+        info = file.tensors[name]
+        digest.update(f"{name} {info.type} {tuple(info.shape)}\n".encode())
+        if not name.endswith("_exps.weight"):
+            data = file.data(name)  # type: ignore[attr-defined]
+            for at in range(0, data.size, SLICE):
+                digest.update(data[at : at + SLICE])
+            if name != tensor_name("token_embd"):  # its rows may be in use
+                file.release(name)  # type: ignore[attr-defined]
+    return digest.digest()
+
+
+def save(path: str | os.PathLike[str], cache: KVCache, tokens: npt.NDArray[np.int32], model: bytes) -> None:
+    """Writes a session, atomically: a reader sees the old file or the new one. Raises OSError."""
+    blocks = cache.blocks()
+    header = HEADER.pack(
+        MAGIC, VERSION, cache.kv.encode(), model, cache.position, cache.lost, len(blocks), sum(b.size for b in blocks)
+    )
+    parts: list[bytes | memoryview] = [header, tokens.astype("<i4").tobytes(), *(block.data for block in blocks)]
+    temporary = f"{os.fspath(path)}.part"
+    try:
+        with open(temporary, "wb") as file:
+            total = 0
+            for part in parts:
+                file.write(part)
+                total = zlib.crc32(part, total)
+            file.write(struct.pack("<I", total))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+class _Reader:
+    """Reads exactly what is asked for and keeps the checksum."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self.file, self.path, self.total, self.at = file, path, 0, 0
+
+    def fail(self, message: str, field: str) -> NoReturn:
+        raise SessionFormatError(message, path=self.path, field=field, offset=self.at)
+
+    def into(self, buffer: memoryview, field: str) -> None:
+        if self.file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+            self.fail("the file ends too early", field)
+        self.total = zlib.crc32(buffer, self.total)
+        self.at += len(buffer)
+
+
+def load(
+    path: str | os.PathLike[str], empty: KVCache, vocab_size: int, model: bytes
+) -> tuple[KVCache, npt.NDArray[np.int32]]:
+    """Fills a new cache from a file; returns it and the tokens.
+
+    Raises SessionFormatError for a file that is damaged, of another version, model or KV type, or longer than the
+    cache's context; OSError where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        reader = _Reader(file, os.fspath(path))
+        raw = bytearray(HEADER.size)
+        reader.into(memoryview(raw), "header")
+        magic, version, kv, of_model, position, lost, count, size = HEADER.unpack(raw)
+        reader.at = 0
+        if magic != MAGIC:
+            reader.fail("is not a saved session", "magic")
+        if version != VERSION:
+            reader.fail(f"version {version}; this library reads version {VERSION}", "version")
+        if of_model != model:
+            reader.fail("was saved with another model", "model")
+        if kv.rstrip(b"\0") != empty.kv.encode():
+            reader.fail(f"was saved with another KV cache than {empty.kv}", "kv")
+        if position > empty.context:
+            reader.fail(f"holds {position} tokens; the context is {empty.context}", "position")
+        if os.fstat(file.fileno()).st_size != HEADER.size + 4 * position + size + 4:
+            reader.fail("the file's length does not match its header", "size")
+        try:
+            empty.restore(position, lost)
+        except ValueError as error:
+            reader.fail(str(error), "position")
+        blocks = empty.blocks()
+        if len(blocks) != count or sum(block.size for block in blocks) != size:
+            reader.fail("the blocks are not those of this model", "blocks")
+        reader.at = HEADER.size
+        tokens = np.zeros(position, "<i4")
+        if position:
+            reader.into(tokens.data.cast("B"), "tokens")
+        for block in blocks:
+            reader.into(block.data, "blocks")
+        if file.read(4) != struct.pack("<I", reader.total):
+            reader.fail("is damaged: its checksum does not match", "crc32")
+        if position and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            reader.fail(f"a token id is outside the vocabulary of {vocab_size}", "tokens")
+        return empty, tokens.astype(np.int32)
