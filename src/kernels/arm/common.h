@@ -38,6 +38,8 @@ void st_dotprod_gemm_q4_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0
                           int64_t n, float *y, int64_t ldy);
 void st_dotprod_gemm_q8_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
                           int64_t n, float *y, int64_t ldy);
+void st_dotprod_gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                          int64_t n, float *y, int64_t ldy);
 void st_dotprod_rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
 void st_dotprod_gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
                              const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,

@@ -37,6 +37,7 @@ typedef int32x4_t sum8;
 #define MATRIX_LINKAGE
 #define GEMM_Q4_0 st_dotprod_gemm_q4_0
 #define GEMM_Q8_0 st_dotprod_gemm_q8_0
+#define GEMM_Q6_K st_dotprod_gemm_q6_k
 #define ROWS_Q4_0 st_dotprod_rows_q4_0
 #define GATE_UP_Q4_0 st_dotprod_gate_up_q4_0
 #define DOWN_Q4_0 st_dotprod_down_q4_0
@@ -47,7 +48,7 @@ const st_kernels st_kernels_dotprod = {
     .quantize = st_neon_quantize,
     .gemm_q4_0 = st_dotprod_gemm_q4_0,
     .gemm_q8_0 = st_dotprod_gemm_q8_0,
-    .gemm_q6_k = st_ref_gemm_q6_k,
+    .gemm_q6_k = st_dotprod_gemm_q6_k,
     .rows_q4_0 = st_dotprod_rows_q4_0,
     .gate_up_q4_0 = st_dotprod_gate_up_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,

@@ -69,6 +69,7 @@ static inline int32x4_t total8(sum8 sum) { return vpaddq_s32(sum.low, sum.high);
 #define MATRIX_LINKAGE static
 #define GEMM_Q4_0 gemm_q4_0
 #define GEMM_Q8_0 gemm_q8_0
+#define GEMM_Q6_K gemm_q6_k
 #define ROWS_Q4_0 rows_q4_0
 #define GATE_UP_Q4_0 gate_up_q4_0
 #define DOWN_Q4_0 down_q4_0
@@ -79,7 +80,7 @@ const st_kernels st_kernels_neon = {
     .quantize = st_neon_quantize,
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
-    .gemm_q6_k = st_ref_gemm_q6_k,
+    .gemm_q6_k = gemm_q6_k,
     .rows_q4_0 = rows_q4_0,
     .gate_up_q4_0 = gate_up_q4_0,
     .down_q4_0 = down_q4_0,
