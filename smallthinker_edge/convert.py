@@ -236,6 +236,12 @@ class Converter:
             if window != regular:
                 writer.add_array("smallthinker.attention.sliding_window_pattern", window)
             expressible = rope == regular and size == LLAMA_CPP_WINDOW
+            if expressible and self.layers == PERIOD:
+                warnings.warn(
+                    f"llama.cpp rotates every layer of a model with a window and exactly {PERIOD} layers, layer 0 too: "
+                    "smallthinker_edge runs the file as the checkpoint says, llama.cpp will compute something else",
+                    stacklevel=2,
+                )
         if not expressible:
             writer.add_array("smallthinker.rope_layout", rope)
             warnings.warn(

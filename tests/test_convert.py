@@ -133,6 +133,16 @@ def test_what_llama_cpp_cannot_express_is_kept_and_told(tmp_path: Path) -> None:
         assert model.config.window == 128
 
 
+def test_the_user_is_told_that_llama_cpp_misreads_four_layers(tmp_path: Path) -> None:
+    four = [0, 1, 1, 1]
+    changes = {"num_hidden_layers": 4, "rope_layout": four, "sliding_window_layout": four}
+    write_checkpoint(tmp_path / "hf", changes=changes)
+    with pytest.warns(UserWarning, match=r"exactly 4 layers"):
+        convert(tmp_path / "hf", tmp_path / "m.gguf")
+    with SmallThinker(tmp_path / "m.gguf") as model:
+        assert model.config.rope_layout == (False, True, True, True)
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
