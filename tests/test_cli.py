@@ -480,4 +480,4 @@ def test_demo_commands_are_six_to_eight_and_come_out_as_documented(demo_model: P
     values = [demo.parse(text) for text in answers]
     assert all(valid for valid, _ in values)
     right = sum(value == command.expected for (_, value), command in zip(values, commands, strict=True))
-    assert right >= 2  # docs/demo-model.md tells how good the model is
+    assert right == len(commands)  # as measured; docs/demo-model.md tells how good the model is on 1000 others

@@ -41,9 +41,10 @@ def test_logits_agree_with_llama_cpp(name: str, table: str) -> None:
 
 @pytest.mark.parametrize("table", kernels.tables())
 def test_the_demo_model_agrees_with_the_reference(table: str) -> None:
+    # 30 sentences: a near-tie of a router, about one in a hundred positions, then weighs what it weighs in use.
     reference = Reference.from_gguf(DEMO)
     agree, kls = [], []
-    for sentence, answer in demo_grammar.held_out_set(6, seed=5):
+    for sentence, answer in demo_grammar.held_out_set(30, seed=5):
         ids = np.array(
             Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata).encode(demo_grammar.chat(sentence, answer))
         )
@@ -53,3 +54,16 @@ def test_the_demo_model_agrees_with_the_reference(table: str) -> None:
         kls.append(divergence(expected, got))
     assert np.concatenate(kls).mean() < 1e-3
     assert np.concatenate(agree).mean() > 0.99
+
+
+def test_the_demo_model_is_exact_with_exact_activations() -> None:
+    reference = Reference.from_gguf(DEMO)
+    tokenizer = Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata)
+    errors = []
+    for sentence, answer in demo_grammar.held_out_set(6, seed=5):
+        ids = np.array(tokenizer.encode(demo_grammar.chat(sentence, answer)))
+        expected = reference.logits(ids.tolist(), kv="f16")
+        got = open_session(str(DEMO), table="ref", exact=True, context=len(ids)).decode(ids, all_logits=True)
+        errors.append(np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1))
+    # Keys and values are rounded to float16: one that falls on the other side of a rounding moves a row by more.
+    assert np.median(np.concatenate(errors)) < 1e-4
