@@ -176,6 +176,7 @@ def cases(shape: Shape) -> list[Case]:
         Case("down_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("down_q4_0", "down, all", f, d),
         Case("attention", f"{group} heads, 256 positions", group, shape.head_dim, 256),
+        Case("attention_q8", f"{group} heads, 256 positions", group, shape.head_dim, 256),
         Case("quantize", "d", 0, d, streamed=False),
         Case("rmsnorm", "d", 0, d, streamed=False),
         Case("dot", "router row", 0, d, streamed=False),

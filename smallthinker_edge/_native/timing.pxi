@@ -113,6 +113,16 @@ cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept n
     j.k.attention(j.x, j.rows, j.cols, keys, keys + j.tokens * j.cols, j.tokens, 0.1, scores, out, m, m + j.rows)
 
 
+cdef void apply_attention_q8(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """The same over a page in Q8_0; the queries and their rests are the first 2 * `rows` inputs."""
+    cdef const st_kernels *table = j.k if j.k.attention_q8 != NULL else &st_kernels_ref
+    cdef float *out = j.out + tid * j.out_stride
+    cdef float *scores = out + j.rows * j.cols
+    cdef float *m = scores + 2 * j.rows * ST_ATTN_CHUNK
+    table.attention_q8(j.xq, j.rows, j.cols, item, item + st_kv_head_bytes(ST_Q8_0, j.cols), 0, j.tokens, 0.1, scores,
+                       out, m, m + j.rows)
+
+
 cdef void apply_quantize(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     j.k.quantize(j.x, j.cols, <st_q8x4 *>(j.out + tid * j.out_stride))
 
@@ -143,7 +153,7 @@ cdef struct Named:
     const char *name
     apply_t apply
 
-cdef Named[14] APPLY
+cdef Named[15] APPLY
 APPLY[0] = Named("read", apply_read)
 APPLY[1] = Named("gemm_q4_0", apply_gemm_q4_0)
 APPLY[2] = Named("gemm_q8_0", apply_gemm_q8_0)
@@ -158,6 +168,7 @@ APPLY[10] = Named("axpy", apply_axpy)
 APPLY[11] = Named("to_f16", apply_to_f16)
 APPLY[12] = Named("gate_up_q4_0", apply_gate_up_q4_0)
 APPLY[13] = Named("gemm_q6_k", apply_gemm_q6_k)
+APPLY[14] = Named("attention_q8", apply_attention_q8)
 
 
 TILE_TYPES = {"gemm_q4_0": ST_Q4_0, "gemm_q8_0": ST_Q8_0, "gemm_q6_k": ST_Q6_K}
@@ -350,6 +361,7 @@ cdef class Timer:
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
         need(kernel != "gate_up_q4_0" or rows == 32)
         need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
+        need(kernel != "attention_q8" or (2 * rows <= tokens <= ST_ATTN_CHUNK and cols % 32 == 0))
         picks = kernel in ("rows_q4_0", "gate_up_q4_0")
         need(not np.any(np.asarray(chosen) < 0) and (not picks or np.all(np.asarray(chosen) < rows)))
         job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
@@ -366,7 +378,7 @@ cdef class Timer:
             p[i] = <size_t>&quantized[i * q_bytes]
             self.k.quantize(&x[0], cols // 32 * 32, <st_q8x4 *>&quantized[i * q_bytes])
         job.xq = <const st_q8x4 *const *>&p[0]
-        job.out_stride = (rows * max(tokens, 1) + rows * (cols + ST_ATTN_CHUNK + 2) * (kernel == "attention")
+        job.out_stride = (rows * max(tokens, 1) + rows * (cols + 2 * ST_ATTN_CHUNK + 2) * kernel.startswith("attention")
                           + 2 * cols + chosen.shape[0] + 1024) // 64 * 64
         outputs = Memory(self.threads * job.out_stride * 4)
         cdef uint8_t[::1] out = outputs
@@ -388,6 +400,8 @@ cdef class Timer:
             return 2 * rows * st_row_bytes(ST_Q4_0, cols)
         if kernel == "down_q4_0":
             return st_down_bytes(cols, rows)
+        if kernel == "attention_q8":
+            return 2 * st_kv_head_bytes(ST_Q8_0, cols)
         if kernel == "attention":
             return 2 * 2 * tokens * cols
         return 4 * cols if kernel == "dot" else 0
