@@ -302,8 +302,7 @@ cdef void list_tokens(Call *c) noexcept nogil:
 
 cdef void page_in(Call *c, int64_t l) noexcept nogil:
     """Lets go of the last layer's experts and asks for this layer's; one thread, as soon as they are known."""
-    cdef int64_t i, e, front = 0
-    cdef int pass_
+    cdef int64_t i, e, front = 0, late = 0
     list_tokens(c)
     if c.pager == NULL:
         memcpy(c.order, c.active_expert, c.n_active * sizeof(int32_t))
@@ -315,12 +314,15 @@ cdef void page_in(Call *c, int64_t l) noexcept nogil:
         c.held_tokens[i] = c.list_start[e + 1] - c.list_start[e]
     c.n_held = c.n_active
     st_pager_want(c.pager, c.held, c.held_tokens, c.n_held, c.clock + c.n)
-    for pass_ in range(2):
-        for i in range(c.n_active):
-            if (st_pager_ready(c.pager, c.held[i]) != 0) == (pass_ == 0):
-                if front < c.n_active:
-                    c.order[front] = c.active_expert[i]
-                    front += 1
+    # One look at each: an expert may arrive between two looks and would then be in neither group.
+    for i in range(c.n_active):
+        if st_pager_ready(c.pager, c.held[i]):
+            c.order[front] = c.active_expert[i]
+            front += 1
+        else:
+            c.held_tokens[late] = c.active_expert[i]
+            late += 1
+    memcpy(c.order + front, c.held_tokens, late * sizeof(int32_t))
 
 
 cdef const uint8_t *expert_blob(Call *c, int64_t l, int64_t e) noexcept nogil:
