@@ -5,22 +5,27 @@
 #include <stddef.h>
 #include <string.h>
 
-/* Tokens after which a use counts half. */
-#define HALF_LIFE 512.0
+/* Tokens after which a use counts half. Measured with tools/replay.py: docs/performance.md, "Eviction". */
+#define HALF_LIFE 128.0
 
-static double lru(double score, double now) {
+static double lru(double score, double now, double uses) {
     (void)score;
+    (void)uses;
     return now;
 }
 
+static double lru_uses(double score, double now) { return score > 0 ? exp2((score - now) / HALF_LIFE) : 0; }
+
 /* Uses, each weighing half after HALF_LIFE tokens. The score is log2(sum) + now / HALF_LIFE: it orders experts as
- * their decayed sums do at any time, so that it changes only when its expert is used. */
-static double frequency(double score, double now) {
-    double sum = score > 0 ? exp2(score - now / HALF_LIFE) : 0;
-    return log2(sum + 1) + now / HALF_LIFE;
+ * their decayed sums do at any time, so that it changes only when its expert is used. 0 is left for "never". */
+static double frequency_uses(double score, double now) { return score != 0 ? exp2(score - now / HALF_LIFE) : 0; }
+
+static double frequency(double score, double now, double uses) {
+    double sum = frequency_uses(score, now) + uses;
+    return sum > 0 ? log2(sum) + now / HALF_LIFE : 0;
 }
 
-static const st_eviction policies[] = {{"frequency", frequency}, {"lru", lru}};
+static const st_eviction policies[] = {{"frequency", frequency, frequency_uses}, {"lru", lru, lru_uses}};
 
 const st_eviction *st_eviction_find(const char *name) {
     if (!name)

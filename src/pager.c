@@ -1,6 +1,6 @@
-/* The expert pager. States of an expert: absent -> queued -> (read) -> ready or failed; a pinned expert is never
- * evicted, and a queued one is always pinned or about to be ready. One short lock guards everything but the
- * takers' first look. */
+/* The expert pager. An expert is absent, queued, reading, parked (a read ahead that gave way), ready or failed. What
+ * is pinned or being read is never evicted; what is named ahead only where nothing else is left. One short lock
+ * guards everything but the takers' first look. */
 #include "smallthinker/pager.h"
 
 #include "smallthinker/eviction.h"
@@ -11,12 +11,16 @@
 #include <string.h>
 #include <time.h>
 
-enum { ABSENT, QUEUED, READY, FAILED };
+enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
+enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
 
 struct expert {
     atomic_int state;
-    int32_t slot; /* -1 where absent */
+    int32_t slot; /* -1 where it has none: always when ABSENT, perhaps when QUEUED */
     int32_t pins;
+    uint8_t ahead;  /* NAMED in the list of reads ahead, or WARMING */
+    uint8_t unused; /* read before it was wanted, and not wanted since */
+    size_t done;    /* bytes read so far */
     double score;
 };
 
@@ -26,8 +30,16 @@ struct st_pager {
     const st_eviction *policy;
     struct expert *experts;
     int32_t *owner; /* of every slot; -1 free */
-    int32_t *queue; /* ring of ids to read, first come first served */
+    int64_t free_slots;
+    int32_t *queue; /* ring of wanted ids to read, first come first served */
     int64_t queue_head, queue_size;
+    int32_t *ahead; /* ids to read ahead, the most urgent first */
+    int64_t n_ahead, pinned;
+    int32_t *warm; /* ids to fill free slots with */
+    int64_t n_warm, next_warm;
+    double now;
+    int wanted_reads, reads; /* in progress: of wanted experts, and of all */
+    int64_t reads_since;     /* when `reads` left zero */
     int stop;
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
@@ -43,37 +55,185 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+static int get_state(const struct expert *expert) { return atomic_load_explicit(&expert->state, memory_order_relaxed); }
+
+/* ---- slots; all under the lock ---- */
+
+static void free_slot(st_pager *pager, struct expert *expert, int state) {
+    if (expert->slot >= 0) {
+        pager->owner[expert->slot] = -1;
+        pager->free_slots++;
+    }
+    if (expert->unused)
+        pager->stats.bytes_wasted += (int64_t)expert->done;
+    expert->slot = -1;
+    expert->done = 0;
+    expert->unused = 0;
+    atomic_store(&expert->state, state);
+}
+
+/* The slot of the expert with the smallest score that may go; -1 where there is none. */
+static int32_t find_victim(const st_pager *pager, int ahead_too) {
+    int32_t best = -1;
+    double least = 0;
+    for (int64_t i = 0; i < pager->config.slots; i++) {
+        const struct expert *expert = pager->experts + pager->owner[i];
+        int state = get_state(expert);
+        if (expert->pins > 0 || (state != READY && state != PARKED) || (expert->ahead && !ahead_too))
+            continue;
+        if (best < 0 || expert->score < least) {
+            best = (int32_t)i;
+            least = expert->score;
+        }
+    }
+    return best;
+}
+
+/* Gives the expert a slot, by evicting where none is free. 0 where all are in use. */
+static int give_slot(st_pager *pager, int32_t id, int may_evict) {
+    struct expert *expert = pager->experts + id;
+    if (expert->slot >= 0)
+        return 1;
+    int32_t slot = -1;
+    if (pager->free_slots > 0) {
+        for (slot = 0; pager->owner[slot] >= 0;)
+            slot++;
+    } else if (may_evict) {
+        slot = find_victim(pager, 0);
+        if (slot < 0 && expert->pins > 0)
+            slot = find_victim(pager, 1);
+        if (slot >= 0) {
+            free_slot(pager, pager->experts + pager->owner[slot], ABSENT);
+            pager->stats.evictions++;
+        }
+    }
+    if (slot < 0)
+        return 0;
+    pager->owner[slot] = id;
+    pager->free_slots--;
+    expert->slot = slot;
+    return 1;
+}
+
+/* ---- I/O threads ---- */
+
+/* The wanted expert to read next, with a slot; -1 where there is none. */
+static int32_t next_wanted(st_pager *pager) {
+    while (pager->queue_size > 0) {
+        int32_t id = pager->queue[pager->queue_head];
+        if (pager->experts[id].pins > 0 && !give_slot(pager, id, 1))
+            return -1; /* reads ahead in progress hold the last slots; the end of one comes back here */
+        pager->queue_head = (pager->queue_head + 1) % pager->config.experts;
+        pager->queue_size--;
+        if (pager->experts[id].pins > 0)
+            return id;
+        free_slot(pager, pager->experts + id, ABSENT); /* released before its turn */
+    }
+    return -1;
+}
+
+/* The most urgent expert to read ahead, with a slot; -1 where there is none. */
+static int32_t next_ahead(st_pager *pager) {
+    for (int64_t i = 0; i < pager->n_ahead; i++) {
+        int32_t id = pager->ahead[i];
+        struct expert *expert = pager->experts + id;
+        int state = get_state(expert);
+        if (expert->ahead == NAMED && (state == ABSENT || state == PARKED) && give_slot(pager, id, 1)) {
+            pager->stats.ahead_reads += state == ABSENT;
+            return id;
+        }
+    }
+    for (; pager->next_warm < pager->n_warm && pager->free_slots > 0; pager->next_warm++) {
+        int32_t id = pager->warm[pager->next_warm];
+        if (get_state(pager->experts + id) == ABSENT && give_slot(pager, id, 0)) {
+            pager->experts[id].ahead = WARMING;
+            return id;
+        }
+    }
+    return -1;
+}
+
+/* Whether the read of an expert that nobody waits for should stop where it is. */
+static int must_give_way(const st_pager *pager, const struct expert *expert) {
+    return expert->pins == 0 &&
+           (expert->ahead == NOT_AHEAD || pager->queue_size > 0 || pager->wanted_reads > 0 || pager->stop);
+}
+
+static void finish_read(st_pager *pager, struct expert *expert) {
+    if (--pager->reads == 0)
+        pager->stats.disk_ns += nanoseconds() - pager->reads_since;
+    if (expert->done == pager->config.bytes)
+        atomic_store(&expert->state, READY);
+    else if (expert->pins > 0)
+        atomic_store(&expert->state, FAILED);
+    else if (expert->ahead == NAMED && expert->done > 0)
+        atomic_store(&expert->state, PARKED);
+    else
+        free_slot(pager, expert, ABSENT);
+    if (expert->ahead == WARMING)
+        expert->ahead = NOT_AHEAD;
+    pthread_cond_broadcast(&pager->done);
+    if (pager->wanted_reads == 0 && pager->n_ahead > 0)
+        pthread_cond_signal(&pager->work); /* reads ahead may go on, on the other threads too */
+}
+
+/* Reads an expert to its end, or until it has to give way. Locked, except while it reads. */
+static void read_expert(st_pager *pager, int32_t id) {
+    struct expert *expert = pager->experts + id;
+    uint8_t *slot = pager->config.memory + (size_t)expert->slot * pager->config.bytes;
+    atomic_store(&expert->state, READING);
+    expert->unused = expert->pins == 0;
+    if (pager->reads++ == 0)
+        pager->reads_since = nanoseconds();
+    while (expert->done < pager->config.bytes) {
+        size_t done = expert->done, size = pager->config.bytes - done;
+        int wanted = expert->pins > 0;
+        if (!wanted && size > pager->config.piece)
+            size = pager->config.piece;
+        pager->wanted_reads += wanted;
+        pthread_mutex_unlock(&pager->mutex);
+        int status = pager->config.read(pager->config.source, pager->offsets[id] + (int64_t)done, size, slot + done);
+        pthread_mutex_lock(&pager->mutex);
+        pager->wanted_reads -= wanted;
+        if (status != 0) {
+            pager->stats.read_errors++;
+            expert->ahead = NOT_AHEAD; /* or it would be tried again at once */
+            break;
+        }
+        expert->done += size;
+        pager->stats.bytes_read += (int64_t)size;
+        if (must_give_way(pager, expert))
+            break;
+    }
+    finish_read(pager, expert);
+}
+
 static void *io_main(void *arg) {
     st_pager *pager = arg;
     pthread_mutex_lock(&pager->mutex);
-    for (;;) {
-        while (pager->queue_size == 0 && !pager->stop)
+    while (!pager->stop) {
+        int32_t id = next_wanted(pager);
+        /* A wanted expert has the storage to itself: a read ahead beside it would only make it later. */
+        if (id < 0 && pager->queue_size == 0 && pager->wanted_reads == 0)
+            id = next_ahead(pager);
+        if (id < 0)
             pthread_cond_wait(&pager->work, &pager->mutex);
-        if (pager->queue_size == 0)
-            break;
-        int32_t id = pager->queue[pager->queue_head];
-        pager->queue_head = (pager->queue_head + 1) % pager->config.experts;
-        pager->queue_size--;
-        uint8_t *slot = pager->config.memory + (size_t)pager->experts[id].slot * pager->config.bytes;
-        pthread_mutex_unlock(&pager->mutex);
-        int status = pager->config.read(pager->config.source, pager->offsets[id], pager->config.bytes, slot);
-        pthread_mutex_lock(&pager->mutex);
-        if (status == 0)
-            pager->stats.bytes_read += (int64_t)pager->config.bytes;
         else
-            pager->stats.read_errors++;
-        atomic_store(&pager->experts[id].state, status == 0 ? READY : FAILED);
-        pthread_cond_broadcast(&pager->done);
+            read_expert(pager, id);
     }
     pthread_mutex_unlock(&pager->mutex);
     return NULL;
 }
+
+/* ---- the public calls ---- */
 
 static void free_all(st_pager *pager) {
     free(pager->offsets);
     free(pager->experts);
     free(pager->owner);
     free(pager->queue);
+    free(pager->ahead);
+    free(pager->warm);
     free(pager->threads);
     free(pager);
 }
@@ -89,8 +249,11 @@ st_pager *st_pager_create(const st_pager_config *config) {
     pager->experts = calloc(experts, sizeof *pager->experts);
     pager->owner = malloc(slots * sizeof *pager->owner);
     pager->queue = malloc(experts * sizeof *pager->queue);
+    pager->ahead = malloc(experts * sizeof *pager->ahead);
+    pager->warm = malloc(slots * sizeof *pager->warm);
     pager->threads = calloc((size_t)config->io_threads, sizeof *pager->threads);
-    if (!pager->policy || !pager->offsets || !pager->experts || !pager->owner || !pager->queue || !pager->threads) {
+    if (!pager->policy || !pager->offsets || !pager->experts || !pager->owner || !pager->queue || !pager->ahead ||
+        !pager->warm || !pager->threads) {
         free_all(pager);
         return NULL;
     }
@@ -99,6 +262,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
         pager->experts[i].slot = -1;
     for (size_t i = 0; i < slots; i++)
         pager->owner[i] = -1;
+    pager->free_slots = config->slots;
     pthread_mutex_init(&pager->mutex, NULL);
     pthread_cond_init(&pager->work, NULL);
     pthread_cond_init(&pager->done, NULL);
@@ -117,7 +281,6 @@ void st_pager_destroy(st_pager *pager) {
         return;
     pthread_mutex_lock(&pager->mutex);
     pager->stop = 1;
-    pager->queue_size = 0;
     pthread_cond_broadcast(&pager->work);
     pthread_mutex_unlock(&pager->mutex);
     for (int i = 0; i < pager->started; i++)
@@ -128,54 +291,46 @@ void st_pager_destroy(st_pager *pager) {
     free_all(pager);
 }
 
-/* A free slot, or that of the unpinned expert with the smallest score; -1 where all are pinned. Locked. */
-static int32_t find_slot(st_pager *pager) {
-    int32_t best = -1;
-    double least = 0;
-    for (int64_t i = 0; i < pager->config.slots; i++) {
-        int32_t id = pager->owner[i];
-        if (id < 0)
-            return (int32_t)i;
-        struct expert *expert = pager->experts + id;
-        if (expert->pins > 0 || atomic_load_explicit(&expert->state, memory_order_relaxed) == QUEUED)
-            continue;
-        if (best < 0 || expert->score < least) {
-            best = (int32_t)i;
-            least = expert->score;
-        }
-    }
-    if (best >= 0) {
-        struct expert *old = pager->experts + pager->owner[best];
-        old->slot = -1;
-        atomic_store(&old->state, ABSENT);
-        pager->owner[best] = -1;
-        pager->stats.evictions++;
-    }
-    return best;
+/* Counts the use of a wanted expert; 1 where it must be queued. */
+static int count_want(st_pager *pager, struct expert *expert) {
+    int state = get_state(expert);
+    if (expert->ahead == NAMED)
+        pager->stats.predicted_right++;
+    expert->ahead = NOT_AHEAD;
+    if (state == ABSENT || state == FAILED)
+        pager->stats.misses++;
+    else if (expert->unused)
+        pager->stats.ahead_hits++;
+    else
+        pager->stats.hits++;
+    expert->unused = 0;
+    return state == ABSENT || state == PARKED;
 }
 
-void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *tokens, int64_t n, double now) {
+void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now) {
     int queued = 0;
     pthread_mutex_lock(&pager->mutex);
+    pager->now = now;
     for (int64_t i = 0; i < n; i++) /* pin all first, so that none evicts another of the same call */
-        pager->experts[ids[i]].pins++;
+        pager->pinned += pager->experts[ids[i]].pins++ == 0;
     for (int64_t i = 0; i < n; i++) {
         struct expert *expert = pager->experts + ids[i];
-        for (int32_t t = 0; t < (tokens ? tokens[i] : 1) && t < 8; t++)
-            expert->score = pager->policy->touch(expert->score, now);
-        if (atomic_load_explicit(&expert->state, memory_order_relaxed) != ABSENT) {
-            pager->stats.hits++;
+        int parked = get_state(expert) == PARKED;
+        expert->score = pager->policy->touch(expert->score, now, uses ? uses[i] : 1);
+        if (!count_want(pager, expert))
             continue;
-        }
-        pager->stats.misses++;
-        expert->slot = find_slot(pager);
-        if (expert->slot < 0) { /* more wanted than slots: the caller's mistake, but not a crash */
+        if (pager->pinned > pager->config.slots && !parked) { /* the caller's mistake, but no crash */
             atomic_store(&expert->state, FAILED);
             continue;
         }
-        pager->owner[expert->slot] = ids[i];
         atomic_store(&expert->state, QUEUED);
-        pager->queue[(pager->queue_head + pager->queue_size++) % pager->config.experts] = ids[i];
+        pager->queue_size++;
+        if (parked) { /* little is left to read of it: it goes first */
+            pager->queue_head = (pager->queue_head + pager->config.experts - 1) % pager->config.experts;
+            pager->queue[pager->queue_head] = ids[i];
+        } else {
+            pager->queue[(pager->queue_head + pager->queue_size - 1) % pager->config.experts] = ids[i];
+        }
         queued++;
     }
     if (queued)
@@ -183,14 +338,45 @@ void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *tokens, i
     pthread_mutex_unlock(&pager->mutex);
 }
 
-int st_pager_ready(st_pager *pager, int32_t id) { return atomic_load(&pager->experts[id].state) >= READY; }
+void st_pager_ahead(st_pager *pager, const int32_t *ids, int64_t n) {
+    int to_read = 0;
+    pthread_mutex_lock(&pager->mutex);
+    for (int64_t i = 0; i < pager->n_ahead; i++)
+        if (pager->experts[pager->ahead[i]].ahead == NAMED)
+            pager->experts[pager->ahead[i]].ahead = NAMED_BEFORE;
+    for (int64_t i = 0; i < n; i++) {
+        struct expert *expert = pager->experts + ids[i];
+        pager->stats.predicted += expert->ahead != NAMED_BEFORE;
+        expert->ahead = NAMED;
+        to_read |= get_state(expert) == ABSENT || get_state(expert) == PARKED;
+    }
+    for (int64_t i = 0; i < pager->n_ahead; i++) {
+        struct expert *expert = pager->experts + pager->ahead[i];
+        if (expert->ahead != NAMED_BEFORE)
+            continue;
+        expert->ahead = NOT_AHEAD; /* a read in progress stops at the end of its piece */
+        if (get_state(expert) == PARKED)
+            free_slot(pager, expert, ABSENT);
+    }
+    for (int64_t i = 0; i < n; i++)
+        pager->ahead[i] = ids[i];
+    pager->n_ahead = n;
+    if (to_read && pager->queue_size == 0 && pager->wanted_reads == 0)
+        pthread_cond_broadcast(&pager->work);
+    pthread_mutex_unlock(&pager->mutex);
+}
+
+int st_pager_progress(st_pager *pager, int32_t id) {
+    int state = atomic_load(&pager->experts[id].state);
+    return state >= READY ? 2 : state == READING;
+}
 
 const uint8_t *st_pager_take(st_pager *pager, int32_t id) {
     struct expert *expert = pager->experts + id;
-    if (!st_pager_ready(pager, id)) {
+    if (atomic_load(&expert->state) < READY) {
         int64_t start = nanoseconds();
         pthread_mutex_lock(&pager->mutex);
-        while (!st_pager_ready(pager, id))
+        while (atomic_load(&expert->state) < READY)
             pthread_cond_wait(&pager->done, &pager->mutex);
         pthread_mutex_unlock(&pager->mutex);
         atomic_fetch_add(&pager->stall_ns, nanoseconds() - start);
@@ -204,14 +390,30 @@ void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n) {
     pthread_mutex_lock(&pager->mutex);
     for (int64_t i = 0; i < n; i++) {
         struct expert *expert = pager->experts + ids[i];
-        expert->pins--;
-        if (expert->pins == 0 && atomic_load(&expert->state) == FAILED) {
-            if (expert->slot >= 0)
-                pager->owner[expert->slot] = -1;
-            expert->slot = -1;
-            atomic_store(&expert->state, ABSENT);
-        }
+        if (--expert->pins > 0)
+            continue;
+        pager->pinned--;
+        if (get_state(expert) == FAILED)
+            free_slot(pager, expert, ABSENT);
     }
+    pthread_mutex_unlock(&pager->mutex);
+}
+
+void st_pager_get_uses(st_pager *pager, double *uses) {
+    pthread_mutex_lock(&pager->mutex);
+    for (int64_t i = 0; i < pager->config.experts; i++)
+        uses[i] = pager->policy->uses(pager->experts[i].score, pager->now);
+    pthread_mutex_unlock(&pager->mutex);
+}
+
+void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n) {
+    pthread_mutex_lock(&pager->mutex);
+    for (int64_t i = 0; i < n; i++)
+        pager->experts[ids[i]].score = pager->policy->touch(0, pager->now, uses[i]);
+    pager->n_warm = n < pager->config.slots ? n : pager->config.slots;
+    pager->next_warm = 0;
+    memcpy(pager->warm, ids, (size_t)pager->n_warm * sizeof *ids);
+    pthread_cond_broadcast(&pager->work);
     pthread_mutex_unlock(&pager->mutex);
 }
 
@@ -220,4 +422,9 @@ void st_pager_get_stats(st_pager *pager, st_pager_stats *stats) {
     *stats = pager->stats;
     pthread_mutex_unlock(&pager->mutex);
     stats->stall_ns = atomic_load(&pager->stall_ns);
+}
+
+void st_pager_get_resident(st_pager *pager, uint8_t *states) {
+    for (int64_t i = 0; i < pager->config.experts; i++)
+        states[i] = atomic_load(&pager->experts[i].state) == READY;
 }

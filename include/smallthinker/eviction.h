@@ -4,9 +4,11 @@
 
 typedef struct st_eviction {
     const char *name;
-    /* The score of an expert that is used at time `now` (in tokens), from its score before (0 when never used).
-     * The expert with the smallest score is evicted. */
-    double (*touch)(double score, double now);
+    /* The score of an expert that `uses` tokens use at time `now` (in tokens), from its score before (0 when never
+     * used). The expert with the smallest score is evicted. */
+    double (*touch)(double score, double now, double uses);
+    /* What a score is worth at time `now`, in recent uses: touch(0, now, that) orders experts as the score does. */
+    double (*uses)(double score, double now);
 } st_eviction;
 
 /* The policy of that name, or NULL; NULL asks for the default. */

@@ -21,27 +21,50 @@ typedef struct st_pager_config {
     int64_t slots;
     int io_threads;
     const char *policy; /* a name of eviction.c; NULL is the default */
+    size_t piece;       /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
 } st_pager_config;
 
+/* Of experts asked for by want: hits + ahead_hits + misses = all. */
 typedef struct st_pager_stats {
-    int64_t hits, misses, bytes_read, read_errors, evictions;
-    int64_t stall_ns; /* time that takers waited, summed over threads */
+    int64_t hits;       /* in memory from an earlier use */
+    int64_t ahead_hits; /* read ahead for this use, wholly or in part */
+    int64_t misses;     /* read from its beginning */
+    int64_t bytes_read;
+    int64_t bytes_wasted; /* of reads ahead that were given up or never used */
+    int64_t read_errors, evictions;
+    int64_t predicted, predicted_right; /* experts named to ahead, and those of them wanted in time */
+    int64_t ahead_reads;                /* reads ahead begun */
+    int64_t stall_ns;                   /* time that takers waited, summed over threads */
+    int64_t disk_ns;                    /* time with a read in progress */
 } st_pager_stats;
 
 /* NULL where memory or threads cannot be had, or the policy is unknown. */
 st_pager *st_pager_create(const st_pager_config *config);
 void st_pager_destroy(st_pager *pager); /* NULL is fine; reads in flight are waited for */
 
-/* Pins n distinct experts and starts reading those that are absent. tokens: how many tokens use each (NULL: one).
- * now: the position in time for eviction, in tokens. At most `slots` experts may be pinned at once. */
-void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *tokens, int64_t n, double now);
-/* 1 where a wanted expert has arrived (or failed): take will not wait. */
-int st_pager_ready(st_pager *pager, int32_t id);
+/* Pins n distinct experts and starts reading those that are absent. uses: how many tokens use each (NULL: one).
+ * now: the position in time for eviction, in tokens. At most `slots` experts may be pinned at once; those beyond
+ * come as failed reads. */
+void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now);
+/* Names n distinct experts that will probably be wanted soon, the likeliest and nearest first. They are read while
+ * no wanted expert waits, and kept until they are wanted or a later call no longer names them: every call replaces
+ * the list, and what is not named again is cancelled. n <= experts. */
+void st_pager_ahead(st_pager *pager, const int32_t *ids, int64_t n);
+/* How near a wanted expert is: 2 arrived (or failed), so that take will not wait; 1 partly read; 0 not begun. */
+int st_pager_progress(st_pager *pager, int32_t id);
 /* The weights of a wanted expert, waiting for them; NULL where the read failed. Valid until release. */
 const uint8_t *st_pager_take(st_pager *pager, int32_t id);
 /* Unpins what want pinned. A failed expert may be wanted again. */
 void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n);
 
+/* How much each expert was used lately, into uses[experts]: tokens, old ones weighing less (see eviction.h). */
+void st_pager_get_uses(st_pager *pager, double *uses);
+/* Takes what st_pager_get_uses gave in an earlier run for n experts, the most used first, as if it had just happened,
+ * and reads them into free slots while nothing else is to be read. */
+void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n);
+
 void st_pager_get_stats(st_pager *pager, st_pager_stats *stats);
+/* states[experts]: 1 where the expert is in memory now. */
+void st_pager_get_resident(st_pager *pager, uint8_t *states);
 
 #endif

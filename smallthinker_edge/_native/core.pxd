@@ -117,20 +117,31 @@ cdef extern from "smallthinker/pager.h" nogil:
         int64_t slots
         int io_threads
         const char *policy
+        size_t piece
     ctypedef struct st_pager_stats:
         int64_t hits
+        int64_t ahead_hits
         int64_t misses
         int64_t bytes_read
+        int64_t bytes_wasted
         int64_t read_errors
         int64_t evictions
+        int64_t predicted
+        int64_t predicted_right
+        int64_t ahead_reads
         int64_t stall_ns
+        int64_t disk_ns
     st_pager *st_pager_create(const st_pager_config *config)
     void st_pager_destroy(st_pager *pager)
-    void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *tokens, int64_t n, double now)
-    int st_pager_ready(st_pager *pager, int32_t id)
+    void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now)
+    void st_pager_ahead(st_pager *pager, const int32_t *ids, int64_t n)
+    int st_pager_progress(st_pager *pager, int32_t id)
     const uint8_t *st_pager_take(st_pager *pager, int32_t id)
     void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n)
+    void st_pager_get_uses(st_pager *pager, double *uses)
+    void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
+    void st_pager_get_resident(st_pager *pager, uint8_t *states)
 
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)

@@ -26,6 +26,7 @@ def kv_bytes(config: ModelConfig, context: int, kv: str = ...) -> int: ...
 class Engine:
     threads: int
     exact: bool
+    routing: list[bytes] | None
     def __init__(
         self,
         config: ModelConfig,
@@ -65,5 +66,9 @@ class Engine:
         *,
         io_threads: int = ...,
         policy: str | None = ...,
+        ahead: int = ...,
+        piece: int = ...,
     ) -> None: ...
+    def expert_uses(self, uses: npt.NDArray[np.float64]) -> bool: ...
+    def warm(self, ids: npt.NDArray[np.int32], uses: npt.NDArray[np.float64]) -> None: ...
     def pager_stats(self) -> dict[str, int | float | bool] | None: ...

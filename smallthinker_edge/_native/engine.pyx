@@ -5,7 +5,7 @@ Called by loader.py (weights) and session.py (decode). It never opens files and 
 serves one decode at a time (session.py holds the lock); a KVCache belongs to one session.
 """
 from libc.errno cimport errno
-from libc.math cimport cos, expf, pow, sin, sqrtf
+from libc.math cimport INFINITY, cos, expf, pow, sin, sqrtf
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -20,6 +20,12 @@ from smallthinker_edge.errors import ExpertReadError
 
 include "forward.pxi"
 include "kv_cache.pxi"
+
+# Measured in docs/performance.md, "Under a memory cap".
+cdef enum:
+    IO_THREADS = 1
+    AHEAD_LAYERS = 2
+    PIECE_BYTES = 512 << 10
 
 
 cdef enum:
@@ -108,6 +114,7 @@ cdef class Engine:
     cdef readonly int threads
     cdef readonly bint exact
     cdef object config
+    cdef public object routing  # None, or a list that decode() adds to: bytes of int32 [n, L, K], the experts chosen
 
     def __cinit__(self, config, int threads, kernels=None, int64_t batch=512, bint exact=False):
         cdef Call *c = &self.call
@@ -300,7 +307,8 @@ cdef class Engine:
                     memcpy(blob + gs + us, &d[e * ds], ds)
                 blob += size
 
-    def page_experts(self, path, offsets, size_t blob_bytes, int64_t slots, types, *, io_threads=4, policy=None):
+    def page_experts(self, path, offsets, size_t blob_bytes, int64_t slots, types, *, int io_threads=IO_THREADS,
+                     policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES):
         """Takes the experts from a packed file instead of set_experts().
 
         Args:
@@ -308,6 +316,8 @@ cdef class Engine:
             blob_bytes: of one expert, a multiple of 4096. slots: how many are kept in memory, at least E.
             types: per layer, the type numbers of gate, up and down.
             io_threads: reads in flight at once. policy: an eviction policy ("frequency" or "lru"); None: the best.
+            ahead: layers whose routers are asked before their turn, to read their experts ahead; 0 reads none ahead.
+            piece: bytes after which such a read gives way to an expert that is wanted now.
 
         Raises OSError where the file cannot be opened, ValueError for an unknown policy or too few slots.
         """
@@ -317,6 +327,8 @@ cdef class Engine:
         cdef int64_t experts = self.call.s.n_layers * self.call.s.experts
         if slots < self.call.s.experts or blob_bytes % 4096 or table.shape[0] != experts:
             raise ValueError("too few slots, or sizes that do not fit the model")
+        if io_threads < 1 or ahead < 0 or piece < 4096 or piece % 4096:
+            raise ValueError("io_threads, ahead or piece is out of range")
         for l in range(self.call.s.n_layers):
             layer = &self.call.layers[l]
             layer.gate_type, layer.up_type, layer.down_type = types[l]
@@ -330,9 +342,12 @@ cdef class Engine:
         config.experts, config.offsets, config.bytes = table.shape[0], &table[0], blob_bytes
         config.memory = <uint8_t *>self.arena.take_apart(slots * blob_bytes)
         config.slots, config.io_threads = slots, io_threads
-        config.policy = NULL
+        config.policy, config.piece = NULL, piece
         if policy is not None:
             config.policy = encoded
+        self.call.ahead = min(ahead, self.call.s.n_layers - 1)
+        self.call.ahead_logits = <float *>self.arena.take((self.call.ahead * self.call.s.experts + 1) * 4)
+        self.call.ahead_ids = <int32_t *>self.arena.take((self.call.ahead + 1) * self.call.s.experts * 4)
         self.call.pager = st_pager_create(&config)
         if self.call.pager == NULL:
             raise ValueError(f"cannot start the pager: unknown policy {policy!r}, or no memory")
@@ -346,16 +361,40 @@ cdef class Engine:
         return EXPERT_ROWS
 
     def pager_stats(self):
-        """Counts since the model was opened, or None without a pager; stall_seconds is summed over threads."""
+        """Counts since the model was opened, or None without a pager. See docs/performance.md for what they mean."""
         cdef st_pager_stats stats
         if self.call.pager == NULL:
             return None
         st_pager_get_stats(self.call.pager, &stats)
+        wanted, ahead = stats.hits + stats.ahead_hits + stats.misses, stats.predicted
         return {
-            "slots": self.slots, "hits": stats.hits, "misses": stats.misses, "evictions": stats.evictions,
-            "bytes_read": stats.bytes_read, "read_errors": stats.read_errors, "stall_seconds": stats.stall_ns / 1e9,
+            "slots": self.slots, "hits": stats.hits, "ahead_hits": stats.ahead_hits, "misses": stats.misses,
+            "hit_rate": stats.hits / wanted if wanted else 0.0,
+            "prediction_accuracy": stats.predicted_right / ahead if ahead else 0.0,
+            "ahead_reads": stats.ahead_reads, "evictions": stats.evictions,
+            "read_bytes": stats.bytes_read, "wasted_bytes": stats.bytes_wasted, "read_errors": stats.read_errors,
+            "stall_seconds": stats.stall_ns / 1e9, "disk_seconds": stats.disk_ns / 1e9,
             "direct_io": bool(st_reader_direct(self.reader)),
         }
+
+    def expert_uses(self, double[::1] uses not None):
+        """How many tokens used each expert lately, into float64 [L * E]; False without a pager."""
+        if self.call.pager == NULL or uses.shape[0] != self.call.s.n_layers * self.call.s.experts:
+            return False
+        st_pager_get_uses(self.call.pager, &uses[0])
+        return True
+
+    def warm(self, const int32_t[::1] ids not None, const double[::1] uses not None):
+        """Takes uses of an earlier run for those experts, the most used first, and starts reading them."""
+        cdef int64_t i
+        if self.call.pager == NULL or ids.shape[0] == 0:
+            return
+        if ids.shape[0] != uses.shape[0]:
+            raise ValueError("one use for every expert is needed")
+        for i in range(ids.shape[0]):
+            if not 0 <= ids[i] < self.call.s.n_layers * self.call.s.experts:
+                raise ValueError("no such expert")
+        st_pager_warm(self.call.pager, &ids[0], &uses[0], ids.shape[0])
 
     cdef int64_t check_layer(self, int64_t l) except -1:
         if not 0 <= l < self.call.s.n_layers:
@@ -385,6 +424,7 @@ cdef class Engine:
         cdef Call *c = &self.call
         cdef const int32_t[::1] ids = tokens
         cdef float[:, ::1] out
+        cdef uint8_t[::1] row
         cdef int64_t n = ids.shape[0], i
         if not 1 <= n <= cache.room() or cache.position + n > cache.context or cache.engine is not self:
             raise ValueError("too many tokens, or none, or another engine's cache")
@@ -407,15 +447,25 @@ cdef class Engine:
         self.fill_rope(c.rope, self.config.rope_theta, cache.position, n)
         self.fill_rope(c.rope_window, self.config.rope_theta_swa, cache.position, n)
         c.failed = 0
+        c.trace = NULL
+        chosen = None
+        if self.routing is not None:
+            chosen = bytearray(n * c.s.n_layers * c.s.used * sizeof(int32_t))
+            row = chosen
+            c.trace = <int32_t *>&row[0]
         with nogil:
             st_team_run(c.team, forward, c, n)
             if c.pager != NULL:
                 st_pager_release(c.pager, c.held, c.n_held)
                 c.n_held = 0
+                if c.failed:
+                    st_pager_ahead(c.pager, NULL, 0)
         cache.advance(n, not c.failed)
         if c.failed:
             raise ExpertReadError("expert weights could not be read from the model file; nothing was decoded")
         c.clock += n
+        if chosen is not None:
+            self.routing.append(bytes(chosen))
 
     cdef int size_partials(self, int64_t context) except -1:
         """Room for the unmerged attention chunks of the longest context seen."""

@@ -76,6 +76,10 @@ cdef struct Call:
     int64_t n_held
     int32_t *held_tokens  # how many tokens use each
     double clock          # tokens that this engine has computed
+    int64_t ahead         # layers whose routers are asked before their turn; 0 reads nothing ahead
+    float *ahead_logits   # [ahead][E] of one token
+    int32_t *ahead_ids    # [ahead * E]
+    int32_t *trace        # [n][L][K] chosen experts of this call, or NULL
     Matrix embedding, head
     float *output_norm
     Scratch *scratch
@@ -300,10 +304,55 @@ cdef void list_tokens(Call *c) noexcept nogil:
     c.list_start[0] = 0
 
 
+cdef int64_t ahead_units(Call *c) noexcept nogil:
+    """Units of work that look ahead, in every layer alike: those past the last layer do nothing."""
+    return c.ahead * ((c.s.experts + 7) // 8) if c.pager != NULL and c.n == 1 else 0
+
+
+cdef void ahead_unit(Call *c, int64_t l, int64_t unit) noexcept nogil:
+    """Eight logits of a later layer's router for this layer's residual: the best guess there is of its choice."""
+    cdef int64_t per = (c.s.experts + 7) // 8, j = unit // per, e, e0 = unit % per * 8
+    cdef const float *router
+    if l + 1 + j >= c.s.n_layers:
+        return
+    router = c.layers[l + 1 + j].router
+    for e in range(e0, min(e0 + 8, c.s.experts)):
+        c.ahead_logits[j * c.s.experts + e] = c.kernels.dot(router + e * c.s.d, c.x, c.s.d)
+
+
+cdef void read_ahead(Call *c, int64_t l) noexcept nogil:
+    """Names the experts that the next layers will probably choose; in a prompt, all of the next layer's."""
+    cdef int64_t E = c.s.experts, n = 0, j, k, e, best, layers = min(c.ahead, c.s.n_layers - 1 - l)
+    cdef float *logits
+    if c.ahead == 0:
+        return
+    if c.n > 1:
+        if layers > 0 and c.n * c.s.used >= E:
+            for e in range(E):
+                c.ahead_ids[e] = <int32_t>((l + 1) * E + e)
+            n = E
+        layers = 0
+    for j in range(layers):
+        logits = c.ahead_logits + j * E
+        for k in range(c.s.used):
+            best = 0
+            for e in range(1, E):
+                if logits[e] > logits[best]:
+                    best = e
+            logits[best] = -INFINITY
+            c.ahead_ids[n] = <int32_t>((l + 1 + j) * E + best)
+            n += 1
+    st_pager_ahead(c.pager, c.ahead_ids, n)
+
+
 cdef void page_in(Call *c, int64_t l) noexcept nogil:
     """Lets go of the last layer's experts and asks for this layer's; one thread, as soon as they are known."""
-    cdef int64_t i, e, front = 0, late = 0
+    cdef int64_t i, e, n = 0
+    cdef int progress
     list_tokens(c)
+    if c.trace != NULL:
+        for i in range(c.n):
+            memcpy(c.trace + (i * c.s.n_layers + l) * c.s.used, c.chosen + i * c.s.used, c.s.used * sizeof(int32_t))
     if c.pager == NULL:
         memcpy(c.order, c.active_expert, c.n_active * sizeof(int32_t))
         return
@@ -314,15 +363,15 @@ cdef void page_in(Call *c, int64_t l) noexcept nogil:
         c.held_tokens[i] = c.list_start[e + 1] - c.list_start[e]
     c.n_held = c.n_active
     st_pager_want(c.pager, c.held, c.held_tokens, c.n_held, c.clock + c.n)
-    # One look at each: an expert may arrive between two looks and would then be in neither group.
+    read_ahead(c, l)
+    # Those in memory first, then what is being read. One look at each: it may arrive between two looks.
     for i in range(c.n_active):
-        if st_pager_ready(c.pager, c.held[i]):
-            c.order[front] = c.active_expert[i]
-            front += 1
-        else:
-            c.held_tokens[late] = c.active_expert[i]
-            late += 1
-    memcpy(c.order + front, c.held_tokens, late * sizeof(int32_t))
+        c.held_tokens[i] = st_pager_progress(c.pager, c.held[i])
+    for progress in range(2, -1, -1):
+        for i in range(c.n_active):
+            if c.held_tokens[i] == progress:
+                c.order[n] = c.active_expert[i]
+                n += 1
 
 
 cdef const uint8_t *expert_blob(Call *c, int64_t l, int64_t e) noexcept nogil:
@@ -673,14 +722,14 @@ cdef void head_phase(Call *c, int tid, Scratch *s) noexcept nogil:
 
 
 cdef int64_t projection_units(Call *c) noexcept nogil:
-    return c.n * ((c.s.experts + 7) // 8) + c.s.heads + 2 * c.s.kv_heads
+    return c.n * ((c.s.experts + 7) // 8) + ahead_units(c) + c.s.heads + 2 * c.s.kv_heads
 
 
-cdef void projection_phase(Call *c, Layer *layer, int tid, Scratch *s) noexcept nogil:
+cdef void projection_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) noexcept nogil:
     """The router, q, k and v."""
     cdef const st_q8x4 *const *xq
     cdef const float *xf
-    cdef int64_t u, routers = c.n * ((c.s.experts + 7) // 8)
+    cdef int64_t u, routers = c.n * ((c.s.experts + 7) // 8), ahead = ahead_units(c)
     inputs(c, s, tid, layer.attn_norm, projection_units(c), &xq, &xf)
     while True:
         u = st_team_next(c.team, tid)
@@ -688,8 +737,10 @@ cdef void projection_phase(Call *c, Layer *layer, int tid, Scratch *s) noexcept 
             break
         if u < routers:
             router_unit(c, layer, u)
+        elif u - routers < ahead:
+            ahead_unit(c, l, u - routers)
         else:
-            projection_unit(c, layer, u - routers, xq, xf, s)
+            projection_unit(c, layer, u - routers - ahead, xq, xf, s)
 
 
 cdef void forward(void *arg, int tid) noexcept nogil:
@@ -700,7 +751,7 @@ cdef void forward(void *arg, int tid) noexcept nogil:
     embed(c, tid, next_units)
     for l in range(c.s.n_layers):
         layer = c.layers + l
-        projection_phase(c, layer, tid, s)
+        projection_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, attention_units(c, layer))
         attention_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, output_units(c) if c.n == 1 else c.n + 1)

@@ -1,4 +1,4 @@
-/* Random wants, takes and releases against a slow and faulty fake reader, checked byte by byte. Run by
+/* Random wants, reads ahead, takes and releases against a slow and faulty fake reader, checked byte by byte. Run by
  * tests/test_pager.py, plain and under sanitizers. Prints "ok" or dies. */
 #include "smallthinker/pager.h"
 
@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { EXPERTS = 96, SLOTS = 20, BYTES = 4096, ROUNDS = 3000, MOST = 12, TAKERS = 3 };
+enum { EXPERTS = 96, SLOTS = 20, BYTES = 16384, PIECE = 4096, ROUNDS = 800, MOST = 12, AHEAD = 10, TAKERS = 3 };
 
 #define CHECK(condition)                                                                                               \
     do {                                                                                                               \
@@ -20,16 +20,19 @@ enum { EXPERTS = 96, SLOTS = 20, BYTES = 4096, ROUNDS = 3000, MOST = 12, TAKERS 
     } while (0)
 
 static atomic_int reads, faults;
+static atomic_llong bytes; /* of reads that did not fail */
 
 /* Expert e is BYTES bytes of value e + 1; one read in eleven fails after half of it. */
 static int fake_read(void *source, int64_t offset, size_t size, void *buffer) {
     (void)source;
     int n = atomic_fetch_add(&reads, 1);
     memset(buffer, (int)(offset / BYTES) + 1, size / 2);
+    atomic_fetch_add(&bytes, (long long)size);
     if (n % 7 == 0)
         usleep(300);
     if (n % 11 == 3) {
         atomic_fetch_add(&faults, 1);
+        atomic_fetch_sub(&bytes, (long long)size);
         return -1;
     }
     memset((char *)buffer + size / 2, (int)(offset / BYTES) + 1, size - size / 2);
@@ -60,31 +63,43 @@ static void *take_all(void *arg) {
 
 static unsigned next_random(unsigned *state) { return *state = *state * 1664525u + 1013904223u, *state >> 8; }
 
-static void run(const char *policy) {
+/* n distinct ids, the low ones more often. */
+static void draw(unsigned *state, int32_t *ids, int n) {
+    for (int i = 0; i < n; i++) {
+        int again;
+        do {
+            unsigned a = next_random(state) % EXPERTS, b = next_random(state) % EXPERTS;
+            ids[i] = (int32_t)(a < b ? a : b);
+            again = 0;
+            for (int j = 0; j < i; j++)
+                again |= ids[j] == ids[i];
+        } while (again);
+    }
+}
+
+/* Half of the guesses come true: the next round's ids are taken from the list of reads ahead. */
+static void run(const char *policy, int io_threads, int ahead) {
     int64_t offsets[EXPERTS];
     for (int i = 0; i < EXPERTS; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, SLOTS * BYTES);
-    st_pager_config config = {fake_read, NULL, EXPERTS, offsets, BYTES, memory, SLOTS, 4, policy};
+    st_pager_config config = {fake_read, NULL, EXPERTS, offsets, BYTES, memory, SLOTS, io_threads, policy, PIECE};
     struct round round = {.pager = st_pager_create(&config)};
     CHECK(round.pager);
+    atomic_store(&bytes, 0);
     unsigned state = 1;
     int64_t wanted = 0, failures = 0;
+    int32_t guesses[MOST + AHEAD];
+    draw(&state, guesses, MOST + AHEAD);
     for (int r = 0; r < ROUNDS; r++) {
         round.n = 1 + (int)(next_random(&state) % MOST);
-        for (int i = 0; i < round.n; i++) { /* distinct, the low ids more often */
-            int32_t id;
-            int again;
-            do {
-                unsigned a = next_random(&state) % EXPERTS, b = next_random(&state) % EXPERTS;
-                id = (int32_t)(a < b ? a : b);
-                again = 0;
-                for (int j = 0; j < i; j++)
-                    again |= round.ids[j] == id;
-            } while (again);
-            round.ids[i] = id;
-        }
+        memcpy(round.ids, guesses, sizeof round.ids); /* distinct, as the guesses are */
+        if (next_random(&state) % 2)
+            draw(&state, round.ids, round.n);
         st_pager_want(round.pager, round.ids, NULL, round.n, r);
+        draw(&state, guesses, MOST + AHEAD);
+        if (ahead)
+            st_pager_ahead(round.pager, guesses, (int)(next_random(&state) % (AHEAD + 1)));
         pthread_t threads[TAKERS];
         for (int t = 0; t < TAKERS; t++)
             CHECK(pthread_create(&threads[t], NULL, take_all, &round) == 0);
@@ -95,27 +110,117 @@ static void run(const char *policy) {
             CHECK(failed[t] == failed[0]);
         failures += (intptr_t)failed[0];
         wanted += round.n;
+        if (r % 3 == 0)
+            usleep(200); /* compute: reads ahead go on meanwhile */
         st_pager_release(round.pager, round.ids, round.n);
     }
+    st_pager_ahead(round.pager, NULL, 0);
     st_pager_stats stats;
     st_pager_get_stats(round.pager, &stats);
-    CHECK(stats.hits + stats.misses == wanted);
-    CHECK(stats.read_errors == failures && failures > 0);
-    CHECK(stats.bytes_read == (stats.misses - stats.read_errors) * BYTES);
-    CHECK(stats.hits > wanted / 5 && stats.evictions > 0);
+    CHECK(stats.hits + stats.ahead_hits + stats.misses == wanted);
+    CHECK(failures > 0 && stats.hits > wanted / 5 && stats.evictions > 0);
+    CHECK((stats.ahead_hits > wanted / 20) == ahead && (stats.bytes_wasted > 0) == ahead);
+    CHECK(stats.predicted_right <= stats.predicted && (stats.predicted_right > 0) == ahead);
+    if (!ahead)
+        CHECK(stats.read_errors == failures && stats.bytes_read == (stats.misses - stats.read_errors) * BYTES);
     /* Destroyed with reads in flight. */
     for (int i = 0; i < MOST; i++)
         round.ids[i] = EXPERTS - 1 - i;
     st_pager_want(round.pager, round.ids, NULL, MOST, ROUNDS);
+    st_pager_ahead(round.pager, (int32_t[]){0, 1, 2, 3}, 4);
+    int64_t before = atomic_load(&bytes);
     st_pager_destroy(round.pager);
+    CHECK(stats.bytes_read <= before);
+    free(memory);
+}
+
+/* A read error reaches whoever wants the expert, and the next try succeeds: nothing partial is ever handed out. */
+static int broken;
+static int read_or_fail(void *source, int64_t offset, size_t size, void *buffer) {
+    (void)source;
+    if (broken)
+        return -1;
+    memset(buffer, (int)(offset / BYTES) + 1, size);
+    return 0;
+}
+
+static void recover(void) {
+    int64_t offsets[2] = {0, BYTES};
+    uint8_t *memory = aligned_alloc(4096, 2 * BYTES);
+    st_pager_config config = {read_or_fail, NULL, 2, offsets, BYTES, memory, 2, 1, NULL, PIECE};
+    st_pager *pager = st_pager_create(&config);
+    int32_t both[2] = {0, 1};
+    broken = 1;
+    st_pager_want(pager, both, NULL, 2, 1);
+    CHECK(!st_pager_take(pager, 0) && !st_pager_take(pager, 1));
+    st_pager_release(pager, both, 2);
+    broken = 0;
+    st_pager_want(pager, both, NULL, 2, 2);
+    CHECK(st_pager_take(pager, 1)[BYTES - 1] == 2 && st_pager_take(pager, 0)[0] == 1);
+    st_pager_release(pager, both, 2);
+    st_pager_destroy(pager);
+    free(memory);
+}
+
+/* What a profile names is read into free slots without being asked for, the most used first. */
+static void warm(void) {
+    int64_t offsets[8];
+    for (int i = 0; i < 8; i++)
+        offsets[i] = (int64_t)i * BYTES;
+    uint8_t *memory = aligned_alloc(4096, 3 * BYTES), resident[8];
+    st_pager_config config = {read_or_fail, NULL, 8, offsets, BYTES, memory, 3, 1, NULL, PIECE};
+    st_pager *pager = st_pager_create(&config);
+    st_pager_warm(pager, (int32_t[]){5, 2, 7, 1}, (double[]){9, 8, 7, 6}, 4);
+    do {
+        usleep(100);
+        st_pager_get_resident(pager, resident);
+    } while (resident[5] + resident[2] + resident[7] < 3);
+    st_pager_want(pager, (int32_t[]){1}, NULL, 1, 1); /* used 6 times before, and now: 2 and 5 outlive 7 ... */
+    CHECK(st_pager_take(pager, 1)[0] == 2);
+    st_pager_get_resident(pager, resident);
+    CHECK(resident[5] && resident[2] && !resident[7]);
+    double uses[8];
+    st_pager_get_uses(pager, uses);
+    CHECK(uses[5] > 8.9 && uses[5] < 9 && uses[1] > 6.9 && uses[1] < 7 && uses[0] == 0); /* a token later */
+    st_pager_destroy(pager);
+    free(memory);
+}
+
+/* A storage that hangs for a second: takers wait for it, and nothing is lost or handed out early. */
+static atomic_int hang;
+static int read_after_a_pause(void *source, int64_t offset, size_t size, void *buffer) {
+    if (atomic_exchange(&hang, 0))
+        usleep(1000000);
+    return read_or_fail(source, offset, size, buffer);
+}
+
+static void stall(void) {
+    int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
+    uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
+    st_pager_config config = {read_after_a_pause, NULL, 4, offsets, BYTES, memory, 3, 1, NULL, PIECE};
+    st_pager *pager = st_pager_create(&config);
+    atomic_store(&hang, 1);
+    st_pager_ahead(pager, (int32_t[]){3}, 1); /* the read ahead hangs, and the wanted ones stand behind it */
+    int32_t ids[2] = {0, 2};
+    st_pager_want(pager, ids, NULL, 2, 1);
+    CHECK(st_pager_take(pager, 2)[0] == 3 && st_pager_take(pager, 0)[BYTES - 1] == 1);
+    st_pager_release(pager, ids, 2);
+    st_pager_stats stats;
+    st_pager_get_stats(pager, &stats);
+    CHECK(stats.stall_ns > 500000000 && stats.read_errors == 0);
+    st_pager_destroy(pager);
     free(memory);
 }
 
 int main(void) {
-    run("frequency");
-    run("lru");
-    run(NULL);
-    st_pager_config unknown = {fake_read, NULL, 1, (int64_t[]){0}, BYTES, NULL, 1, 1, "no such policy"};
+    run("frequency", 4, 0);
+    run("frequency", 4, 1);
+    run("lru", 2, 1);
+    run(NULL, 1, 1);
+    recover();
+    warm();
+    stall();
+    st_pager_config unknown = {fake_read, NULL, 1, (int64_t[]){0}, BYTES, NULL, 1, 1, "no such policy", PIECE};
     CHECK(!st_pager_create(&unknown));
     puts("ok");
     return 0;
