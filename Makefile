@@ -26,13 +26,16 @@ print(next(line.partition(";")[0] for line in requires("smallthinker_edge") if "
 endef
 export BENCH_EXTRA
 
-.PHONY: help demo test test-arm wheels lint bench bench-avx2 bench-docs build install clean
+.PHONY: help demo demo-1gib test test-arm wheels lint bench bench-avx2 bench-docs build install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 	@$(BIN)/python -m smallthinker_edge demo
+
+demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL_4B=file.gguf; default: synthetic)
+	@$(BIN)/python tools/demo_1gib.py $(MODEL_4B)
 
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)

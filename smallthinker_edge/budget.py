@@ -6,8 +6,11 @@ Called by model.py with the user's `memory=`, and by `smallthinker-edge plan`. I
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -20,17 +23,21 @@ from smallthinker_edge.packed import PackedFile
 logger = logging.getLogger(__name__)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Thread stacks, the allocator's slack and what Python does while running.
-MARGIN = 24 << 20
+# Kernel memory (3 MiB measured), thread stacks, and what Python does while running.
+MARGIN = 12 << 20
+# What "auto" leaves to others: a share of what is free, so that a small machine stays usable.
+AUTO_SHARE = 0.9
 
 
 def parse_memory(memory: int | str) -> int:
-    """Bytes of an int, or of a string such as "1GiB", "900 MB", "4096".
+    """Bytes of an int, or of a string such as "1GiB", "900 MB", "4096"; "auto" is available_memory().
 
     Raises ValueError for anything else.
     """
     if isinstance(memory, bool) or not isinstance(memory, int | str):
         raise ValueError("memory must be bytes as an int, or a string such as '1GiB'")
+    if memory == "auto":
+        return available_memory()
     if isinstance(memory, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", memory.strip(), re.IGNORECASE)
         unit = match.group(2).upper() if match else ""
@@ -40,6 +47,75 @@ def parse_memory(memory: int | str) -> int:
     if memory <= 0:
         raise ValueError("memory must be positive")
     return memory
+
+
+def available_memory() -> int:
+    """Bytes this process may use in all: its own now, and 90 % of what the system and its cgroups have left."""
+    own: int = psutil.Process().memory_info().rss
+    free: int = psutil.virtual_memory().available
+    for limit, used in _cgroup_limits():
+        free = min(free, limit - used)
+    return own + int(max(0, free) * AUTO_SHARE)
+
+
+def _cgroup_limits(
+    root: Path = Path("/sys/fs/cgroup"), table: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """(limit, use without reclaimable cache) in bytes of every memory cgroup above this process that has a limit."""
+    try:
+        lines = [line.split(":", 2) for line in table.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "":  # version 2
+            top, limit_name, use_name, cache_name = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit_name, use_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache_name = "total_inactive_file"
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        # In a container the path may be the host's, which is not visible: the root is then the container's own.
+        for place in [folder, *folder.parents] if folder.exists() else [top]:
+            try:
+                limit = (place / limit_name).read_text(encoding="ascii").strip()
+                use = int((place / use_name).read_text(encoding="ascii"))
+                stat = dict(line.split() for line in (place / "memory.stat").read_text(encoding="ascii").splitlines())
+            except (OSError, ValueError):
+                continue
+            if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes "no limit" as a huge number
+                found.append((int(limit), use - int(stat.get(cache_name, 0))))
+    return found
+
+
+def process_memory() -> dict[str, int]:
+    """rss_bytes now and peak_bytes so far of this process; peak_bytes only where Linux tells it."""
+    memory = {"rss_bytes": psutil.Process().memory_info().rss}
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return memory
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return memory | ({"peak_bytes": int(peak.group(1)) * 1024} if peak else {})
+
+
+def drop_library_cache() -> None:
+    """Takes what was read to import the loaded modules out of the page cache, where a cgroup charges it: 20 MiB.
+
+    A hint; pages that are mapped, as those of running code, stay.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for module in list(sys.modules.values()):
+        for path in {getattr(module, "__file__", None), getattr(module, "__cached__", None)}:
+            try:
+                fd = os.open(path, os.O_RDONLY) if isinstance(path, str) else -1
+            except OSError:
+                continue
+            if fd >= 0:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
 
 
 @dataclass(frozen=True)

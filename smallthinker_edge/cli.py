@@ -378,6 +378,18 @@ def pack(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def unpack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="packed file")
+    parser.add_argument("-o", "--output", required=True, metavar="GGUF", help="model file to write")
+
+
+def unpack(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.packed import unpack as write_source
+
+    write_source(arguments.file, arguments.output, show_progress)
+    return OK
+
+
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="packed file to check")
 
@@ -443,6 +455,53 @@ def doctor(arguments: argparse.Namespace) -> int:
     return OK
 
 
+# trace
+
+
+def trace_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("-p", "--prompt", metavar="TEXT", help="text to run; - is stdin")
+    source.add_argument("--random", type=positive_int, metavar="N", help="that many random tokens instead")
+    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="go on for N greedy tokens (default: 0)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="trace to write (.npz), for tools/replay.py")
+    parser.add_argument("--heatmap", metavar="PNG", help="draw how often each expert is used; needs matplotlib")
+    parser.add_argument("--save-profile", action="store_true", help="keep the hot experts beside a packed model")
+
+
+def trace(arguments: argparse.Namespace) -> int:
+    import random
+
+    from smallthinker_edge.trace import draw_heatmap, record
+
+    with open_model(arguments) as model:
+        if arguments.random:
+            draw = random.Random(0)
+            tokens = [draw.randrange(model.config.vocab_size) for _ in range(arguments.random)]
+        else:
+            tokens = model.tokenize(sys.stdin.read() if arguments.prompt == "-" else arguments.prompt)
+        with checking_arguments():
+            recorded = record(model, tokens, arguments.max_tokens)
+            if arguments.save_profile:
+                print(f"hot experts: {model.save_profile()}")
+    use = recorded.use()
+    print(f"{len(recorded.routing)} tokens; the most used fifth of the experts serves {hot_share(use):.0%} of the uses")
+    if arguments.output:
+        recorded.save(arguments.output)
+    if arguments.heatmap:
+        try:
+            draw_heatmap(recorded, arguments.heatmap)
+        except ImportError:
+            raise UsageError("--heatmap needs matplotlib: pip install 'smallthinker_edge[plots]'") from None
+    return OK
+
+
+def hot_share(use: Any) -> float:
+    """Share of all uses that falls on the most used fifth of all experts."""
+    ranked = sorted(use.ravel().tolist(), reverse=True)
+    return float(sum(ranked[: max(1, len(ranked) // 5)]) / sum(ranked))
+
+
 COMMANDS = (
     Command("generate", "continue a text", generate_arguments, generate),
     Command("chat", "talk with a model in the terminal", chat_arguments, chat),
@@ -450,10 +509,12 @@ COMMANDS = (
     Command("demo", "turn home commands into JSON with the embedded model", demo_arguments, demo),
     Command("convert", "write the GGUF of a Hugging Face checkpoint folder", convert_arguments, convert),
     Command("pack", "write a packed file, whose experts can be paged from storage", pack_arguments, pack),
+    Command("unpack", "write the GGUF back that a packed file was made of", unpack_arguments, unpack),
     Command("verify", "check every checksum of a packed file", verify_arguments, verify),
     Command("plan", "show where the memory of a process would go", plan_arguments, plan),
     Command("bench", "time memory and kernels of this machine", bench_arguments, bench),
     Command("doctor", "show what this machine offers: kernels, memory, speed of storage", doctor_arguments, doctor),
+    Command("trace", "record which experts a text uses", trace_arguments, trace),
 )
 
 

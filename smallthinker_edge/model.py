@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal
 
-import psutil
+import numpy as np
 
 from smallthinker_edge import budget, cpus, heat
 from smallthinker_edge._native.engine import Engine
@@ -24,6 +25,7 @@ from smallthinker_edge.generation import GenerationResult, TextStream
 from smallthinker_edge.loader import TYPE_NUMBER, Loader
 from smallthinker_edge.overflow import POLICIES, TurnDropper, shift_limit
 from smallthinker_edge.packed import PackedFile, expert_infos, is_packed
+from smallthinker_edge.profile import load_profile, profile_path, save_profile, warm_up
 from smallthinker_edge.reuse import SessionStore
 from smallthinker_edge.session import CancelSignal, Session
 from smallthinker_edge.session_file import model_hash
@@ -40,8 +42,9 @@ class SmallThinker:
 
     Args:
         path: a GGUF file (or any part of a split one), or a packed file.
-        memory: budget of the whole process in bytes or as a string ("8GiB"); None sets no limit. A packed file's
-            experts are paged from storage where they do not all fit; a GGUF must fit whole.
+        memory: budget of the whole process in bytes or as a string ("8GiB"); "auto" takes what the cgroup and the
+            system have left; None sets no limit. A packed file's experts are paged from storage where they do not
+            all fit; a GGUF must fit whole.
         threads: compute threads; "auto" takes what affinity and cgroup allow, and on a chip with cores of
             different speed only the fast ones.
         context: positions of a session; None takes the model's own up to 4096.
@@ -49,6 +52,7 @@ class SmallThinker:
             docs/context.md). "auto" takes Q8_0 where the budget needs it: logits then depend on the budget.
         keep_sessions: how many finished generations keep their KV cache, so that a prompt that begins like one of them
             (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one.
+        profile: a file of save_profile() whose experts are read first; None takes the one beside a packed model.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
@@ -67,6 +71,7 @@ class SmallThinker:
         context: int | None = None,
         kv: str = "f16",
         keep_sessions: int = 1,
+        profile: str | os.PathLike[str] | None = None,
     ) -> None:
         automatic = threads is None or threads == "auto"
         count = cpus.auto_threads() if threads is None or threads == "auto" else threads
@@ -94,6 +99,7 @@ class SmallThinker:
                 engine = Engine(self.config, count, kernels, BATCH)
             self.plan = self._load(engine, memory, kv)
             self.kv = self.plan.kv
+            self._warm_up(engine, profile)
         except BaseException:
             gguf.close()
             raise
@@ -115,7 +121,43 @@ class SmallThinker:
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
         engine.page_experts(self._file.path, offsets, size, plan.slots, types)
         self._file.drop_cache()
+        budget.drop_library_cache()
         return plan
+
+    def _warm_up(self, engine: Engine, profile: str | os.PathLike[str] | None) -> None:
+        path = profile_path(self._file.path) if profile is None else profile
+        if isinstance(self._file, PackedFile) and (profile is not None or os.path.exists(path)):
+            uses = load_profile(path, self.config.n_layers * self.config.n_experts)
+            if uses is not None:
+                warm_up(engine, uses)
+
+    def save_profile(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Writes which experts were used lately, for the next start to read first, and returns the file's name.
+
+        Args:
+            path: default: beside the model file, with `.hot` added; it is found there by itself.
+
+        Raises ValueError where the model is not a packed file, OSError where it cannot be written.
+        """
+        uses = np.zeros(self.config.n_layers * self.config.n_experts)
+        if not self._open_engine().expert_uses(uses):
+            raise ValueError("only a packed file has a profile")
+        target = profile_path(self._file.path) if path is None else os.fspath(path)
+        save_profile(target, uses)
+        return target
+
+    @contextmanager
+    def recording(self) -> Iterator[list[bytes]]:
+        """Collects which experts are chosen, of all sessions, as int32 [tokens, L, K] in chunks; see trace.py."""
+        engine = self._open_engine()
+        chunks: list[bytes] = []
+        with self._turn:
+            engine.routing = chunks
+        try:
+            yield chunks
+        finally:
+            with self._turn:
+                engine.routing = None
 
     def tokenize(self, text: str | bytes, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
         """Token ids; see Tokenizer.encode."""
@@ -258,12 +300,18 @@ class SmallThinker:
         return self.stream(encode_chat(self.tokenizer, messages, self.chat_template), **options)  # type: ignore[arg-type]
 
     def stats(self) -> dict[str, object]:
-        """Bytes and settings, for a packed file the pager's counts (see Engine.pager_stats), and on boards that tell
-        it the temperature and what throttles the processor (see heat.readings)."""
+        """Bytes and settings, and for a packed file the pager's counts since it was opened.
+
+        hits: experts found in memory; ahead_hits: read ahead for that use; misses: read when they were needed.
+        hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
+        used. wasted_bytes: read ahead in vain. stall_seconds: time compute threads waited, summed over them;
+        disk_seconds: time with a read under way. peak_bytes: the process's own high-water mark. On boards that tell
+        it, the temperature and what throttles the processor: see heat.readings.
+        """
         engine = self._open_engine()
         return {
             "model_bytes": engine.bytes,
-            "rss_bytes": psutil.Process().memory_info().rss,
+            **budget.process_memory(),
             "threads": engine.threads,
             "kernels": engine.kernels,
             "context": self.context,

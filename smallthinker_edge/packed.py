@@ -9,11 +9,15 @@ both kinds of file, and other GGUF tools can list it.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import math
 import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +32,9 @@ from smallthinker_edge.loader import TYPE_NUMBER
 LAYOUT = "tile16-2"
 ALIGN = 4096
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+# Bytes and weights of a block of each type (FORMATS of GGUF).
+BLOCKS = {"F32": (4, 1), "F16": (2, 1), "BF16": (2, 1), "Q4_0": (18, 32), "Q4_1": (20, 32), "Q8_0": (34, 32),
+          "Q6_K": (210, 256)}  # fmt: skip
 U32, STRING, ARRAY, F32_TYPE = 4, 8, 9, 0
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -57,6 +64,16 @@ class ExpertLayout:
         sizes = (gate.nbytes // config.n_experts, up.nbytes // config.n_experts, down.nbytes // config.n_experts)
         return cls(config.d_model, config.d_ffn, types, interleaved, sizes)
 
+    @property
+    def ends(self) -> tuple[int, int, int]:
+        """Where gate, up and down end in a blob."""
+        if not self.interleaved:
+            gate, up, down = np.cumsum(self.sizes).tolist()
+            return gate, up, down
+        gate = -(-self.d_ffn // 16) * 16 * self.d_model // 32 * 18
+        up = gate + self.sizes[1]
+        return gate, up, up + -(-self.d_model // 128) * (self.d_ffn // 32 * 256 + self.d_ffn * 64)
+
     def pack(self, gate: Bytes, up: Bytes, down: Bytes) -> Bytes:
         """GGUF rows of one expert to its blob, without padding."""
         if not self.interleaved:
@@ -71,13 +88,10 @@ class ExpertLayout:
 
     def unpack(self, blob: Bytes) -> tuple[Bytes, Bytes, Bytes]:
         """The GGUF rows of gate, up and down that a blob was made of."""
+        gate_end, up_end, down_end = self.ends
         if not self.interleaved:
-            gate, up, down = np.split(blob[: sum(self.sizes)], np.cumsum(self.sizes)[:2])
-            return gate, up, down
+            return blob[:gate_end], blob[gate_end:up_end], blob[up_end:down_end]
         q4_0 = TYPE_NUMBER["Q4_0"]
-        gate_end = -(-self.d_ffn // 16) * 16 * self.d_model // 32 * 18
-        up_end = gate_end + self.sizes[1]
-        down_end = up_end + -(-self.d_model // 128) * (self.d_ffn // 32 * 256 + self.d_ffn * 64)
         return (
             kernels.unpack_tile16(q4_0, np.ascontiguousarray(blob[:gate_end]), self.d_ffn, self.d_model),
             kernels.pack_rows(np.ascontiguousarray(blob[gate_end:up_end]), self.d_ffn, self.d_model, True),
@@ -110,7 +124,8 @@ class PackedFile:
                 known = (
                     isinstance(name, str) and kind in TYPE_NUMBER and all(isinstance(n, int) and n > 0 for n in shape)
                 )
-                if not known or not isinstance(offset, int) or not isinstance(nbytes, int):
+                size, weights = BLOCKS.get(kind, (0, 1))
+                if not known or not isinstance(offset, int) or nbytes != math.prod(shape) // weights * size:
                     raise ValueError(name)
                 self.tensors[name] = TensorInfo(name, kind, tuple(shape), offset, nbytes, 0)
         except (KeyError, TypeError, ValueError) as problem:
@@ -158,7 +173,7 @@ class PackedFile:
             if info is None or len(info.shape) != 2 or info.shape[1] != config.n_experts:
                 raise self._error(name, "is missing or does not hold one blob per expert")
             bytes_ = info.shape[0] * 4
-            if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < sum(needed.sizes):
+            if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < needed.ends[2]:
                 raise self._error(name, f"has blobs of {bytes_} bytes at {info.offset}: not aligned, or too small")
             size = bytes_
             offsets += [info.offset + e * size for e in range(config.n_experts)]
@@ -171,11 +186,8 @@ def blob_name(layer: int) -> str:
 
 def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
     """Bytes of the largest layer's blob, padded: every expert of the file takes as many."""
-    largest = 0
-    for layer in range(config.n_layers):
-        layout = ExpertLayout.of(config, expert_infos(gguf, layer))
-        parts = [np.zeros(size, np.uint8) for size in layout.sizes]
-        largest = max(largest, layout.pack(*parts).size)
+    layers = range(config.n_layers)
+    largest = max(ExpertLayout.of(config, expert_infos(gguf, layer)).ends[2] for layer in layers)
     return -(-largest // ALIGN) * ALIGN
 
 
@@ -220,15 +232,38 @@ def pack(source: str | os.PathLike[str], target: str | os.PathLike[str], progres
         if is_packed(gguf):
             raise ModelFormatError("is a packed file already", path=gguf.path, field="stpk.layout")
         config = ModelConfig.from_gguf(gguf)
-        temporary = f"{os.fspath(target)}.part"
+        with _atomic(target) as fd:
+            _write(fd, gguf, config, progress or (lambda done, total: None))
+
+
+@contextmanager
+def _atomic(target: str | os.PathLike[str]) -> Iterator[int]:
+    """A descriptor of `target`.part, which takes the target's name when the block ends well and goes when it fails."""
+    temporary = f"{os.fspath(target)}.part"
+    try:
+        with open(temporary, "w+b") as file:
+            yield file.fileno()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        folder = os.open(os.path.dirname(os.path.abspath(target)), os.O_RDONLY)
         try:
-            with open(temporary, "wb") as file:
-                _write(file.fileno(), gguf, config, progress or (lambda done, total: None))
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Claims the space of the whole file at once, so that a full disk shows before minutes of work."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as problem:  # file systems that cannot reserve refuse in other ways
+        if problem.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
 
 
@@ -237,7 +272,9 @@ def _write(fd: int, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> 
     blob = blob_bytes(gguf, config)
     total = config.n_layers * config.n_experts
     sums = np.zeros(len(dense) + total, np.uint32)
-    header, places = _header(gguf, config, dense, blob, sums)
+    source = _source_layout(gguf)
+    header, places = _header(gguf, config, dense, blob, sums, source)
+    _reserve(fd, places[len(dense)] + total * blob)
     for i, info in enumerate(dense):
         data = gguf.data(info.name)
         sums[i] = zlib.crc32(data.data)
@@ -247,7 +284,7 @@ def _write(fd: int, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> 
         sums[len(dense) + i] = zlib.crc32(data.data)
         _write_at(fd, places[len(dense)] + i * blob, data)
         progress(i + 1, total)
-    header, _ = _header(gguf, config, dense, blob, sums)
+    header, _ = _header(gguf, config, dense, blob, sums, source)
     _write_at(fd, 0, np.frombuffer(header, np.uint8))
 
 
@@ -266,19 +303,49 @@ def _blobs(gguf: GGUFFile, config: ModelConfig, blob: int) -> Iterator[Bytes]:
             gguf.release(info.name)
 
 
+DROPPED_KEYS = ("general.alignment", "split.no", "split.count", "split.tensors.count")
+
+
+def _source_layout(gguf: GGUFFile) -> str:
+    """JSON of what unpack() needs beyond the copied entries: those that were dropped, the tensor table, the hash."""
+    if len(gguf.paths) > 1:
+        return json.dumps({"parts": len(gguf.paths)})
+    with open(gguf.path, "rb") as file:
+        first = file.read(gguf.header_end)
+        file.seek(0)
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        size = file.tell()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    keys = list(gguf.key_ranges)
+    dropped = {keys.index(key): first[slice(*gguf.key_ranges[key])].hex() for key in keys if key in DROPPED_KEYS}
+    table = first[max((end for _, end in gguf.key_ranges.values()), default=24) :]
+    return json.dumps(
+        {
+            "dropped": dropped,
+            "start": first[:24].hex(),
+            "table": table.hex(),
+            "sha256": digest.hexdigest(),
+            "size": size,
+        }
+    )
+
+
 def _header(
-    gguf: GGUFFile, config: ModelConfig, dense: list[TensorInfo], blob: int, sums: npt.NDArray[np.uint32]
+    gguf: GGUFFile, config: ModelConfig, dense: list[TensorInfo], blob: int, sums: npt.NDArray[np.uint32], source: str
 ) -> tuple[bytes, list[int]]:
     """(the file's first bytes, absolute offsets of the dense tensors and of the first blob)."""
     with open(gguf.paths[0], "rb") as file:
         first = file.read(gguf.header_end)
-    dropped = {"general.alignment", "split.no", "split.count", "split.tensors.count"}
-    entries = [first[a:b] for key, (a, b) in gguf.key_ranges.items() if key not in dropped]
+    entries = [first[a:b] for key, (a, b) in gguf.key_ranges.items() if key not in DROPPED_KEYS]
     table = [[i.name, i.type, list(i.shape), i.offset, i.nbytes] for i in gguf.tensors.values()]
     entries += [
         _text("general.alignment") + struct.pack("<II", U32, ALIGN),
         _string_entry("stpk.layout", LAYOUT),
         _string_entry("stpk.source_tensors", json.dumps(table, separators=(",", ":"))),
+        _string_entry("stpk.source_layout", source),
         _u32_array_entry("stpk.crc32", sums),
     ]
     sizes = [info.nbytes for info in dense] + [blob * config.n_experts] * config.n_layers
@@ -330,6 +397,82 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> in
             if progress:
                 progress(i + 1, total)
         return total
+
+
+def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> None:
+    """Writes the GGUF that a packed file was made of, the same bytes, and checks them against its hash.
+
+    Args:
+        path: a packed file. target: the GGUF to write, atomically as pack() does.
+        progress: called with (experts done, all experts).
+
+    Raises ModelFormatError where the file is damaged, is not packed, or was packed from a split model (whose parts
+    are not restored), OSError such as a full disk.
+    """
+    with GGUFFile(path) as gguf:
+        if not is_packed(gguf):
+            raise ModelFormatError("is not a packed file", path=gguf.path, field="stpk.layout")
+        packed = PackedFile(gguf)
+        config = ModelConfig.from_gguf(packed)
+        header, digest, size = _source_header(gguf)
+        if any(not len(header) <= info.offset <= size - info.nbytes for info in packed.tensors.values()):
+            raise ModelFormatError("has tensors outside the file", path=gguf.path, field="stpk.source_tensors")
+        with _atomic(target) as fd:
+            _reserve(fd, size)
+            _write_at(fd, 0, np.frombuffer(header, np.uint8))
+            for name, info in packed.tensors.items():
+                if name.split(".")[-2] not in EXPERT_ROLES:
+                    _write_at(fd, info.offset, packed.data(name))
+                    packed.release(name)
+            _write_experts(fd, packed, config, progress or (lambda done, total: None))
+            if _sha256(fd) != digest:
+                raise ModelFormatError("does not give its source back: damaged, see verify", path=gguf.path)
+
+
+def _source_header(gguf: GGUFFile) -> tuple[bytes, str, int]:
+    """(the source's bytes before its tensors, its SHA-256, its size)."""
+    try:
+        layout = json.loads(str(gguf.metadata["stpk.source_layout"]))
+        if "parts" in layout:
+            raise ModelFormatError("was packed from a split model, whose parts cannot be restored", path=gguf.path)
+        with open(gguf.path, "rb") as file:
+            first = file.read(gguf.header_end)
+        keys = [key for key in gguf.key_ranges if not key.startswith("stpk.") and key not in DROPPED_KEYS]
+        entries = [first[slice(*gguf.key_ranges[key])] for key in keys]
+        for at, entry in sorted((int(at), bytes.fromhex(entry)) for at, entry in layout["dropped"].items()):
+            entries.insert(at, entry)
+        header = bytes.fromhex(layout["start"]) + b"".join(entries) + bytes.fromhex(layout["table"])
+        size = int(layout["size"])
+        if not 0 < len(header) <= size:
+            raise ValueError("size")
+        return header, str(layout["sha256"]), size
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        if isinstance(problem, ModelFormatError):
+            raise
+        raise ModelFormatError(
+            f"is missing or damaged: {problem}", path=gguf.path, field="stpk.source_layout"
+        ) from None
+
+
+def _write_experts(fd: int, packed: PackedFile, config: ModelConfig, progress: Progress) -> None:
+    _, blob = packed.experts(config)
+    for layer in range(config.n_layers):
+        infos = expert_infos(packed, layer)
+        layout = ExpertLayout.of(config, infos)
+        stack = packed.container.data(blob_name(layer)).reshape(config.n_experts, blob)
+        for e in range(config.n_experts):
+            for info, part in zip(infos, layout.unpack(stack[e]), strict=True):
+                _write_at(fd, info.offset + e * part.size, part)
+            progress(layer * config.n_experts + e + 1, config.n_layers * config.n_experts)
+        packed.container.release(blob_name(layer))
+
+
+def _sha256(fd: int) -> str:
+    digest, at = hashlib.sha256(), 0
+    while chunk := os.pread(fd, 1 << 20, at):
+        digest.update(chunk)
+        at += len(chunk)
+    return digest.hexdigest()
 
 
 def unpack_layer(path: str | os.PathLike[str], layer: int) -> tuple[Bytes, Bytes, Bytes]:

@@ -1,0 +1,61 @@
+"""Which experts a packed model uses most, kept beside it (`model.stpk.hot`) so that the next start reads them first.
+
+Called by model.py. A profile changes what is in memory at the start, never a result; a damaged one is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from smallthinker_edge._native.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "smallthinker-hot-experts-1"
+Uses = npt.NDArray[np.float64]
+
+
+def profile_path(model_path: str | os.PathLike[str]) -> str:
+    """Where the profile of a model file belongs."""
+    return os.fspath(model_path) + ".hot"
+
+
+def save_profile(path: str | os.PathLike[str], uses: Uses) -> None:
+    """Writes recent uses of every expert [L * E] as JSON, atomically. Raises OSError."""
+    temporary = f"{os.fspath(path)}.part"
+    try:
+        with open(temporary, "w", encoding="ascii") as file:
+            json.dump({"format": FORMAT, "uses": [round(use, 3) for use in uses.tolist()]}, file)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def load_profile(path: str | os.PathLike[str], experts: int) -> Uses | None:
+    """The uses of a profile of that many experts; None, with a warning, where the file holds something else."""
+    try:
+        with open(path, encoding="ascii") as file:
+            content = json.load(file)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r:.40}")
+        uses = np.array(content["uses"], np.float64)
+        if uses.shape != (experts,) or not np.isfinite(uses).all() or (uses < 0).any():
+            raise ValueError(f"not {experts} counts")
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as problem:
+        logger.warning("%s is no profile of this model and is ignored: %s", os.fspath(path), problem)
+        return None
+    return uses
+
+
+def warm_up(engine: Engine, uses: Uses) -> None:
+    """Starts reading the most used experts into the engine's free slots."""
+    order = np.argsort(-uses, kind="stable")
+    order = order[uses[order] > 0]
+    engine.warm(order.astype(np.int32), uses[order])
