@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,7 @@ import pytest
 from gguf_files import write_model
 
 from smallthinker_edge import ExpertReadError, MemoryBudgetError, ModelFormatError, SmallThinker, budget, packed
+from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.packed import PackedFile
 
@@ -47,23 +54,40 @@ def test_unpacking_gives_the_source_back(tmp_path: Path, options: dict[str, Any]
             assert all(container.data(name).tobytes() == file.data(name).tobytes() for name in dense)
             assert list(PackedFile(container).tensors.values()) == list(file.tensors.values())
     packed.verify(target)
+    packed.unpack(target, tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == Path(source).read_bytes()
     assert np.array_equal(*(SmallThinker(path).session().decode(TOKENS, True) for path in (source, target)))
 
 
-@pytest.mark.parametrize("slots", [16, 20, 40, 64])
-def test_logits_do_not_depend_on_the_slots(gguf: str, stpk: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with SmallThinker(gguf) as model:
-        expected = model.session().decode(TOKENS, all_logits=True)
+def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> None:
+    """Opens packed files with that many slots, and other options of Engine.page_experts where given."""
     plan = budget.make_plan
     monkeypatch.setattr(budget, "make_plan", lambda *arguments: replace(plan(*arguments), slots=slots))
+
+    class PagingEngine(Engine):
+        def page_experts(self, *arguments: Any, **options: Any) -> None:
+            super().page_experts(*arguments, **options | paging)
+
+    monkeypatch.setattr("smallthinker_edge.model.Engine", PagingEngine)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize(("slots", "io_threads"), [(16, 1), (20, 2), (40, 4), (64, 1)])
+def test_logits_do_not_depend_on_slots_and_reading_ahead(
+    gguf: str, stpk: str, slots: int, io_threads: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SmallThinker(gguf) as model:
+        expected = model.session().decode(TOKENS, all_logits=True)
+    set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096)
     with SmallThinker(stpk, threads=2) as model:
         with model.session() as session:
             got = np.stack([session.decode(TOKENS[i : i + 1]) for i in range(100)])
             got = np.concatenate([got, session.decode(TOKENS[100:], all_logits=True)])
         stats = model.stats()
     assert np.array_equal(got, expected)
-    assert stats["bytes_read"] == stats["misses"] * model.plan.slot_bytes
+    assert stats["read_bytes"] >= stats["misses"] * model.plan.slot_bytes
     assert (stats["evictions"] > 0) == (slots < 64)
+    assert (stats["prediction_accuracy"] > 0) == (stats["ahead_reads"] > 0) == (ahead > 0)
 
 
 def test_a_budget_is_divided_into_slots(stpk: str) -> None:
@@ -92,6 +116,28 @@ def test_a_read_error_is_an_exception_and_the_session_goes_on(gguf: str, stpk: s
         assert model.stats()["read_errors"] > 0
 
 
+def test_a_read_error_in_the_middle_of_a_chat_costs_one_step(gguf: str, stpk: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.stpk"
+    whole = Path(stpk).read_bytes()
+    broken.write_bytes(whole)
+    with SmallThinker(gguf) as model, model.session() as session:
+        expected = [session.decode([token]) for token in TOKENS]
+    with SmallThinker(broken) as model, model.session() as session:
+        failed = 0
+        for i, token in enumerate(TOKENS):
+            if i == 10:  # most experts have not been read by now
+                os.truncate(broken, 4096)
+            try:
+                logits = session.decode([token])
+            except ExpertReadError:
+                failed += 1
+                assert session.position == i
+                broken.write_bytes(whole)
+                logits = session.decode([token])
+            assert np.array_equal(logits, expected[i])
+        assert failed == 1
+
+
 def test_verify_finds_a_flipped_bit(stpk: str, tmp_path: Path) -> None:
     damaged = bytearray(Path(stpk).read_bytes())
     with GGUFFile(stpk) as file:
@@ -114,6 +160,42 @@ def test_a_failed_pack_leaves_nothing_behind(gguf: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_killed_pack_is_started_again(gguf: str, stpk: str, tmp_path: Path) -> None:
+    target = tmp_path / "m.stpk"
+    wait = "lambda done, total: (print(done, flush=True), time.sleep(60)) if done == 20 else None"
+    code = f"import sys, time; from smallthinker_edge import packed; packed.pack(*sys.argv[1:], {wait})"
+    with subprocess.Popen([sys.executable, "-c", code, gguf, target], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "20\n"
+        process.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    packed.pack(gguf, target)
+    assert target.read_bytes() == Path(stpk).read_bytes()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_a_full_disk_leaves_nothing_behind(gguf: str, stpk: str, tmp_path: Path, command: str) -> None:
+    source, target = (gguf, tmp_path / "m.stpk") if command == "pack" else (stpk, tmp_path / "m.gguf")
+    room = os.path.getsize(source) // 2
+    run = subprocess.run(
+        [sys.executable, "-m", "smallthinker_edge", command, source, "-o", target],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_packed_file_is_not_unpacked(stpk: str, tmp_path: Path) -> None:
+    damaged = bytearray(Path(stpk).read_bytes())
+    damaged[-5000] ^= 4
+    (tmp_path / "damaged.stpk").write_bytes(damaged)
+    with pytest.raises(ModelFormatError, match="does not give its source back"):
+        packed.unpack(tmp_path / "damaged.stpk", tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_packing_twice_is_refused(stpk: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="already"):
         packed.pack(stpk, tmp_path / "again.stpk")
@@ -134,3 +216,67 @@ def test_a_damaged_header_is_an_error_or_harmless(stpk: str, tmp_path: Path, whe
     copy.write_bytes(damaged)
     with contextlib.suppress(ModelFormatError):
         SmallThinker(copy).close()
+
+
+def test_two_sessions_in_two_threads_share_the_slots(gguf: str, stpk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = TOKENS[:100], TOKENS[100:]
+    with SmallThinker(gguf) as model:
+        expected = [model.session().decode(half) for half in halves]
+    set_slots(monkeypatch, 18)
+    got: dict[int, np.ndarray] = {}
+    with SmallThinker(stpk, threads=2) as model:
+
+        def work(i: int) -> None:
+            with model.session() as session:
+                for token in halves[i]:
+                    got[i] = session.decode([token])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert np.array_equal(got[0], expected[0])
+    assert np.array_equal(got[1], expected[1])
+
+
+def test_memory_stays_at_its_high_water_mark(stpk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_slots(monkeypatch, 20)
+
+    def chat(model: SmallThinker, rounds: int) -> None:
+        for i in range(rounds):
+            model.generate(TOKENS[i % 100 : i % 100 + 40].tolist(), max_tokens=20)
+
+    with SmallThinker(stpk) as model:
+        chat(model, 20)
+        before = model.stats()["rss_bytes"]
+        chat(model, 60)
+        after = model.stats()["rss_bytes"]
+    assert isinstance(before, int)
+    assert isinstance(after, int)
+    assert after - before < 1 << 20  # 3,600 tokens: less than 300 bytes each
+
+
+def test_a_profile_warms_the_next_start(stpk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_slots(monkeypatch, 24)
+    path = tmp_path / "m.stpk"
+    path.write_bytes(Path(stpk).read_bytes())
+    with SmallThinker(path) as model:
+        model.session().decode(TOKENS)
+        expected = model.session().decode(TOKENS[:50])
+        assert model.save_profile() == f"{path}.hot"
+    with SmallThinker(path) as model:
+        wait_until(lambda: model.stats()["read_bytes"] == 24 * model.plan.slot_bytes)
+        assert np.array_equal(model.session().decode(TOKENS[:50]), expected)
+        assert model.stats()["ahead_hits"]
+    for damage in ("", "{}", '{"format": "smallthinker-hot-experts-1", "uses": [1e999]}', "\xff"):
+        Path(f"{path}.hot").write_text(damage, encoding="latin-1")
+        with SmallThinker(path) as model:
+            assert np.array_equal(model.session().decode(TOKENS[:50]), expected)
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
