@@ -62,7 +62,7 @@ def test_unpacking_gives_the_source_back(tmp_path: Path, options: dict[str, Any]
 def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> None:
     """Opens packed files with that many slots, and other options of Engine.page_experts where given."""
     plan = budget.make_plan
-    monkeypatch.setattr(budget, "make_plan", lambda *arguments: replace(plan(*arguments), slots=slots))
+    monkeypatch.setattr(budget, "make_plan", lambda *a, **options: replace(plan(*a, **options), slots=slots))
 
     class PagingEngine(Engine):
         def page_experts(self, *arguments: Any, **options: Any) -> None:
