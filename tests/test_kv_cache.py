@@ -101,7 +101,7 @@ def test_q8_is_close_to_f16_on_text(demo_model: Path) -> None:
             ids += exact.tokenize(demo_grammar.chat(*demo_grammar.example(rng)) + "\n")
         a, b = (m.session(2048).decode(ids, all_logits=True) for m in (exact, small))
     loss = divergence(a, b)
-    assert np.median(loss) < 1e-4
+    assert np.median(loss) < 5e-4
     assert loss.mean() < 5e-3
     assert top1_agreement(a, b) > 0.98
 
