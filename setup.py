@@ -35,7 +35,7 @@ KERNEL_FLAGS = {**X86, **ARM64}
 # One binary for every later Python (3.11 and up: the first stable ABI with the buffer protocol); see docs/arm.md.
 ABI3 = os.environ.get("SMALLTHINKER_ABI3") == "1"
 # -ffp-contract=off: the plain-C kernels are the definition, so the compiler must not fuse their roundings.
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
+FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 WITH_CORE = ["engine", "kernels"]
 ALONE = [name for name in ("gguf", "sampler") if os.path.exists(f"smallthinker_edge/_native/{name}.pyx")]
 

@@ -1,6 +1,7 @@
 /* The expert pager. An expert is absent, queued, reading, parked (a read ahead that gave way), ready or failed. What
  * is pinned or being read is never evicted; what is named ahead only where nothing else is left. One short lock
  * guards everything but the takers' first look. */
+#define _POSIX_C_SOURCE 200809L
 #include "smallthinker/pager.h"
 
 #include "smallthinker/eviction.h"

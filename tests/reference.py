@@ -59,9 +59,13 @@ class Reference:
             Without `output.weight` the head is the embedding. `attn_qkv` may stand in for q, k and v.
     """
 
-    def __init__(self, params: Params, weights: Mapping[str, npt.NDArray[Any]]) -> None:
+    def __init__(
+        self, params: Params, weights: Mapping[str, npt.NDArray[Any]], types: Mapping[str, str] | None = None
+    ) -> None:
         self.params = params
         self.weights: dict[str, Array] = {name: np.asarray(w, np.float64) for name, w in weights.items()}
+        self.types = dict(types or {})
+        self.rounding = False
 
     @classmethod
     def from_gguf(cls, path: str | os.PathLike[str]) -> Reference:
@@ -71,17 +75,19 @@ class Reference:
             t.name: dequantize(t.data, t.tensor_type).reshape([int(n) for n in reversed(t.shape)])
             for t in reader.tensors
         }
-        return cls(_read_params(reader), weights)
+        return cls(_read_params(reader), weights, {t.name: t.tensor_type.name for t in reader.tensors})
 
-    def logits(self, tokens: Sequence[int], *, kv: str | None = None) -> Array:
+    def logits(self, tokens: Sequence[int], *, kv: str | None = None, rounding: bool = False) -> Array:
         """Logits [n, V] of every position of one sequence that starts at position 0.
 
-        kv, "f16" or "q8_0", rounds keys (after RoPE) and values as a KV cache of that type does.
+        kv, "f16" or "q8_0", rounds keys (after RoPE) and values as a KV cache of that type does. rounding: the inputs
+        of matrices that an engine multiplies in integers are rounded to Q8_0 first; everything else stays float64.
         """
-        return self.run(tokens, kv=kv).logits
+        return self.run(tokens, kv=kv, rounding=rounding).logits
 
-    def run(self, tokens: Sequence[int], *, kv: str | None = None) -> Trace:
+    def run(self, tokens: Sequence[int], *, kv: str | None = None, rounding: bool = False) -> Trace:
         """Like logits, and keeps which experts every layer chose and with what weights."""
+        self.rounding = rounding
         p, w = self.params, self.weights
         embedding = w["token_embd.weight"]
         trace = Trace(np.empty((0, 0)))
@@ -95,8 +101,13 @@ class Reference:
             h = rms_norm(x, w[f"blk.{layer}.ffn_norm.weight"], p.rms_eps)
             x = x + self.experts(h, layer, chosen, weights)
         x = rms_norm(x, w["output_norm.weight"], p.rms_eps)
-        trace.logits = x @ w.get("output.weight", embedding).T
+        head = "output.weight" if "output.weight" in w else "token_embd.weight"
+        trace.logits = self.input_of(x, head) @ w[head].T
         return trace
+
+    def input_of(self, x: Array, name: str, types: tuple[str, ...] = ("Q4_0", "Q8_0", "Q6_K")) -> Array:
+        """x as the named matrix gets to see it."""
+        return stored(x, "q8_0") if self.rounding and self.types[name] in types else x
 
     def route(self, x: Array, layer: int) -> tuple[npt.NDArray[np.int64], Array]:
         """Chosen experts and weights, both [n, K], from the residual x [n, d] as it enters the layer."""
@@ -125,7 +136,8 @@ class Reference:
             kv_head = head // (p.n_heads // p.n_kv_heads)
             scores = q[:, head] @ k[:, kv_head].T / np.sqrt(p.head_dim)
             out[:, head] = softmax(np.where(visible, scores, -np.inf)) @ v[:, kv_head]
-        return out.reshape(n, -1) @ self.weights[f"blk.{layer}.attn_output.weight"].T
+        name = f"blk.{layer}.attn_output.weight"
+        return self.input_of(out.reshape(n, -1), name) @ self.weights[name].T
 
     def experts(self, h: Array, layer: int, chosen: npt.NDArray[np.int64], weights: Array) -> Array:
         """Weighted sum [n, d] of the chosen experts' outputs for their normalised input h [n, d]."""
@@ -133,9 +145,14 @@ class Reference:
         # [E, d, f] is the ordinary layout, also where d == f and the shape cannot tell.
         transposed = down.shape[1] != h.shape[1]
         y = np.zeros_like(h)
+        # The sparse kernels want all three in Q4_0, and down in the ordinary layout.
+        names = [f"blk.{layer}.ffn_{m}_exps.weight" for m in ("gate", "up", "down")]
+        sparse = self.rounding and not transposed and all(self.types[name] == "Q4_0" for name in names)
+        h = stored(h, "q8_0") if sparse else h
         for expert in np.unique(chosen):
             rows, slot = np.nonzero(chosen == expert)
             hidden = np.maximum(h[rows] @ gate[expert].T, 0.0) * (h[rows] @ up[expert].T)
+            hidden = stored(hidden, "q8_0") if sparse else hidden
             out = hidden @ (down[expert] if transposed else down[expert].T)
             y[rows] += weights[rows, slot][:, None] * out
         return y
@@ -145,9 +162,11 @@ class Reference:
         p, w = self.params, self.weights
         fused = w.get(f"blk.{layer}.attn_qkv.weight")
         if fused is None:
-            parts = [h @ w[f"blk.{layer}.attn_{m}.weight"].T for m in "qkv"]
+            names = [f"blk.{layer}.attn_{m}.weight" for m in "qkv"]
+            parts = [self.input_of(h, name) @ w[name].T for name in names]
         else:
             query, kv = p.n_heads * p.head_dim, p.n_kv_heads * p.head_dim
+            h = self.input_of(h, f"blk.{layer}.attn_qkv.weight")
             parts = np.split(h @ fused.T, [query, query + kv], axis=-1)
         q, k, v = (part.reshape(len(h), -1, p.head_dim) for part in parts)
         return q, k, v
@@ -174,7 +193,7 @@ def rope(x: Array, positions: npt.NDArray[np.int64], theta: float, rope_dim: int
 
 
 def stored(x: Array, kv: str | None) -> Array:
-    """Keys or values [n, heads, head_dim] as a KV cache of type kv gives them back."""
+    """x, for instance keys or values [n, heads, head_dim], as storage in type kv gives it back."""
     if kv == "f16":
         return x.astype(np.float16).astype(np.float64)
     if kv == "q8_0":

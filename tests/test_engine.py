@@ -84,12 +84,19 @@ def test_exact_activations_agree_with_the_reference(variant: str, tmp_path: Path
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_quantised_activations_stay_close_to_the_reference(variant: str, table: str, tmp_path: Path) -> None:
     # All experts are used: random weights route almost at random, so that the noise of quantisation would flip
-    # experts, which says nothing about the arithmetic. Measured: 3e-7 .. 1.6e-3 nats.
+    # experts, which says nothing about the arithmetic. What rounding activations to Q8_0 costs by itself is told by the
+    # reference, in float64: 3e-7 .. 1.6e-3 nats here, and up to 7 % of the positions get another top-1, because random
+    # weights have close seconds. The engine must not lose more than that.
     model = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant] | {"n_experts_used": 8})
     ids = tokens(60 if table != "ref" else 20)
-    expected = Reference.from_gguf(model).logits(ids.tolist())
+    reference = Reference.from_gguf(model)
+    expected = reference.logits(ids.tolist())
+    rounded = reference.logits(ids.tolist(), kv="f16", rounding=True)
     got = open_session(model, table=table).decode(ids, all_logits=True)
+    assert divergence(expected, got).mean() < 1.5 * divergence(expected, rounded).mean() + 1e-6
     assert divergence(expected, got).mean() < 2e-3
+    same, same_rounded = ((expected.argmax(1) == other.argmax(1)).mean() for other in (got, rounded))
+    assert same > same_rounded - 0.07
 
 
 @pytest.mark.parametrize("table", kernels.tables())
