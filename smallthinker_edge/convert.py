@@ -7,7 +7,6 @@ and quantises). Streams: one expert at a time is held as floats, one stacked ten
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 import warnings
@@ -24,18 +23,19 @@ Array = npt.NDArray[Any]
 TYPES = ("q4_0", "q8_0", "f16")
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 LLAMA_CPP_WINDOW = 4096
+SLICE = 1 << 22  # weights that are floats at a time
 PERIOD = 4
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors files, mapped; checked when opened.
+    """The tensors of a folder's safetensors files; checked when opened, read when asked for.
 
     Raises ModelFormatError naming file and field for a damaged or missing file.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._places: dict[str, tuple[mmap.mmap, str, tuple[int, ...], int]] = {}
+        self._places: dict[str, tuple[str, str, tuple[int, ...], int]] = {}
         index = os.path.join(folder, "model.safetensors.index.json")
         if os.path.exists(index):
             files = sorted(set(_json(index).get("weight_map", {}).values()))
@@ -52,12 +52,12 @@ class Checkpoint:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise error("is too short for a safetensors file", "header")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        (length,) = struct.unpack("<Q", data[:8])
-        if length > size - 8:
-            raise error(f"a header of {length} bytes does not fit the file", "header")
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise error(f"a header of {length} bytes does not fit the file", "header")
+            encoded = file.read(length)
         try:
-            header = json.loads(data[8 : 8 + length])
+            header = json.loads(encoded)
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, AttributeError) as problem:
             raise error(f"is not JSON: {problem}", "header") from None
@@ -73,22 +73,31 @@ class Checkpoint:
             inside = 0 <= start <= end <= size - 8 - length
             if not inside or min(shape, default=1) < 0 or end - start != count * DTYPES[dtype].itemsize:
                 raise error("its data_offsets do not fit its shape or the file", name)
-            self._places[name] = (data, dtype, shape, 8 + length + start)
+            self._places[name] = (path, dtype, shape, 8 + length + start)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def read(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """A tensor as float32. Raises ModelFormatError where it is missing or has another shape."""
+    def read(
+        self, name: str, shape: tuple[int, ...], first: int = 0, count: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """A tensor as float32, or `count` of its rows from `first` on.
+
+        Raises ModelFormatError where it is missing, has another shape, or the file was cut short meanwhile.
+        """
         if name not in self._places:
             raise ModelFormatError("is missing", path=self.folder, field=name)
-        data, dtype, found, offset = self._places[name]
+        path, dtype, found, offset = self._places[name]
         if found != shape:
             raise ModelFormatError(f"has shape {list(found)}, not {list(shape)}", path=self.folder, field=name)
-        raw = np.frombuffer(data, DTYPES[dtype], int(np.prod(shape)), offset).reshape(shape)
+        rows = min(shape[0] - first, shape[0] if count is None else count)
+        row = int(np.prod(shape[1:]))
+        raw = np.fromfile(path, DTYPES[dtype], rows * row, offset=offset + first * row * DTYPES[dtype].itemsize)
+        if raw.size != rows * row:
+            raise ModelFormatError("cannot be read whole", path=path, field=name)
         if dtype == "BF16":
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(raw, np.float32)
+        return np.asarray(raw, np.float32).reshape(rows, *shape[1:])
 
     def size(self, name: str) -> int:
         """Elements of a tensor that is there."""
@@ -334,13 +343,16 @@ class Converter:
         return name + ".weight", self.type, (self.experts, *shape), make
 
     def _quantised(self, name: str, shape: tuple[int, int]) -> Array:
-        """A matrix as the file's bytes [rows, bytes a row]; in slices of rows, so that floats stay few."""
-        data = self.checkpoint.read(name, shape)
-        if not np.isfinite(data).all():
-            raise ModelFormatError("holds values that are not finite", path=self.folder, field=name)
-        step = max(1, (1 << 22) // shape[1])
-        parts = [self.gguf.quants.quantize(data[i : i + step], self.type) for i in range(0, shape[0], step)]
-        return np.concatenate(parts).view(np.uint8).reshape(shape[0], -1)
+        """A matrix as the file's bytes [rows, bytes a row]; read in slices of rows, so that floats stay few."""
+        _, row_bytes = self.gguf.quant_shape_to_byte_shape(shape, self.type)
+        out = np.empty((shape[0], row_bytes), np.uint8)
+        step = max(1, SLICE // shape[1])
+        for first in range(0, shape[0], step):
+            data = self.checkpoint.read(name, shape, first, step)
+            if not np.isfinite(data).all():
+                raise ModelFormatError("holds values that are not finite", path=self.folder, field=name)
+            out[first : first + step] = self.gguf.quants.quantize(data, self.type).view(np.uint8)
+        return out
 
 
 def convert(
