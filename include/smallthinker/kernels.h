@@ -54,8 +54,7 @@ typedef struct st_kernels {
      * that a query counts in 16 bits; k, v: the page's keys and values (kv.h), written at least at
      * p0..p1, zero or older positions elsewhere; scores: scratch of 2 * G * ST_ATTN_CHUNK floats; hd % 32 == 0.
      * Scores come from gemm_q8_0. The weights of a block of dimensions are exp(score - m) times the values' scales,
-     * rounded to 15 bits of the largest scale, so that the sum over the positions is one of integers: exact.
-     * NULL where a table has none: st_kernels_ref's serves. */
+     * rounded to 15 bits of the largest scale, so that the sum over the positions is one of integers: exact. */
     void (*attention_q8)(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
                          int64_t p1, float scale, float *scores, float *acc, float *m, float *l);
 
@@ -70,6 +69,8 @@ extern const st_kernels st_kernels_ref;
 /* Plain C for tables that have no kernel of their own. */
 void st_ref_gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
                       int64_t n, float *y, int64_t ldy);
+void st_ref_attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l);
 #if defined(__x86_64__)
 extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
 #elif defined(__aarch64__)

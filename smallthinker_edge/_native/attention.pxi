@@ -64,11 +64,17 @@ cdef void projection_unit(Call *c, Layer *layer, int64_t unit, const st_q8x4 *co
         store(c, layer, c.position + t, unit, out + t * hd, s)
 
 
+cdef void router_logits(Call *c, const float *router, const float *x, int64_t part, float *logits) noexcept nogil:
+    """Logits of experts 8 * part .. 8 * part + 7 (those there are) for one token's raw residual."""
+    cdef int64_t e
+    for e in range(8 * part, min(8 * part + 8, c.s.experts)):
+        logits[e] = c.kernels.dot(router + e * c.s.d, x, c.s.d)
+
+
 cdef void router_unit(Call *c, Layer *layer, int64_t unit) noexcept nogil:
-    """Eight experts' router logits of one token, from the raw residual."""
-    cdef int64_t per = (c.s.experts + 7) // 8, t = unit // per, e, e0 = unit % per * 8
-    for e in range(e0, min(e0 + 8, c.s.experts)):
-        c.logits_router[t * c.s.experts + e] = c.kernels.dot(layer.router + e * c.s.d, c.x + t * c.s.d_padded, c.s.d)
+    """Eight experts' router logits of one token."""
+    cdef int64_t per = (c.s.experts + 7) // 8, t = unit // per
+    router_logits(c, layer.router, c.x + t * c.s.d_padded, unit % per, c.logits_router + t * c.s.experts)
 
 
 cdef void choose_experts(Call *c, int64_t t) noexcept nogil:
@@ -133,13 +139,9 @@ cdef int64_t ahead_units(Call *c) noexcept nogil:
 
 cdef void ahead_unit(Call *c, int64_t l, int64_t unit) noexcept nogil:
     """Eight logits of a later layer's router for this layer's residual: the best guess there is of its choice."""
-    cdef int64_t per = (c.s.experts + 7) // 8, j = unit // per, e, e0 = unit % per * 8
-    cdef const float *router
-    if l + 1 + j >= c.s.n_layers:
-        return
-    router = c.layers[l + 1 + j].router
-    for e in range(e0, min(e0 + 8, c.s.experts)):
-        c.ahead_logits[j * c.s.experts + e] = c.kernels.dot(router + e * c.s.d, c.x, c.s.d)
+    cdef int64_t per = (c.s.experts + 7) // 8, j = unit // per
+    if l + 1 + j < c.s.n_layers:
+        router_logits(c, c.layers[l + 1 + j].router, c.x, unit % per, c.ahead_logits + j * c.s.experts)
 
 
 cdef void read_ahead(Call *c, int64_t l) noexcept nogil:
@@ -203,11 +205,6 @@ cdef const uint8_t *expert_blob(Call *c, int64_t l, int64_t e) noexcept nogil:
     return st_pager_take(c.pager, <int32_t>(l * c.s.experts + e))
 
 
-cdef const st_kernels *attention_q8_table(const st_kernels *table) noexcept nogil:
-    """The table, or plain C where it has no attention over Q8_0."""
-    return table if table.attention_q8 != NULL else &st_kernels_ref
-
-
 cdef void attention_chunk(Call *c, Layer *layer, int64_t t, int64_t kv, int64_t chunk, float *acc, float *m,
                           float *lsum, Scratch *s) noexcept nogil:
     """Positions of one page that token t may see, for the heads of one KV head."""
@@ -225,7 +222,7 @@ cdef void attention_chunk(Call *c, Layer *layer, int64_t t, int64_t kv, int64_t 
     for g in range(G):
         s.queries[g] = c.q8 + 2 * (t * c.s.heads + kv * G + g) * c.nq_head
         s.queries[G + g] = s.queries[g] + c.nq_head
-    attention_q8_table(c.kernels).attention_q8(s.queries, G, hd, k, v, p0, p1, scale, s.scores, acc, m, lsum)
+    c.kernels.attention_q8(s.queries, G, hd, k, v, p0, p1, scale, s.scores, acc, m, lsum)
 
 
 cdef void merge_chunks(Call *c, const float *acc, const float *m, const float *lsum, int64_t chunks, int64_t stride,

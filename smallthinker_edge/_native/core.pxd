@@ -70,7 +70,6 @@ cdef extern from "smallthinker/kernels.h" nogil:
         void (*axpy)(float a, const float *x, float *y, int64_t n) noexcept nogil
         void (*to_f16)(const float *x, uint16_t *out, int64_t n) noexcept nogil
 
-    const st_kernels st_kernels_ref
 
 cdef extern from "smallthinker/kv.h" nogil:
     size_t st_kv_head_bytes(int type, int64_t hd)

@@ -14,7 +14,6 @@ cdef struct Matrix:
     int type
     int64_t rows
     int64_t cols
-    size_t bytes        # what data owns; 0 for a view
     const uint8_t *data
 
 cdef struct Layer:
@@ -34,8 +33,8 @@ cdef struct Layer:
     int down_type
 
 cdef struct Shape:
-    int64_t n_layers, d, heads, kv_heads, hd, experts, used, f, vocab, batch, context
-    int64_t d_padded, groups, nb_d, nb_o, down_units, down_step
+    int64_t n_layers, d, heads, kv_heads, hd, experts, used, f, vocab, batch
+    int64_t d_padded, groups, nb_d, down_units, down_step
     float eps
     int softmax
     int down_transposed

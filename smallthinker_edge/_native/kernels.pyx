@@ -186,13 +186,12 @@ cdef class Table:
         need(0 <= p0 < p1 <= ST_ATTN_CHUNK)
         need(k.shape[0] == v.shape[0] == <int64_t>st_kv_head_bytes(ST_Q8_0, hd))
         need(scores.shape[0] >= 2 * G * ST_ATTN_CHUNK and acc.shape[0] >= G and acc.shape[1] == hd)
-        cdef const st_kernels *table = self.k if self.k.attention_q8 != NULL else &st_kernels_ref
         cdef const st_q8x4 **rows = <const st_q8x4 **>malloc(2 * G * sizeof(void *))
         for i in range(2 * G):
             rows[i] = <const st_q8x4 *>&q[i, 0]
         with nogil:
             for _ in range(repeat):
-                table.attention_q8(rows, G, hd, &k[0], &v[0], p0, p1, scale, &scores[0], &acc[0, 0], &m[0], &l[0])
+                self.k.attention_q8(rows, G, hd, &k[0], &v[0], p0, p1, scale, &scores[0], &acc[0, 0], &m[0], &l[0])
         free(rows)
 
     def rmsnorm(self, const float[::1] x, const float[::1] w, float eps, float[::1] out):

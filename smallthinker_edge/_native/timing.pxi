@@ -115,12 +115,11 @@ cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept n
 
 cdef void apply_attention_q8(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """The same over a page in Q8_0; the queries and their rests are the first 2 * `rows` inputs."""
-    cdef const st_kernels *table = j.k if j.k.attention_q8 != NULL else &st_kernels_ref
     cdef float *out = j.out + tid * j.out_stride
     cdef float *scores = out + j.rows * j.cols
     cdef float *m = scores + 2 * j.rows * ST_ATTN_CHUNK
-    table.attention_q8(j.xq, j.rows, j.cols, item, item + st_kv_head_bytes(ST_Q8_0, j.cols), 0, j.tokens, 0.1, scores,
-                       out, m, m + j.rows)
+    j.k.attention_q8(j.xq, j.rows, j.cols, item, item + st_kv_head_bytes(ST_Q8_0, j.cols), 0, j.tokens, 0.1, scores,
+                     out, m, m + j.rows)
 
 
 cdef void apply_quantize(const Job *j, const uint8_t *item, int tid) noexcept nogil:

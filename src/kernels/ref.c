@@ -190,7 +190,7 @@ static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, 
     }
 }
 
-static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+void st_ref_attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
                          int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS;
     gemm_q8_0(k, p1, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G, scores + t0 * ST_TILE_ROWS,
@@ -264,7 +264,7 @@ const st_kernels st_kernels_ref = {
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,
-    .attention_q8 = attention_q8,
+    .attention_q8 = st_ref_attention_q8,
     .rmsnorm = rmsnorm,
     .dot = dot,
     .axpy = axpy,

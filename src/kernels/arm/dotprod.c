@@ -54,6 +54,7 @@ const st_kernels st_kernels_dotprod = {
     .down_q4_0 = st_dotprod_down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,
+    .attention_q8 = st_ref_attention_q8,
     .rmsnorm = st_neon_rmsnorm,
     .dot = st_neon_dot,
     .axpy = st_neon_axpy,

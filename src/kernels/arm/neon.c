@@ -86,6 +86,7 @@ const st_kernels st_kernels_neon = {
     .down_q4_0 = down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,
+    .attention_q8 = st_ref_attention_q8,
     .rmsnorm = st_neon_rmsnorm,
     .dot = st_neon_dot,
     .axpy = st_neon_axpy,

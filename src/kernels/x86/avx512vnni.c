@@ -37,7 +37,7 @@ static inline __m512 exp16(__m512 x) {
 }
 
 /* Blocks b0..b1 of a tile for one token, added to sum. */
-static inline __m512 tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, __m512 sum) {
+static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, __m512 sum[1]) {
     const __m512i nibble = _mm512_set1_epi8(15);
     tile += b0 * ST_TILE_Q4_0_BYTES;
     for (int64_t b = b0; b < b1; b++, tile += ST_TILE_Q4_0_BYTES) {
@@ -52,9 +52,12 @@ static inline __m512 tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1,
                                       broadcast4(q->q[1][lane] + 4 * g));
         }
         __m512 s = _mm512_mul_ps(load_f16x16(tile), _mm512_set1_ps(q->scale[4 * lane]));
-        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), s, sum);
+        sum[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), s, sum[0]);
     }
-    return sum;
+}
+
+static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
+    _mm512_mask_storeu_ps(y, first_lanes(count), sum[0]);
 }
 
 /* The sum starts at -8 * sum(x), so that nibbles 0..15 need no offset. Weights are unpacked once for N tokens. */
@@ -121,7 +124,8 @@ static inline __m512 tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1,
     }
 
 static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m512 *total) {
-    total[0] = tile_q4_0_part(tile, 0, nb, x[0], _mm512_setzero_ps());
+    total[0] = _mm512_setzero_ps();
+    tile_q4_0_part(tile, 0, nb, x[0], total);
 }
 TILE_Q4_0(tile_q4_0_x2, 2)
 TILE_Q4_0(tile_q4_0_x4, 4)
@@ -197,8 +201,6 @@ TILE_Q8_0(tile_q8_0_x8, 8)
         for (int64_t tile = t0; tile < t1; tile++) {                                                                   \
             const uint8_t *p = w + tile * nb * BYTES;                                                                  \
             float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
-            int64_t left = rows - tile * ST_TILE_ROWS;                                                                 \
-            __mmask16 mask = first_lanes(left);                                                                        \
             __m512 sum[8];                                                                                             \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
                 step = n - t >= 8 ? 8 : n - t >= 4 ? 4 : n - t >= 2 ? 2 : 1;                                           \
@@ -209,7 +211,7 @@ TILE_Q8_0(tile_q8_0_x8, 8)
                 default: tile_##TYPE##_x1(p, nb, x + t, sum); break;                                                   \
                 }                                                                                                      \
                 for (int64_t i = 0; i < step; i++)                                                                     \
-                    _mm512_mask_storeu_ps(out + (t + i) * ldy, mask, sum[i]);                                          \
+                    store_rows(sum + i, rows - tile * ST_TILE_ROWS, out + (t + i) * ldy);                              \
             }                                                                                                          \
         }                                                                                                              \
     }
@@ -247,36 +249,6 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
     }
     for (int r = 0; r < R; r++)
         out[r] = _mm512_reduce_add_ps(sum[r]);
-}
-
-static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
-    for (int64_t k = 0; k < n; k += 2) {
-        const uint8_t *rows[2] = {w + index[k] * nb * 18, k + 1 < n ? w + index[k + 1] * nb * 18 : NULL};
-        if (rows[1])
-            rows_r(2, rows, nb, x, out + k);
-        else
-            rows_r(1, rows, nb, x, out + k);
-    }
-}
-
-/* A tile's blocks come from memory in order; the rows' arithmetic and the prefetches of `ahead` go between them, where
- * the core would wait. */
-static void gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
-                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
-                         int64_t n_ahead) {
-    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
-    for (int tile = 0; tile < 2; tile++, gate += nb * ST_TILE_Q4_0_BYTES) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
-            int64_t end = b + GATE_STEP < nb ? b + GATE_STEP : nb;
-            int64_t k0 = share(n, step, steps), k1 = share(n, step + 1, steps);
-            sum = tile_q4_0_part(gate, b, end, x, sum);
-            rows_q4_0(up, nb, index + k0, k1 - k0, x, out + k0);
-            for (int64_t k = share(n_ahead, step, steps); k < share(n_ahead, step + 1, steps); k++)
-                prefetch_row(up_ahead + ahead[k] * nb * 18, nb * 18);
-        }
-        _mm512_storeu_ps(g + 16 * tile, sum);
-    }
 }
 
 /* 128 outputs of one group of 32 neurons: total[8] += scale * (sum over the active neurons). */
@@ -348,7 +320,7 @@ static inline __m256 sum8x16(const __m512 a[8]) {
 }
 
 /* Scores of H heads at eight positions (the last one repeated beyond n); each key is read and widened once. */
-static inline __attribute__((always_inline)) void scores_8(const int H, const float *q, int64_t hd, const uint16_t *k,
+static inline __attribute__((always_inline)) void scores_h(const int H, const float *q, int64_t hd, const uint16_t *k,
                                                            int64_t n, float scale, float *scores) {
     __m512 sum[3][8];
     for (int h = 0; h < H; h++)
@@ -412,29 +384,10 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
     return _mm512_reduce_add_ps(sum);
 }
 
-static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
-                      float scale, float *scores, float *acc, float *m, float *l) {
-    for (int64_t p = 0; p < n; p += 8)
-        for (int64_t h = 0; h < G; h += 3) {
-            const uint16_t *keys = k + p * hd;
-            float *out = scores + h * ST_ATTN_CHUNK + p;
-            switch (G - h) {
-            case 1: scores_8(1, q + h * hd, hd, keys, n - p, scale, out); break;
-            case 2: scores_8(2, q + h * hd, hd, keys, n - p, scale, out); break;
-            default: scores_8(3, q + h * hd, hd, keys, n - p, scale, out); break;
-            }
-        }
-    for (int64_t h = 0; h < G; h++)
-        l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
-    for (int64_t h = 0; h < G; h += 3) {
-        const float *s = scores + h * ST_ATTN_CHUNK;
-        switch (G - h) {
-        case 1: values_h(1, s, v, hd, n, acc + h * hd); break;
-        case 2: values_h(2, s, v, hd, n, acc + h * hd); break;
-        default: values_h(3, s, v, hd, n, acc + h * hd); break;
-        }
-    }
-}
+#define VECTOR __m512
+#define TILE_VECTORS 1
+#define SCORES 8
+#include "drivers.h"
 
 #include "attention_q8_512.h"
 

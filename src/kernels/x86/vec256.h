@@ -330,36 +330,6 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
         out[r] = sum8(sum[r]);
 }
 
-static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
-    for (int64_t k = 0; k < n; k += 2) {
-        const uint8_t *rows[2] = {w + index[k] * nb * 18, k + 1 < n ? w + index[k + 1] * nb * 18 : NULL};
-        if (rows[1])
-            rows_r(2, rows, nb, x, out + k);
-        else
-            rows_r(1, rows, nb, x, out + k);
-    }
-}
-
-/* A tile's blocks come from memory in order; the rows' arithmetic and the prefetches of `ahead` go between them, where
- * the core would wait. */
-static void gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
-                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
-                         int64_t n_ahead) {
-    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
-    for (int tile = 0; tile < 2; tile++, gate += nb * ST_TILE_Q4_0_BYTES) {
-        __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-        for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
-            int64_t end = b + GATE_STEP < nb ? b + GATE_STEP : nb;
-            int64_t k0 = share(n, step, steps), k1 = share(n, step + 1, steps);
-            tile_q4_0_part(gate, b, end, x, sum);
-            rows_q4_0(up, nb, index + k0, k1 - k0, x, out + k0);
-            for (int64_t k = share(n_ahead, step, steps); k < share(n_ahead, step + 1, steps); k++)
-                prefetch_row(up_ahead + ahead[k] * nb * 18, nb * 18);
-        }
-        store_rows(sum, ST_TILE_ROWS, g + 16 * tile);
-    }
-}
-
 /* Half (lanes 2*half, 2*half + 1) of 128 outputs of one group of 32 neurons: total[8] += scale * (sum over the active
  * neurons); total i is outputs 16 * i + 8 * half and the seven after it. */
 static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int half,
@@ -458,7 +428,7 @@ static inline __m128 sum4x8(const __m256 a[4]) {
 }
 
 /* Scores of H heads at four positions (the last one repeated beyond n); each key is read and widened once. */
-static inline __attribute__((always_inline)) void scores_4(const int H, const float *q, int64_t hd, const uint16_t *k,
+static inline __attribute__((always_inline)) void scores_h(const int H, const float *q, int64_t hd, const uint16_t *k,
                                                            int64_t n, float scale, float *scores) {
     __m256 sum[3][4];
     for (int h = 0; h < H; h++)
@@ -525,29 +495,10 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
     return sum8(sum);
 }
 
-static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
-                      float scale, float *scores, float *acc, float *m, float *l) {
-    for (int64_t p = 0; p < n; p += 4)
-        for (int64_t h = 0; h < G; h += 3) {
-            const uint16_t *keys = k + p * hd;
-            float *out = scores + h * ST_ATTN_CHUNK + p;
-            switch (G - h) {
-            case 1: scores_4(1, q + h * hd, hd, keys, n - p, scale, out); break;
-            case 2: scores_4(2, q + h * hd, hd, keys, n - p, scale, out); break;
-            default: scores_4(3, q + h * hd, hd, keys, n - p, scale, out); break;
-            }
-        }
-    for (int64_t h = 0; h < G; h++)
-        l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
-    for (int64_t h = 0; h < G; h += 3) {
-        const float *s = scores + h * ST_ATTN_CHUNK;
-        switch (G - h) {
-        case 1: values_h(1, s, v, hd, n, acc + h * hd); break;
-        case 2: values_h(2, s, v, hd, n, acc + h * hd); break;
-        default: values_h(3, s, v, hd, n, acc + h * hd); break;
-        }
-    }
-}
+#define VECTOR __m256
+#define TILE_VECTORS 2
+#define SCORES 4
+#include "drivers.h"
 
 #include "attention_q8_256.h"
 
