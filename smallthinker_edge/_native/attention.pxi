@@ -1,5 +1,5 @@
 # The forward pass, part: router, projections, attention over the KV cache and its output projection. Included by
-# forward.pxi, whose structs it fills.
+# engine.pyx after forward.pxi, whose structs it fills.
 
 cdef void rotate(const float *rope, int64_t half, float *v) noexcept nogil:
     """NEOX rotation of one head: element i with i + half."""

@@ -19,6 +19,8 @@ from smallthinker_edge._native.core cimport *
 from smallthinker_edge.errors import ExpertReadError
 
 include "forward.pxi"
+include "attention.pxi"
+include "experts.pxi"
 include "kv_cache.pxi"
 
 # Measured in docs/performance.md, "Under a memory cap".

@@ -1,5 +1,5 @@
 # The forward pass, part: gate, up and down of the chosen experts, sparse where the weights are packed. Included by
-# forward.pxi, whose structs it fills.
+# engine.pyx after forward.pxi, whose structs it fills.
 
 cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, const st_q8x4 *const *xq,
                          Scratch *s) noexcept nogil:

@@ -176,10 +176,6 @@ cdef void inputs(Call *c, Scratch *s, int tid, const float *norm_weight, int64_t
     xq[0] = s.rows
 
 
-include "attention.pxi"
-include "experts.pxi"
-
-
 # ---------------------------------------------------------------- the whole pass
 
 cdef void embed(Call *c, int tid, int64_t next_units) noexcept nogil:
