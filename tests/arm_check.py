@@ -47,13 +47,16 @@ def integer_kernels(name: str) -> dict[str, np.ndarray]:
     for row, target in zip(x, quantised, strict=True):
         table.quantize(row, target)
     result = {"quantize": quantised}
-    for kind, block in ((2, 18), (8, 34)):
-        raw = rng.integers(0, 256, (40 * 33, block), np.uint8)
-        raw[:, :2] = (rng.random(40 * 33).astype(np.float16) - np.float16(0.5)).view(np.uint8).reshape(-1, 2)
-        packed = kernels.pack_tile16(kind, raw.reshape(-1), 40, 1056)
+    # (type, bytes of a block, columns of a block, where its fp16 scale is, columns)
+    for kind, block, width, scale, cols in ((2, 18, 32, 0, 1056), (8, 34, 32, 0, 1056), (14, 210, 256, 208, 1024)):
+        blocks = 40 * cols // width
+        raw = rng.integers(0, 256, (blocks, block), np.uint8)
+        d = (rng.random(blocks).astype(np.float16) - np.float16(0.5)).view(np.uint8).reshape(-1, 2)
+        raw[:, scale : scale + 2] = d
+        packed = kernels.pack_tile16(kind, raw.reshape(-1), 40, cols)
         for n in (1, 11):
             y = np.zeros(n * 40, np.float32)
-            table.gemm(kind, packed, 40, 1056, 0, 3, quantised[:n], y, 40)
+            table.gemm(kind, packed, 40, cols, 0, 3, quantised[:n], y, 40)
             result[f"gemm {kind} {n}"] = y.view(np.uint32)
     return result
 

@@ -66,11 +66,6 @@ typedef struct st_kernels {
 } st_kernels;
 
 extern const st_kernels st_kernels_ref;
-/* Plain C for tables that have no kernel of their own. */
-void st_ref_gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
-                      int64_t n, float *y, int64_t ldy);
-void st_ref_attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l);
 #if defined(__x86_64__)
 extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
 #elif defined(__aarch64__)

@@ -74,7 +74,7 @@ static int q6_at(const uint8_t *block, int64_t r, int i) {
     return (low | high << 4) - 32;
 }
 
-void st_ref_gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+static void gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
                       int64_t n, float *y, int64_t ldy) {
     for (int64_t row = t0 * ST_TILE_ROWS; row < t1 * ST_TILE_ROWS && row < rows; row++) {
         const uint8_t *tile = w + row / ST_TILE_ROWS * (nb / 8) * ST_TILE_Q6_K_SUPER_BYTES;
@@ -190,7 +190,7 @@ static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, 
     }
 }
 
-void st_ref_attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
                          int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS;
     gemm_q8_0(k, p1, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G, scores + t0 * ST_TILE_ROWS,
@@ -258,13 +258,13 @@ const st_kernels st_kernels_ref = {
     .quantize = quantize,
     .gemm_q4_0 = gemm_q4_0,
     .gemm_q8_0 = gemm_q8_0,
-    .gemm_q6_k = st_ref_gemm_q6_k,
+    .gemm_q6_k = gemm_q6_k,
     .rows_q4_0 = rows_q4_0,
     .gate_up_q4_0 = gate_up_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,
-    .attention_q8 = st_ref_attention_q8,
+    .attention_q8 = attention_q8,
     .rmsnorm = rmsnorm,
     .dot = dot,
     .axpy = axpy,

@@ -1,6 +1,8 @@
 /* The operations on floats and on 32 neurons, in the NEON that every ARM64 CPU has. All ARM64 tables use them. */
 #include "common.h"
 
+#include "smallthinker/kv.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -196,6 +198,128 @@ void st_neon_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k,
         case 3: attend_heads(3, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
         default: attend_heads(4, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
         }
+    }
+}
+
+/* All ones in the lanes of four positions from p that are in p0..p1. */
+static inline uint32x4_t lanes_q8(int64_t p, int64_t p0, int64_t p1) {
+    static const int32_t steps[4] = {0, 1, 2, 3};
+    int32x4_t at = vaddq_s32(vdupq_n_s32((int32_t)p), vld1q_s32(steps));
+    return vandq_u32(vcgeq_s32(at, vdupq_n_s32((int32_t)p0)), vcltq_s32(at, vdupq_n_s32((int32_t)p1)));
+}
+
+static inline float32x4_t keep(float32x4_t x, uint32x4_t lanes) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), lanes));
+}
+
+/* s[p0..p1) = (s + rest) * scale -> exp(score - max), zero for the rest of the tiles touched; returns their sum.
+ * The hardware's maximum passes NaN on. */
+static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, float scale, float *max) {
+    const float32x4_t none = vdupq_n_f32(-INFINITY);
+    float32x4_t m = none, sum = vdupq_n_f32(0);
+    int64_t start = p0 / 16 * 16, end = (p1 + 15) / 16 * 16;
+    for (int64_t p = start; p < end; p += 4) {
+        float32x4_t x = vmulq_n_f32(vaddq_f32(vld1q_f32(s + p), vld1q_f32(rest + p)), scale);
+        x = vbslq_f32(lanes_q8(p, p0, p1), x, none);
+        vst1q_f32(s + p, x);
+        m = vmaxq_f32(m, x);
+    }
+    *max = vmaxvq_f32(m);
+    m = vdupq_n_f32(*max);
+    for (int64_t p = start; p < end; p += 4) {
+        float32x4_t e = keep(exp4(vsubq_f32(vld1q_f32(s + p), m)), lanes_q8(p, p0, p1));
+        vst1q_f32(s + p, e);
+        sum = vaddq_f32(sum, e);
+    }
+    return vaddvq_f32(sum);
+}
+
+/* w[G][256] = scores times the block's scales, in 15 bits of the largest scale, which is returned. */
+static float weights_q8(const uint8_t *scales, const float *scores, int64_t G, int64_t p0, int64_t p1, int16_t *w) {
+    float by[ST_ATTN_CHUNK];
+    int64_t start = p0 / 16 * 16, end = (p1 + 15) / 16 * 16;
+    float32x4_t most = vdupq_n_f32(0);
+    for (int64_t p = start; p < end; p += 4) {
+        float32x4_t d = keep(load_f16x4(scales + 2 * p), lanes_q8(p, p0, p1));
+        most = vmaxq_f32(most, d);
+        vst1q_f32(by + p, d);
+    }
+    float top = vmaxvq_f32(most), inverse = top > 0 ? 32767 / top : 0;
+    for (int64_t p = start; p < end; p += 8) {
+        float32x4_t f0 = vmulq_n_f32(vld1q_f32(by + p), inverse), f1 = vmulq_n_f32(vld1q_f32(by + p + 4), inverse);
+        for (int64_t h = 0; h < G; h++) {
+            const float *s = scores + h * ST_ATTN_CHUNK + p;
+            int16x4_t e0 = vqmovn_s32(vcvtnq_s32_f32(vmulq_f32(vld1q_f32(s), f0)));
+            int16x4_t e1 = vqmovn_s32(vcvtnq_s32_f32(vmulq_f32(vld1q_f32(s + 4), f1)));
+            vst1q_s16(w + h * ST_ATTN_CHUNK + p, vcombine_s16(e0, e1));
+        }
+    }
+    return top;
+}
+
+/* sum[8] += 32 dimensions of one position, widened in x, times lane `lane` of w. */
+#define ADD_POSITION(sum, x, w, lane)                                                                                  \
+    for (int i = 0; i < 4; i++) {                                                                                      \
+        sum[2 * i] = vmlal_lane_s16(sum[2 * i], vget_low_s16(x[i]), w, lane);                                          \
+        sum[2 * i + 1] = vmlal_high_lane_s16(sum[2 * i + 1], x[i], w, lane);                                           \
+    }
+
+/* The two positions of a line of values: 32 dimensions of the even one, and of the odd one. */
+static inline void widen_line(const uint8_t *line, int16x8_t even[4], int16x8_t odd[4]) {
+    for (int i = 0; i < 2; i++) {
+        int8x16x2_t v = vld2q_s8((const int8_t *)line + 32 * i);
+        even[2 * i] = vmovl_s8(vget_low_s8(v.val[0]));
+        even[2 * i + 1] = vmovl_high_s8(v.val[0]);
+        odd[2 * i] = vmovl_s8(vget_low_s8(v.val[1]));
+        odd[2 * i + 1] = vmovl_high_s8(v.val[1]);
+    }
+}
+
+/* out[h][32] = the sums of one block of 32 dimensions for H heads (one or two); they share the widening. Four positions
+ * a turn: weights outside p0..p1 are zero as far as the tiles reach that hold it. */
+ALWAYS_INLINE void values_q8(const int H, const uint8_t *lines, const int16_t *w, int64_t p0, int64_t p1, float by,
+                             int64_t hd, float *out) {
+    int32x4_t sum[2][8];
+    for (int h = 0; h < H; h++)
+        for (int i = 0; i < 8; i++)
+            sum[h][i] = vdupq_n_s32(0);
+    for (int64_t p = p0 / 4 * 4; p < p1; p += 4) {
+        int16x8_t even[4], odd[4];
+        widen_line(lines + 32 * p, even, odd);
+        for (int h = 0; h < H; h++) {
+            int16x4_t four = vld1_s16(w + h * ST_ATTN_CHUNK + p);
+            ADD_POSITION(sum[h], even, four, 0)
+            ADD_POSITION(sum[h], odd, four, 1)
+        }
+        widen_line(lines + 32 * p + 64, even, odd);
+        for (int h = 0; h < H; h++) {
+            int16x4_t four = vld1_s16(w + h * ST_ATTN_CHUNK + p);
+            ADD_POSITION(sum[h], even, four, 2)
+            ADD_POSITION(sum[h], odd, four, 3)
+        }
+    }
+    for (int h = 0; h < H; h++)
+        for (int i = 0; i < 8; i++)
+            vst1q_f32(out + h * hd + 4 * i, vmulq_n_f32(vcvtq_f32_s32(sum[h][i]), by));
+}
+
+void st_neon_attention_q8(gemm_fn *gemm_q8_0, const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k,
+                          const uint8_t *v, int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
+                          float *l) {
+    int64_t t0 = p0 / ST_TILE_ROWS;
+    int16_t *w = (int16_t *)(scores + G * ST_ATTN_CHUNK);
+    gemm_q8_0(k, ST_ATTN_CHUNK, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G,
+              scores + t0 * ST_TILE_ROWS, ST_ATTN_CHUNK);
+    for (int64_t h = 0; h < G; h++)
+        l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
+    for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
+        const uint8_t *lines = v + 2 * ST_ATTN_CHUNK;
+        float by = weights_q8(v, scores, G, p0, p1, w) / 32767, *out = acc + b * ST_BLOCK;
+        int64_t h = 0;
+        for (; h + 2 <= G; h += 2)
+            values_q8(2, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
+        if (h < G)
+            values_q8(1, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
     }
 }
 

@@ -29,6 +29,12 @@ void st_neon_quantize(const float *x, int64_t cols, st_q8x4 *out);
 void st_neon_activate(const float *g, const float *up, st_active *out);
 void st_neon_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                        float scale, float *scores, float *acc, float *m, float *l);
+typedef void gemm_fn(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                     int64_t n, float *y, int64_t ldy);
+/* attention_q8 of kernels.h; the scores come from the table's own gemm_q8_0, which gives the same bits in all. */
+void st_neon_attention_q8(gemm_fn *gemm_q8_0, const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k,
+                          const uint8_t *v, int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
+                          float *l);
 void st_neon_rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out);
 float st_neon_dot(const float *a, const float *b, int64_t n);
 void st_neon_axpy(float a, const float *x, float *y, int64_t n);

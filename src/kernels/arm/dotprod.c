@@ -43,6 +43,11 @@ typedef int32x4_t sum8;
 #define DOWN_Q4_0 st_dotprod_down_q4_0
 #include "matrix.h"
 
+static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
+    st_neon_attention_q8(st_dotprod_gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
+}
+
 const st_kernels st_kernels_dotprod = {
     .name = "dotprod",
     .quantize = st_neon_quantize,
@@ -54,7 +59,7 @@ const st_kernels st_kernels_dotprod = {
     .down_q4_0 = st_dotprod_down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,
-    .attention_q8 = st_ref_attention_q8,
+    .attention_q8 = attention_q8,
     .rmsnorm = st_neon_rmsnorm,
     .dot = st_neon_dot,
     .axpy = st_neon_axpy,

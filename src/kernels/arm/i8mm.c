@@ -113,6 +113,11 @@ static void quad_q8_0(const uint8_t *tile, int64_t nb, int quad, const block8 *x
 GEMM(gemm_q4_0, q4_0, ST_TILE_Q4_0_BYTES)
 GEMM(gemm_q8_0, q8_0, ST_TILE_Q8_0_BYTES)
 
+static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
+    st_neon_attention_q8(gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
+}
+
 const st_kernels st_kernels_i8mm = {
     .name = "i8mm",
     .quantize = st_neon_quantize,
@@ -124,7 +129,7 @@ const st_kernels st_kernels_i8mm = {
     .down_q4_0 = st_dotprod_down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,
-    .attention_q8 = st_ref_attention_q8,
+    .attention_q8 = attention_q8,
     .rmsnorm = st_neon_rmsnorm,
     .dot = st_neon_dot,
     .axpy = st_neon_axpy,

@@ -74,7 +74,7 @@ ALWAYS_INLINE void block_q8_0(const int Q, const int N, const uint8_t *tile, int
     }
 }
 
-/* All blocks of a tile: total[t][i][row % 4] of rows 4 * (quad + i) + row % 4. Four blocks share one st_q8x4. */
+/* nb blocks of a tile, added to total[t][i][r]: rows 4 * (quad + i) + r. Four blocks share one st_q8x4. */
 #define QUADS(TYPE, BYTES)                                                                                             \
     ALWAYS_INLINE void quads_##TYPE(const int Q, const int N, const uint8_t *tile, int64_t nb, int quad,               \
                                     const st_q8x4 *const *x, float32x4_t total[TOKENS][4]) {                           \
@@ -83,7 +83,7 @@ ALWAYS_INLINE void block_q8_0(const int Q, const int N, const uint8_t *tile, int
         for (int t = 0; t < N; t++) {                                                                                  \
             q[t] = x[t];                                                                                               \
             for (int i = 0; i < Q; i++)                                                                                \
-                sum[t][i] = vdupq_n_f32(0);                                                                            \
+                sum[t][i] = total[t][i];                                                                               \
         }                                                                                                              \
         for (; nb > 0; nb -= 4) {                                                                                      \
             for (int lane = 0; lane < 4 && lane < nb; lane++, tile += BYTES)                                           \
@@ -161,6 +161,7 @@ MATRIX_LINKAGE void GEMM_Q6_K(const uint8_t *w, int64_t rows, int64_t nb, int64_
             int64_t count = rows - tile * ST_TILE_ROWS, t = 0;                                                         \
             for (; t + TOKENS <= n; t += TOKENS) {                                                                     \
                 float32x4_t sum[4][TOKENS][4];                                                                         \
+                memset(sum, 0, sizeof sum);                                                                            \
                 for (int quad = 0; quad < 4; quad++)                                                                   \
                     quads_##TYPE(1, TOKENS, p, nb, quad, x + t, sum[quad]);                                            \
                 for (int i = 0; i < TOKENS; i++) {                                                                     \
@@ -170,6 +171,7 @@ MATRIX_LINKAGE void GEMM_Q6_K(const uint8_t *w, int64_t rows, int64_t nb, int64_
             }                                                                                                          \
             for (; t < n; t++) {                                                                                       \
                 float32x4_t sum[TOKENS][4];                                                                            \
+                memset(sum, 0, sizeof *sum);                                                                           \
                 quads_##TYPE(4, 1, p, nb, 0, x + t, sum);                                                              \
                 store_rows(sum[0], count, out + t * ldy);                                                              \
             }                                                                                                          \
@@ -299,13 +301,31 @@ MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *down, int64_t d, int64_t groups, in
 GEMM(GEMM_Q4_0, q4_0, ST_TILE_Q4_0_BYTES)
 GEMM(GEMM_Q8_0, q8_0, ST_TILE_Q8_0_BYTES)
 
-/* Tiles and rows one after the other: on these in-order and small out-of-order cores nothing was measured yet. */
+enum { GATE_STEP = 8 }; /* blocks of a gate tile between parts of up; whole st_q8x4 */
+
+/* Where part `step` of `steps` of n things begins. */
+static inline int64_t share(int64_t n, int64_t step, int64_t steps) { return n * step / steps; }
+
+/* A tile's blocks come from memory in order; four rows of up at a time, and the prefetches of `ahead`, go between
+ * them, so that the one's arithmetic covers the other's waiting. As on x86; not measured on a board. */
 MATRIX_LINKAGE void GATE_UP_Q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
                                  const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead,
                                  const int32_t *ahead, int64_t n_ahead) {
-    for (int64_t k = 0; k < n_ahead; k++)
-        for (int64_t i = 0; i < nb * 18; i += 64)
-            __builtin_prefetch(up_ahead + ahead[k] * nb * 18 + i);
-    GEMM_Q4_0(gate, 2 * ST_TILE_ROWS, nb, 0, 2, &x, 1, g, 2 * ST_TILE_ROWS);
-    ROWS_Q4_0(up, nb, index, n, x, out);
+    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0, fours = (n + 3) / 4;
+    for (int tile = 0; tile < 2; tile++) {
+        float32x4_t sum[TOKENS][4];
+        memset(sum, 0, sizeof *sum);
+        for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
+            int64_t blocks = nb - b < GATE_STEP ? nb - b : GATE_STEP;
+            int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
+            const st_q8x4 *part = x + b / 4;
+            quads_q4_0(4, 1, gate, blocks, 0, &part, sum);
+            gate += blocks * ST_TILE_Q4_0_BYTES;
+            ROWS_Q4_0(up, nb, index + k0, (k1 < n ? k1 : n) - k0, x, out + k0);
+            for (int64_t k = share(n_ahead, step, steps); k < share(n_ahead, step + 1, steps); k++)
+                for (int64_t i = 0; i < nb * 18; i += 64)
+                    __builtin_prefetch(up_ahead + ahead[k] * nb * 18 + i);
+        }
+        store_rows(sum[0], ST_TILE_ROWS, g + 16 * tile);
+    }
 }
