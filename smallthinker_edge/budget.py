@@ -160,6 +160,7 @@ def make_plan(
     memory: int | str | None,
     slot_bytes: int = 0,
     kv: str = "f16",
+    predictor: bool = True,
 ) -> Plan:
     """Divides a budget.
 
@@ -169,12 +170,16 @@ def make_plan(
         slot_bytes: of one expert where a packed file lets experts be paged, else 0.
         kv: type of the KV cache: "f16", "q8_0", or "auto": Q8_0 where with F16 the budget would be too small, or
             would hold fewer experts than two tokens use.
+        predictor: the LM head's predictor is used, where the file has one.
 
     Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little.
     """
     if kv == "auto":
-        return _plan_kv(file, config, context, batch, memory, slot_bytes)
+        return _plan_kv(file, config, context, batch, memory, slot_bytes, predictor)
     skip = set() if config.tied else {tensor_name("token_embd")}
+    if not predictor:
+        skip.add(tensor_name("lm_head_profiler"))
+    scores = config.lm_head_predictor_size if predictor else 0
     if slot_bytes:
         skip |= {name for name in file.tensors if name.endswith("_exps.weight")}
     widths = 3 * config.d_model + 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
@@ -182,7 +187,7 @@ def make_plan(
         "process and tokenizer": psutil.Process().memory_info().rss,
         "dense weights" if slot_bytes else "weights": sum(i.nbytes for n, i in file.tensors.items() if n not in skip),
         "KV cache": kv_bytes(config, context, kv),
-        "buffers": batch * (4 * widths + 3 * config.n_experts_used * config.d_ffn) + 4 * config.vocab_size,
+        "buffers": batch * (4 * widths + 3 * config.n_experts_used * config.d_ffn + 8 * scores) + 4 * config.vocab_size,
         "margin": MARGIN,
     }
     experts = config.n_layers * config.n_experts
@@ -210,11 +215,12 @@ def _plan_kv(
     batch: int,
     memory: int | str | None,
     slot_bytes: int,
+    predictor: bool,
 ) -> Plan:
     """The plan with F16 keys and values, or with Q8_0 where that is what makes the budget work."""
     small = config.head_dim % 32 == 0
     try:
-        plan = make_plan(file, config, context, batch, memory, slot_bytes)
+        plan = make_plan(file, config, context, batch, memory, slot_bytes, predictor=predictor)
     except MemoryBudgetError:
         if not small:
             raise
@@ -222,4 +228,4 @@ def _plan_kv(
         experts = config.n_layers * min(config.n_experts, 2 * config.n_experts_used)
         if not small or not slot_bytes or plan.slots >= experts:
             return plan
-    return make_plan(file, config, context, batch, memory, slot_bytes, "q8_0")
+    return make_plan(file, config, context, batch, memory, slot_bytes, "q8_0", predictor)

@@ -71,6 +71,13 @@ def token_bias(text: str) -> tuple[int, float]:
     return int(token), float(bias)
 
 
+def head_threshold(text: str) -> float | str | None:
+    """A score, "auto", or None from "full"."""
+    if text in ("auto", "full"):
+        return text if text == "auto" else None
+    return float(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", required=True, metavar="FILE", help="GGUF file of a SmallThinker model")
     parser.add_argument(
@@ -85,6 +92,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="positions to make room for (default: the model's, to 4096)",
+    )
+    parser.add_argument(
+        "--head-threshold",
+        type=head_threshold,
+        default="auto",
+        metavar="SCORE",
+        help="with a predictor of the LM head: compute logits above this score (default: the file's); full: all",
     )
     add_kv_argument(parser)
 
@@ -150,6 +164,7 @@ def open_model(arguments: argparse.Namespace) -> SmallThinker:
             threads=arguments.threads,
             context=arguments.context,
             kv=arguments.kv,
+            head_threshold=arguments.head_threshold,
         )
 
 

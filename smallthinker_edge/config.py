@@ -15,6 +15,8 @@ from smallthinker_edge.errors import ModelFormatError
 
 ARCHITECTURE = "smallthinker"
 MATRIX_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q6_K"})
+# Those whose blocks fit into rows of the predictor's inner width.
+PREDICTOR_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0"})
 # Activations are quantised in blocks of 32, so every matrix row must be whole blocks.
 BLOCK = 32
 # llama.cpp's rule when a window is set: one full-attention layer, then three window layers.
@@ -93,6 +95,7 @@ class ModelConfig:
         rope_dim: how many of a head's dimensions are rotated; even, at most head_dim.
         down_transposed: ffn_down_exps is {d_model, d_ffn, n_experts}: one neuron's weights are one row.
         lm_head_predictor_size: inner width K of lm_head_profiler.weight; 0 when the file has none.
+        lm_head_threshold: score of the predictor above which a vocabulary row is worth computing.
     """
 
     n_layers: int
@@ -117,6 +120,7 @@ class ModelConfig:
     rope_dim: int
     down_transposed: bool
     lm_head_predictor_size: int = 0
+    lm_head_threshold: float = 0.0
 
     @classmethod
     def from_gguf(cls, gguf: ModelFile) -> ModelConfig:
@@ -128,6 +132,7 @@ class ModelConfig:
         - RoPE: `smallthinker.rope_layout` where present; else, with a window, the layers with `l % 4 != 0`
           whatever the pattern, and without one every layer.
         - Gating: an absent `expert_gating_func` means sigmoid.
+        - `lm_head_threshold` is the extra key `smallthinker.lm_head_profiler.threshold` where present.
         - `down_transposed` is told by the shape of ffn_down_exps. Where d_ffn equals d_model it cannot be
           told, and the ordinary layout is assumed.
 
@@ -197,7 +202,7 @@ class _Keys:
             self.fail(full, f"must be from {low} to {high}, not {value}")
         return value
 
-    def positive_float(self, key: str, default: float | None = None) -> float:
+    def finite_float(self, key: str, default: float | None = None) -> float:
         full, value = f"{ARCHITECTURE}.{key}", self.get(key)
         if value is None:
             if default is None:
@@ -205,9 +210,15 @@ class _Keys:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.fail(full, f"must be a number, not {_shorten(value)}")
-        if not (math.isfinite(value) and value > 0):
-            self.fail(full, f"must be positive and finite, not {value}")
+        if not math.isfinite(value):
+            self.fail(full, f"must be finite, not {value}")
         return float(value)
+
+    def positive_float(self, key: str, default: float | None = None) -> float:
+        value = self.finite_float(key, default)
+        if value <= 0:
+            self.fail(f"{ARCHITECTURE}.{key}", f"must be positive, not {value}")
+        return value
 
     def flags(self, key: str, n_layers: int) -> tuple[bool, ...] | None:
         """An array of one bool (or 0/1) per layer; None when the key is absent."""
@@ -258,6 +269,7 @@ def _read_config(gguf: ModelFile) -> ModelConfig:
         name=name if isinstance(name, str) else "",
         down_transposed=tensors.is_down_transposed(sizes["d_model"], sizes["d_ffn"]),
         lm_head_predictor_size=tensors.predictor_size(sizes["d_model"], vocab_size),
+        lm_head_threshold=keys.finite_float("lm_head_profiler.threshold", 0.0),
     )
     tensors.check_all(config)
     return config
@@ -422,8 +434,10 @@ class _Tensors:
                 f"shape {info.shape}, expected one row of a multiple of {d_model} + {vocab_size} elements",
             )
         size = elements // (d_model + vocab_size)
-        if size % BLOCK:
-            self.fail(name, f"an inner width of {size} is not a multiple of {BLOCK}")
+        if size % BLOCK or size > d_model:
+            self.fail(name, f"an inner width of {size} is not a multiple of {BLOCK} up to {d_model}")
+        if info.type not in PREDICTOR_TYPES:
+            self.fail(name, f"type {info.type}, expected {' or '.join(sorted(PREDICTOR_TYPES))}")
         return size
 
     def check_all(self, config: ModelConfig) -> None:

@@ -101,6 +101,7 @@ class TextStream(Iterator[str]):
         cancel: CancelSignal | None,
         drop: TurnDropper | None = None,
         speculate: int = 0,
+        head_threshold: float | None = None,
     ) -> None:
         self.result: GenerationResult | None = None
         self._sessions, self._tokenizer, self._sampler = sessions, tokenizer, sampler
@@ -110,6 +111,7 @@ class TextStream(Iterator[str]):
         self._drop = drop
         self._lookup = PromptLookup(prompt, speculate) if speculate else None
         self._governor = Governor()
+        self._head_threshold = head_threshold
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._reason = "cancelled"
@@ -166,12 +168,17 @@ class TextStream(Iterator[str]):
                 pending = self._shift(session, shorter)
             draft = self._draft(session, len(pending))
             started = time.perf_counter()
-            logits = np.atleast_2d(session.decode([*pending, *draft], all_logits=bool(draft), cancel=self._cancel))
+            logits = session.decode(
+                [*pending, *draft],
+                all_logits=bool(draft),
+                cancel=self._cancel,
+                head_threshold=self._head_threshold,
+            )
             if self._cancelled():
                 return
             seconds = time.perf_counter() - started
             self._first = self._first or time.perf_counter()
-            yield from self._verified(session, logits[-len(draft) - 1 :], draft)
+            yield from self._verified(session, np.atleast_2d(logits)[-len(draft) - 1 :], draft)
             if self._lookup is not None and len(pending) == 1:
                 self._judge(seconds, draft)
             pending = self._tokens[-1:]

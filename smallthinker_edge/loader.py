@@ -12,6 +12,7 @@ import numpy as np
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import TensorInfo
 from smallthinker_edge.config import ModelConfig, tensor_name
+from smallthinker_edge.errors import ModelFormatError
 
 # Type numbers of the GGUF format, which the C core shares (packed.h).
 TYPE_NUMBER = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
@@ -21,22 +22,34 @@ class ModelSource(Protocol):
     """What is needed of a model file: GGUFFile, or PackedFile."""
 
     @property
+    def path(self) -> str: ...
+    @property
     def tensors(self) -> dict[str, TensorInfo]: ...
     def data(self, name: str) -> np.ndarray: ...
     def release(self, name: str) -> None: ...
 
 
 class Loader:
-    """One pass over a file's tensors into an engine made for the same config; paged leaves the experts out."""
+    """One pass over a file's tensors into an engine made for the same config.
 
-    def __init__(self, gguf: ModelSource, config: ModelConfig, engine: Engine, *, paged: bool = False) -> None:
+    Args:
+        paged: leave the experts out. predictor: take the LM head's predictor too, where there is one.
+    """
+
+    def __init__(
+        self, gguf: ModelSource, config: ModelConfig, engine: Engine, *, paged: bool = False, predictor: bool = False
+    ) -> None:
         self.gguf = gguf
         self.config = config
         self.engine = engine
         self.paged = paged
+        self.predictor = predictor and config.lm_head_predictor_size > 0
 
     def load(self) -> None:
-        """Fills the engine. Raises MemoryError when the system has not enough memory."""
+        """Fills the engine. Raises MemoryError when the system has not enough memory, ModelFormatError for a predictor
+        that is not made of numbers."""
+        if self.predictor:
+            self._load_predictor(tensor_name("lm_head_profiler"))
         embedding = tensor_name("token_embd")
         number, data = self._matrix(embedding)
         self.engine.set_embedding(number, data, not self.config.tied)
@@ -49,6 +62,24 @@ class Loader:
             self.gguf.release(tensor_name("output"))
         for layer in range(self.config.n_layers):
             self._load_layer(layer)
+
+    def _load_predictor(self, name: str) -> None:
+        """A score that is not a number would silence its row for good, so each scale (or weight) is looked at."""
+        number, data = self._matrix(name)
+        kind = self.gguf.tensors[name].type
+        if kind in ("Q4_0", "Q8_0"):
+            scales = data.reshape(-1, 18 if kind == "Q4_0" else 34)[:, :2]
+            exponents = np.ascontiguousarray(scales).view("<u2") & 0x7C00
+            broken = exponents == 0x7C00
+        elif kind == "F32":
+            broken = data.view("<u4") & 0x7F800000 == 0x7F800000
+        else:
+            largest = 0x7C00 if kind == "F16" else 0x7F80
+            broken = data.view("<u2") & largest == largest
+        if broken.any():
+            raise ModelFormatError("holds scales or weights that are not finite", path=self.gguf.path, field=name)
+        self.engine.set_predictor(number, data)
+        self.gguf.release(name)
 
     def _load_layer(self, layer: int) -> None:
         def name(role: str) -> str:

@@ -5,6 +5,7 @@ It ties loader, tokenizer, session and sampler together; each of them knows noth
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,9 @@ class SmallThinker:
             docs/context.md). "auto" takes Q8_0 where the budget needs it: logits then depend on the budget.
         keep_sessions: how many finished generations keep their KV cache, so that a prompt that begins like one of them
             (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one.
+        head_threshold: where the file has a predictor of the LM head, generation computes only the logits whose score
+            is above this; the others cannot be sampled. "auto" takes the file's own, else 0. None: all logits, and
+            the predictor takes no memory. What a Session returns to its user is always whole, unless asked otherwise.
         profile: a file of save_profile() whose experts are read first; None takes the one beside a packed model.
 
     Raises:
@@ -71,6 +75,7 @@ class SmallThinker:
         context: int | None = None,
         kv: str = "f16",
         keep_sessions: int = 1,
+        head_threshold: float | Literal["auto"] | None = "auto",
         profile: str | os.PathLike[str] | None = None,
     ) -> None:
         automatic = threads is None or threads == "auto"
@@ -92,6 +97,7 @@ class SmallThinker:
             self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
             if self.tokenizer.vocab_size != self.config.vocab_size:
                 raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
+            self.head_threshold = self._head_threshold(head_threshold)
             template = self._file.metadata.get("tokenizer.chat_template")
             self.chat_template = template if isinstance(template, str) else None
             kernels = os.environ.get("SMALLTHINKER_CPU") or None
@@ -108,15 +114,23 @@ class SmallThinker:
         self._hash: bytes | None = None
         self._sessions = SessionStore(keep_sessions, self.session)
 
+    def _head_threshold(self, given: float | str | None) -> float | None:
+        """The threshold to use, None where the head is to be computed whole."""
+        threshold = self.config.lm_head_threshold if given == "auto" else given
+        if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
+            raise ValueError(f'head_threshold must be a number, "auto" or None, not {given!r}')
+        return threshold if self.config.lm_head_predictor_size else None
+
     def _load(self, engine: Engine, memory: int | str | None, kv: str) -> budget.Plan:
         """Fills the engine within the budget; the experts of a packed file stay there until they are needed."""
+        predictor = self.head_threshold is not None
         if not isinstance(self._file, PackedFile):
-            plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, kv=kv)
-            Loader(self._file, self.config, engine).load()
+            plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, kv=kv, predictor=predictor)
+            Loader(self._file, self.config, engine, predictor=predictor).load()
             return plan
         offsets, size = self._file.experts(self.config)
-        plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, size, kv)
-        Loader(self._file, self.config, engine, paged=True).load()
+        plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, size, kv, predictor)
+        Loader(self._file, self.config, engine, paged=True, predictor=predictor).load()
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
         engine.page_experts(self._file.path, offsets, size, plan.slots, types)
@@ -286,7 +300,11 @@ class SmallThinker:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
             ids = shorter
         self._open_engine()
-        return TextStream(self._sessions, self.tokenizer, sampler, ids, max_tokens, stops, cancel, drop, speculate)
+        # A bias is for tokens of which the predictor knows nothing.
+        threshold = None if logit_bias else self.head_threshold
+        return TextStream(
+            self._sessions, self.tokenizer, sampler, ids, max_tokens, stops, cancel, drop, speculate, threshold
+        )
 
     def chat(self, messages: Messages, **options: object) -> GenerationResult:
         """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options as in generate().
@@ -304,7 +322,8 @@ class SmallThinker:
 
         hits: experts found in memory; ahead_hits: read ahead for that use; misses: read when they were needed.
         hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
-        used. wasted_bytes: read ahead in vain. stall_seconds: time compute threads waited, summed over them;
+        used. head_share: share of the LM head's rows that a predictor has let through so far. wasted_bytes: read
+        ahead in vain. stall_seconds: time compute threads waited, summed over them;
         disk_seconds: time with a read under way. peak_bytes: the process's own high-water mark. On boards that tell
         it, the temperature and what throttles the processor: see heat.readings.
         """
@@ -316,6 +335,7 @@ class SmallThinker:
             "kernels": engine.kernels,
             "context": self.context,
             "kv": self.kv,
+            **({} if engine.head_share is None else {"head_share": engine.head_share}),
             **(engine.pager_stats() or {}),
             **heat.readings(),
         }

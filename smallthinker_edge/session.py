@@ -75,7 +75,12 @@ class Session:
         return self._open_cache().context
 
     def decode(
-        self, tokens: Tokens, all_logits: bool = False, *, cancel: CancelSignal | None = None
+        self,
+        tokens: Tokens,
+        all_logits: bool = False,
+        *,
+        cancel: CancelSignal | None = None,
+        head_threshold: float | None = None,
     ) -> npt.NDArray[np.float32]:
         """Appends tokens and returns logits.
 
@@ -83,6 +88,9 @@ class Session:
             tokens: ids, at least one; long prompts are computed in chunks, which does not change the result.
             all_logits: return a row for every token instead of the last one only.
             cancel: looked at between chunks; when set, decoding stops early and the positions done so far stay.
+            head_threshold: with a model whose LM head has a predictor (`model.head_threshold` is not None then), only
+                logits whose score is above it are computed, the others are minus infinity; where no score is, all are.
+                None, the default, computes all, as probabilities need it.
 
         Returns:
             float32 [V] of the last token, or [n, V].
@@ -107,7 +115,7 @@ class Session:
                 last = start + chunk.size == ids.size
                 out = logits[start : start + chunk.size] if all_logits else logits if last else None
                 with self._turn:
-                    self._engine.decode(cache, chunk, out)
+                    self._engine.decode(cache, chunk, out, head_threshold)
                 self._tokens.extend(chunk.tolist())
                 start += chunk.size
             return logits if all_logits else logits[0]

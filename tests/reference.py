@@ -43,11 +43,13 @@ class Params:
 
 @dataclass
 class Trace:
-    """What one pass computed: logits [n, V]; per layer the chosen experts [n, K] and their weights [n, K]."""
+    """What one pass computed: logits [n, V]; per layer the chosen experts [n, K] and their weights [n, K]; the
+    head's input [n, d]."""
 
     logits: Array
     chosen: list[npt.NDArray[np.int64]] = field(default_factory=list)
     weights: list[Array] = field(default_factory=list)
+    states: Array = field(default_factory=lambda: np.empty((0, 0)))
 
 
 class Reference:
@@ -102,8 +104,17 @@ class Reference:
             x = x + self.experts(h, layer, chosen, weights)
         x = rms_norm(x, w["output_norm.weight"], p.rms_eps)
         head = "output.weight" if "output.weight" in w else "token_embd.weight"
+        trace.states = x
         trace.logits = self.input_of(x, head) @ w[head].T
         return trace
+
+    def head_scores(self, states: Array) -> Array:
+        """What the LM head's predictor gives every row [n, V], from the head's input [n, d]."""
+        flat = self.weights["lm_head_profiler.weight"].ravel()
+        d, vocab = states.shape[1], len(self.weights["token_embd.weight"])
+        inner = flat.size // (d + vocab)
+        first, second = flat[: inner * d].reshape(inner, d), flat[inner * d :].reshape(vocab, inner)
+        return states @ first.T @ second.T
 
     def input_of(self, x: Array, name: str, types: tuple[str, ...] = ("Q4_0", "Q8_0", "Q6_K")) -> Array:
         """x as the named matrix gets to see it."""

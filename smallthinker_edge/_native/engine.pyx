@@ -22,6 +22,7 @@ include "forward.pxi"
 include "attention.pxi"
 include "experts.pxi"
 include "kv_cache.pxi"
+include "head.pxi"
 
 # Measured in docs/performance.md, "Under a memory cap".
 cdef enum:
@@ -116,6 +117,7 @@ cdef class Engine:
     cdef readonly int threads
     cdef readonly bint exact
     cdef object config
+    cdef int64_t head_rows, head_tokens  # computed by sparse heads
     cdef public object routing  # None, or a list that decode() adds to: bytes of int32 [n, L, K], the experts chosen
 
     def __cinit__(self, config, int threads, kernels=None, int64_t batch=512, bint exact=False):
@@ -194,6 +196,7 @@ cdef class Engine:
             c.scratch[i].head = <st_q8x4 *>self.arena.take(c.nq_head * sizeof(st_q8x4))
             c.scratch[i].queries = <const st_q8x4 **>self.arena.take(2 * (s.heads // s.kv_heads) * sizeof(void *))
             c.scratch[i].out = <float *>self.arena.take(n * 64 * 4)
+            c.scratch[i].selected = <int32_t *>self.arena.take(n * 4)
         return 0
 
     def __dealloc__(self):
@@ -214,16 +217,22 @@ cdef class Engine:
         """Bytes of weights and buffers that the engine owns (views of the file not counted)."""
         return self.arena.bytes
 
-    cdef int make_matrix(self, Matrix *m, int type, int64_t rows, int64_t cols, data, int64_t unit,
-                         bint view) except -1:
-        """Packs (or keeps as rows) one matrix. unit: rows one work unit takes, which must suit the tiles."""
+    cdef int make_matrix(self, Matrix *m, int type, int64_t rows, int64_t cols, data, int64_t unit, bint view,
+                         bint sparse=False) except -1:
+        """Packs (or keeps as rows) one matrix. unit: rows one work unit takes, which must suit the tiles. sparse: few
+        of its rows will be read at a time."""
         cdef const uint8_t[::1] src = data
         cdef uint8_t *dst
         cdef size_t size
         if <size_t>src.shape[0] != st_row_bytes(type, cols) * rows:
             raise ValueError("matrix bytes do not match its shape and type")
         m.type, m.rows, m.cols = type, rows, cols
-        if not self.exact and not view and type in (ST_Q4_0, ST_Q8_0, ST_Q6_K) and unit % ST_TILE_ROWS == 0:
+        if sparse and not self.exact and not view and type == ST_Q4_0:
+            m.layout = SPARSE_ROWS
+            dst = <uint8_t *>self.arena.take(src.shape[0])
+            with nogil:
+                st_pack_rows_q4_0(&src[0], rows, cols, dst)
+        elif not self.exact and not view and type in (ST_Q4_0, ST_Q8_0, ST_Q6_K) and unit % ST_TILE_ROWS == 0:
             m.layout = TILE
             size = st_tile16_bytes(type, rows, cols)
             dst = <uint8_t *>self.arena.take(size)
@@ -251,7 +260,20 @@ cdef class Engine:
 
     def set_embedding(self, int type, data, bint view):
         """token_embd: GGUF rows; view keeps reading them from `data` (one row a token) and copies nothing."""
-        self.make_matrix(&self.call.embedding, type, self.call.s.vocab, self.call.s.d, data, ST_TILE_ROWS, view)
+        self.make_matrix(&self.call.embedding, type, self.call.s.vocab, self.call.s.d, data, ST_TILE_ROWS, view,
+                         self.call.predictor_in.rows > 0)
+
+    def set_predictor(self, int type, data):
+        """lm_head_profiler: K rows of d, then V rows of K, in one run of GGUF rows (K from the config). To be called
+        before set_embedding() and set_head(), which lay the head out for reading single rows then."""
+        cdef Call *c = &self.call
+        cdef int64_t K = self.config.lm_head_predictor_size
+        cdef size_t size = st_row_bytes(type, c.s.d) * K
+        self.make_matrix(&c.predictor_in, type, K, c.s.d, data[:size], ST_TILE_ROWS, False)
+        self.make_matrix(&c.predictor_out, type, c.s.vocab, K, data[size:], ST_TILE_ROWS, False)
+        c.nq_z = (K + 127) // 128
+        c.z = <float *>self.arena.take(c.s.batch * K * 4)
+        c.zq = <st_q8x4 *>self.arena.take(c.s.batch * c.nq_z * sizeof(st_q8x4))
 
     def set_head(self, norm, type=None, data=None):
         """output_norm, and output; without a matrix the embedding serves as the head (tied)."""
@@ -259,7 +281,8 @@ cdef class Engine:
         if data is None:
             self.call.head = self.call.embedding
         else:
-            self.make_matrix(&self.call.head, type, self.call.s.vocab, self.call.s.d, data, ST_TILE_ROWS, False)
+            self.make_matrix(&self.call.head, type, self.call.s.vocab, self.call.s.d, data, ST_TILE_ROWS, False,
+                             self.call.predictor_in.rows > 0)
 
     def set_layer(self, int64_t l, attn_norm, ffn_norm, router, q, k, v, o):
         """Dense weights of layer l: float32 vectors, router [E * d], and (type, bytes) of q, k, v and o."""
@@ -413,13 +436,15 @@ cdef class Engine:
                 table[2 * (t * half + i) + 1] = <float>sin(angle)
         return 0
 
-    def decode(self, KVCache cache not None, tokens, logits):
+    def decode(self, KVCache cache not None, tokens, logits, head_threshold=None):
         """Runs at most `batch` tokens at the cache's position and advances it.
 
         Args:
             cache: made for this engine, with room for the tokens.
             tokens: int32 [n], 1 <= n <= cache.room(), each below the vocabulary's size.
             logits: float32 [n, V] for all tokens, [1, V] for the last one, or None; filled in place.
+            head_threshold: with a predictor, only logits whose score is above it are computed, the others are minus
+                infinity (but all, where no score is). None, or no predictor: all.
 
         Raises ExpertReadError when experts cannot be read: the cache's position stays, and decoding may be retried.
         """
@@ -441,6 +466,9 @@ cdef class Engine:
                 raise ValueError("logits has the wrong shape")
             c.logits = &out[0, 0]
             c.all_logits = out.shape[0] == n
+        c.sparse_head = logits is not None and head_threshold is not None and c.predictor_in.rows > 0
+        if c.sparse_head:
+            c.head_threshold = head_threshold
         self.size_partials(cache.context)
         c.tokens, c.n, c.position = &ids[0], n, cache.position
         cache.prepare(n)
@@ -465,9 +493,32 @@ cdef class Engine:
         cache.advance(n, not c.failed)
         if c.failed:
             raise ExpertReadError("expert weights could not be read from the model file; nothing was decoded")
+        if c.sparse_head:
+            self.count_head_rows(n if c.all_logits else 1)
         c.clock += n
         if chosen is not None:
             self.routing.append(bytes(chosen))
+
+    cdef void count_head_rows(self, int64_t n) noexcept:
+        cdef int64_t t, selected
+        for t in range(n):
+            selected = selected_rows(&self.call, t)
+            self.head_rows += selected if selected else self.call.s.vocab
+        self.head_tokens += n
+
+    @property
+    def head_share(self):
+        """Share of the head's rows that decode() with a threshold has computed so far; None where it never did."""
+        return self.head_rows / (<double>self.head_tokens * self.call.s.vocab) if self.head_tokens else None
+
+    def final_states(self, float[:, ::1] out not None):
+        """What the head was applied to in the last decode() of n tokens: float32 [n, d], filled in place."""
+        cdef Call *c = &self.call
+        cdef int64_t t
+        if out.shape[0] != c.n or out.shape[1] != c.s.d:
+            raise ValueError("out has the wrong shape")
+        for t in range(c.n):
+            c.kernels.rmsnorm(c.x + t * c.s.d_padded, c.output_norm, c.s.d, c.s.eps, &out[t, 0])
 
     cdef int size_partials(self, int64_t context) except -1:
         """Room for the unmerged attention chunks of the longest context seen."""

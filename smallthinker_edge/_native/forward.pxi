@@ -5,6 +5,7 @@
 cdef enum:
     TILE = 1   # Tile16 of Q4_0, Q8_0 or Q6_K, integer kernels
     ROWS = 2   # rows as in GGUF, dequantised one at a time, float arithmetic
+    SPARSE_ROWS = 3  # Q4_0 in the Rows layout, integer kernels: where few rows of many are read
     EXPERT_PACKED = 1
     EXPERT_ROWS = 2
     GENERIC_CHUNK = 256  # outputs of one down unit over GGUF rows; a multiple of every block size
@@ -59,6 +60,7 @@ cdef struct Scratch:
     float *row            # one dequantised row
     float *scores         # [2 * G][256], or one head
     st_q8x4 *head         # one head's keys or values, quantised
+    int32_t *selected     # [batch] rows of the LM head that this thread has selected
     const st_q8x4 **queries  # [2 * G] pointers into q8
     float *out            # [batch][64]: a unit's output before it is added to x
 
@@ -81,6 +83,13 @@ cdef struct Call:
     int32_t *trace        # [n][L][K] chosen experts of this call, or NULL
     Matrix embedding, head
     float *output_norm
+    Matrix predictor_in   # [K, d]; cols 0 where the file has none
+    Matrix predictor_out  # [V, K]
+    int sparse_head       # this call computes only the rows whose score is above the threshold
+    float head_threshold
+    float *z              # [n][K] predictor_in . x
+    st_q8x4 *zq           # [n][nq_z]
+    int64_t nq_z
     Scratch *scratch
     const int32_t *tokens
     int64_t n, position
@@ -127,6 +136,15 @@ cdef void mat_unit(Call *c, const Matrix *m, int64_t r0, int64_t r1, const st_q8
     """y[i * ldy + r - r0] = W[r] . x[i] for rows r0..r1 (r0 a multiple of 16 for TILE)."""
     cdef int64_t r, i
     cdef size_t row_bytes
+    cdef int32_t index[64]
+    if m.layout == SPARSE_ROWS:
+        for r in range(r0, r1):
+            index[(r - r0) % 64] = <int32_t>r
+            if (r - r0) % 64 == 63 or r == r1 - 1:
+                for i in range(n):
+                    c.kernels.rows_q4_0(m.data, m.cols // 32, index, (r - r0) % 64 + 1, xq[i],
+                                        y + i * ldy + (r - r0) // 64 * 64)
+        return
     if m.layout == TILE:
         if m.type == ST_Q4_0:
             c.kernels.gemm_q4_0(m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
@@ -178,38 +196,24 @@ cdef void inputs(Call *c, Scratch *s, int tid, const float *norm_weight, int64_t
 
 # ---------------------------------------------------------------- the whole pass
 
-cdef void embed(Call *c, int tid, int64_t next_units) noexcept nogil:
+cdef void embed(Call *c, int tid, Scratch *s, int64_t next_units) noexcept nogil:
     cdef int64_t t
     cdef const Matrix *m = &c.embedding
+    cdef uint8_t *row
     while True:
         t = st_team_next(c.team, tid)
         if t < 0:
             break
         if m.layout == TILE:
             st_dequantize_tile16_row(m.type, m.data, m.cols, c.tokens[t], c.x + t * c.s.d_padded)
+        elif m.layout == SPARSE_ROWS:
+            row = <uint8_t *>s.row
+            st_unpack_rows_q4_0(m.data + c.tokens[t] * st_row_bytes(m.type, m.cols), 1, m.cols, row)
+            st_dequantize_row(m.type, row, m.cols, c.x + t * c.s.d_padded)
         else:
             st_dequantize_row(m.type, m.data + c.tokens[t] * st_row_bytes(m.type, m.cols), m.cols,
                               c.x + t * c.s.d_padded)
     st_team_barrier(c.team, next_units)
-
-
-cdef int64_t head_units(Call *c) noexcept nogil:
-    return (c.s.vocab + 255) // 256
-
-
-cdef void head_phase(Call *c, int tid, Scratch *s) noexcept nogil:
-    """Logits of the last token, or of all."""
-    cdef const st_q8x4 *const *xq
-    cdef const float *xf
-    cdef int64_t u, r0, first = 0 if c.all_logits else c.n - 1, V = c.s.vocab
-    inputs(c, s, tid, c.output_norm, head_units(c), &xq, &xf)
-    while True:
-        u = st_team_next(c.team, tid)
-        if u < 0:
-            break
-        r0 = u * 256
-        mat_unit(c, &c.head, r0, min(r0 + 256, V), xq + first, xf + first * c.s.d, c.s.d, c.n - first,
-                 c.logits + r0, V, s)
 
 
 cdef int64_t projection_units(Call *c) noexcept nogil:
@@ -239,7 +243,7 @@ cdef void forward(void *arg, int tid) noexcept nogil:
     cdef Scratch *s = c.scratch + tid
     cdef Layer *layer
     cdef int64_t l, next_units = shared_inputs(c, projection_units(c))
-    embed(c, tid, next_units)
+    embed(c, tid, s, next_units)
     for l in range(c.s.n_layers):
         layer = c.layers + l
         projection_phase(c, layer, l, tid, s)
@@ -249,7 +253,7 @@ cdef void forward(void *arg, int tid) noexcept nogil:
         output_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, shared_inputs(c, c.n_active * c.s.groups))
         if l == c.s.n_layers - 1:
-            next_units = shared_inputs(c, head_units(c))
+            next_units = shared_inputs(c, first_head_units(c))
         if not expert_phases(c, layer, l, tid, s, next_units):
             if tid == 0:
                 c.failed = 1
