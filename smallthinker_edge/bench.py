@@ -20,7 +20,8 @@ import psutil
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import Timer
-from smallthinker_edge.cpus import auto_threads, memory_limit
+from smallthinker_edge.cgroup import memory_limit
+from smallthinker_edge.cpus import auto_threads
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from smallthinker_edge import cgroup
 from smallthinker_edge._native.engine import kv_bytes
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.config import ModelConfig, tensor_name
@@ -53,40 +54,9 @@ def available_memory() -> int:
     """Bytes this process may use in all: its own now, and 90 % of what the system and its cgroups have left."""
     own: int = psutil.Process().memory_info().rss
     free: int = psutil.virtual_memory().available
-    for limit, used in _cgroup_limits():
+    for limit, used in cgroup.memory():
         free = min(free, limit - used)
     return own + int(max(0, free) * AUTO_SHARE)
-
-
-def _cgroup_limits(
-    root: Path = Path("/sys/fs/cgroup"), table: Path = Path("/proc/self/cgroup")
-) -> list[tuple[int, int]]:
-    """(limit, use without reclaimable cache) in bytes of every memory cgroup above this process that has a limit."""
-    try:
-        lines = [line.split(":", 2) for line in table.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return []
-    found = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers == "":  # version 2
-            top, limit_name, use_name, cache_name = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, limit_name, use_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache_name = "total_inactive_file"
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        # In a container the path may be the host's, which is not visible: the root is then the container's own.
-        for place in [folder, *folder.parents] if folder.exists() else [top]:
-            try:
-                limit = (place / limit_name).read_text(encoding="ascii").strip()
-                use = int((place / use_name).read_text(encoding="ascii"))
-                stat = dict(line.split() for line in (place / "memory.stat").read_text(encoding="ascii").splitlines())
-            except (OSError, ValueError):
-                continue
-            if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes "no limit" as a huge number
-                found.append((int(limit), use - int(stat.get(cache_name, 0))))
-    return found
 
 
 def process_memory() -> dict[str, int]:
@@ -101,21 +71,32 @@ def process_memory() -> dict[str, int]:
 
 
 def drop_library_cache() -> None:
-    """Takes what was read to import the loaded modules out of the page cache, where a cgroup charges it: 20 MiB.
+    """Takes what was read to load modules and shared libraries out of the page cache, where a cgroup charges it.
 
-    A hint; pages that are mapped, as those of running code, stay.
+    That is 60 MiB, a third of it OpenBLAS, which comes with NumPy.
+    A hint; pages that are in use, as those of running code, stay.
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    for module in list(sys.modules.values()):
-        for path in {getattr(module, "__file__", None), getattr(module, "__cached__", None)}:
-            try:
-                fd = os.open(path, os.O_RDONLY) if isinstance(path, str) else -1
-            except OSError:
-                continue
-            if fd >= 0:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
+    for path in _loaded_files():
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def _loaded_files() -> set[str]:
+    """Files of the imported modules, and those mapped into this process."""
+    modules = list(sys.modules.values())
+    paths = {getattr(module, field, None) for module in modules for field in ("__file__", "__cached__")}
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        maps = ""
+    paths |= {fields[5] for fields in (line.split(maxsplit=5) for line in maps.splitlines()) if len(fields) == 6}
+    return {path for path in paths if isinstance(path, str) and os.path.isfile(path)}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from smallthinker_edge import bench, cpus, heat
+from smallthinker_edge import bench, cgroup, cpus, heat
 from smallthinker_edge._native import kernels
 
 Rows = list[tuple[str, str]]
@@ -82,7 +82,7 @@ def processor(root: Path = Path("/")) -> Rows:
 def memory(root: Path = Path("/")) -> Rows:
     """Memory, page size, huge pages and the cgroup's limit."""
     system = psutil.virtual_memory()
-    limit, version = cpus.memory_limit(root), cpus.cgroup_version(root)
+    limit, version = cgroup.memory_limit(root), cgroup.version(root)
     huge = _text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     chosen = huge[huge.find("[") + 1 : huge.find("]")] if "[" in huge else "not offered"
     return [
@@ -107,7 +107,7 @@ def memory_reads(threads: int) -> Rows:
 def recommended_budget(root: Path = Path("/")) -> int:
     """Bytes to give to `memory=`: the cgroup's limit, or what is available less a share for the rest of the system."""
     available = int(psutil.virtual_memory().available)
-    limit = cpus.memory_limit(root)
+    limit = cgroup.memory_limit(root)
     free = max(available - max(SPARE, available // 10), available // 2)
     return min(limit, free) if limit else free
 

@@ -95,32 +95,6 @@ def test_cpu_quota_is_the_tightest_one(tmp_path: Path, files: dict[str, str], qu
     assert cpus.cpu_quota(tree(tmp_path, files)) == quota
 
 
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({}, 0),
-        ({**V2, "proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "max"}, 0),
-        ({**V2, "proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "1073741824"}, 1 << 30),
-        (
-            {
-                **V2,
-                "proc/self/cgroup": "0::/a/b",
-                "sys/fs/cgroup/a/memory.max": "500000000",
-                "sys/fs/cgroup/a/b/memory.max": "1073741824",
-            },
-            500000000,
-        ),
-        (
-            {"proc/self/cgroup": "4:memory:/box", "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "1073741824"},
-            1 << 30,
-        ),
-        ({"proc/self/cgroup": "4:memory:/", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}, 0),
-    ],
-)
-def test_memory_limit_is_the_tightest_one(tmp_path: Path, files: dict[str, str], limit: int) -> None:
-    assert cpus.memory_limit(tree(tmp_path, files)) == limit
-
-
 def test_auto_threads_keep_to_the_quota(tmp_path: Path) -> None:
     one = tree(tmp_path, {**V2, "proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "100000 100000"})
     assert cpus.auto_threads(one) == 1
