@@ -26,10 +26,10 @@ print(next(line.partition(";")[0] for line in requires("smallthinker_edge") if "
 endef
 export BENCH_EXTRA
 
-.PHONY: help demo demo-1gib test test-arm wheels lint bench bench-avx2 bench-docs build install clean
+.PHONY: help demo demo-1gib test test-sanitize test-arm wheels lint bench bench-avx2 bench-docs build install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 	@$(BIN)/python -m smallthinker_edge demo
@@ -39,6 +39,9 @@ demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL
 
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-sanitize: $(VENV)/dev ## Run the pager's stress test under the thread, address and undefined-behaviour sanitizers
+	@timeout 900 $(BIN)/python -m pytest -q -rs tests/test_pager.py $(ARGS)
 
 test-arm: $(VENV)/wheels ## Test the ARM wheels under qemu (skips where qemu or the network is missing)
 	@$(BIN)/python tools/test_arm.py $(ARGS)

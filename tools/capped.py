@@ -3,7 +3,7 @@
     python tools/capped.py --memory 1GiB [--drop-caches] -- COMMAND ...
 
 Uses what this machine allows, the first of: a memory cgroup of its own (version 2 or 1; needs root), `systemd-run
---user --scope`, and as a last resort RLIMIT_AS, which limits addresses instead of memory and is said to. Needs only
+--scope`, and as a last resort RLIMIT_AS, which limits addresses instead of memory and is said to. Needs only
 the standard library.
 """
 
@@ -100,16 +100,21 @@ def run_in_cgroup(group: Cgroup, command: Sequence[str]) -> tuple[int, list[str]
         group.remove()
 
 
-def systemd_works() -> bool:
+def systemd_scope() -> list[str] | None:
+    """The beginning of a systemd-run command that works here, as this user or for the system; None without one."""
     if not shutil.which("systemd-run"):
-        return False
-    probe = ["systemd-run", "--user", "--scope", "--quiet", "-p", "MemoryMax=64M", "true"]
-    return subprocess.run(probe, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+        return None
+    for whose in (["--user"], []):
+        scope = ["systemd-run", *whose, "--scope", "--quiet", "--no-ask-password"]
+        probe = [*scope, "-p", "MemoryMax=64M", "--", "true"]
+        if subprocess.run(probe, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+            return scope
+    return None
 
 
-def run_with_systemd(limit: int, command: Sequence[str]) -> tuple[int, list[str]]:
+def run_with_systemd(scope: Sequence[str], limit: int, command: Sequence[str]) -> tuple[int, list[str]]:
     options = ["-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0"]
-    code = subprocess.run(["systemd-run", "--user", "--scope", "--quiet", *options, *command]).returncode
+    code = subprocess.run([*scope, *options, "--", *command]).returncode
     return code, [resident_peak()]
 
 
@@ -131,8 +136,9 @@ def run(limit: int, command: Sequence[str]) -> tuple[int, list[str], str]:
     try:
         group = Cgroup(limit)
     except OSError:
-        if systemd_works():
-            return *run_with_systemd(limit, command), "systemd-run"
+        scope = systemd_scope()
+        if scope:
+            return *run_with_systemd(scope, limit, command), " ".join(scope[:2])
         return *run_with_address_limit(limit, command), "RLIMIT_AS, as no cgroup can be made here"
     return *run_in_cgroup(group, command), f"cgroup version {group.version}"
 
