@@ -133,7 +133,7 @@ class SmallThinker:
         Loader(self._file, self.config, engine, paged=True, predictor=predictor).load()
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
-        engine.page_experts(self._file.path, offsets, size, plan.slots, types)
+        engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=plan.parts["KV cache"])
         self._file.drop_cache()
         budget.drop_library_cache()
         return plan

@@ -184,7 +184,8 @@ class Session:
         """
         with self._exclusive():
             empty = KVCache(self._engine, self.context, self._open_cache().kv)
-            self._cache, tokens = session_file.load(path, empty, self._vocab_size, self._model_hash())
+            with self._turn:
+                self._cache, tokens = session_file.load(path, empty, self._vocab_size, self._model_hash())
             self._tokens, self._marks = array("i", tokens.tolist()), []
 
     def reset(self) -> None:

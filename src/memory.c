@@ -3,10 +3,9 @@
 #define _DEFAULT_SOURCE
 #include "smallthinker/memory.h"
 
-#include <stdint.h>
 #include <sys/mman.h>
 
-enum { GUARD = 8192, HUGE_MINIMUM = 4 << 20 };
+enum { GUARD = 8192, HUGE_MINIMUM = 2 * ST_MEMORY_GRAIN };
 
 void *st_memory_alloc(size_t bytes) {
     if (bytes > SIZE_MAX - GUARD)
@@ -19,6 +18,13 @@ void *st_memory_alloc(size_t bytes) {
         (void)madvise(p, bytes, MADV_HUGEPAGE); /* only a hint: without it the same bytes in small pages */
 #endif
     return p;
+}
+
+void st_memory_return(uint8_t *p, size_t bytes) {
+    uintptr_t start = ((uintptr_t)p + ST_MEMORY_GRAIN - 1) / ST_MEMORY_GRAIN * ST_MEMORY_GRAIN;
+    uintptr_t end = ((uintptr_t)p + bytes) / ST_MEMORY_GRAIN * ST_MEMORY_GRAIN;
+    if (start < end)
+        (void)madvise((void *)start, end - start, MADV_DONTNEED);
 }
 
 void st_memory_free(void *p, size_t bytes) {

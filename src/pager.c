@@ -31,6 +31,7 @@ struct st_pager {
     const st_eviction *policy;
     struct expert *experts;
     int32_t *owner; /* of every slot; -1 free */
+    int64_t slots;  /* in use: the first ones */
     int64_t free_slots;
     int32_t *queue; /* ring of wanted ids to read, first come first served */
     int64_t queue_head, queue_size;
@@ -63,7 +64,7 @@ static int get_state(const struct expert *expert) { return atomic_load_explicit(
 static void free_slot(st_pager *pager, struct expert *expert, int state) {
     if (expert->slot >= 0) {
         pager->owner[expert->slot] = -1;
-        pager->free_slots++;
+        pager->free_slots += expert->slot < pager->slots;
     }
     if (expert->unused)
         pager->stats.bytes_wasted += (int64_t)expert->done;
@@ -73,11 +74,19 @@ static void free_slot(st_pager *pager, struct expert *expert, int state) {
     atomic_store(&expert->state, state);
 }
 
+/* A free slot, where there is one. */
+static int32_t find_free(const st_pager *pager) {
+    int32_t slot = 0;
+    while (pager->owner[slot] >= 0)
+        slot++;
+    return slot;
+}
+
 /* The slot of the expert with the smallest score that may go; -1 where there is none. */
 static int32_t find_victim(const st_pager *pager, int ahead_too) {
     int32_t best = -1;
     double least = 0;
-    for (int64_t i = 0; i < pager->config.slots; i++) {
+    for (int64_t i = 0; i < pager->slots; i++) {
         const struct expert *expert = pager->experts + pager->owner[i];
         int state = get_state(expert);
         if (expert->pins > 0 || (state != READY && state != PARKED) || (expert->ahead && !ahead_too))
@@ -97,8 +106,7 @@ static int give_slot(st_pager *pager, int32_t id, int may_evict) {
         return 1;
     int32_t slot = -1;
     if (pager->free_slots > 0) {
-        for (slot = 0; pager->owner[slot] >= 0;)
-            slot++;
+        slot = find_free(pager);
     } else if (may_evict) {
         slot = find_victim(pager, 0);
         if (slot < 0 && expert->pins > 0)
@@ -263,7 +271,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
         pager->experts[i].slot = -1;
     for (size_t i = 0; i < slots; i++)
         pager->owner[i] = -1;
-    pager->free_slots = config->slots;
+    pager->slots = pager->free_slots = config->slots;
     pthread_mutex_init(&pager->mutex, NULL);
     pthread_cond_init(&pager->work, NULL);
     pthread_cond_init(&pager->done, NULL);
@@ -320,7 +328,7 @@ void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int
         expert->score = pager->policy->touch(expert->score, now, uses ? uses[i] : 1);
         if (!count_want(pager, expert))
             continue;
-        if (pager->pinned > pager->config.slots && !parked) { /* the caller's mistake, but no crash */
+        if (pager->pinned > pager->slots && !parked) { /* the caller's mistake, but no crash */
             atomic_store(&expert->state, FAILED);
             continue;
         }
@@ -400,6 +408,43 @@ void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n) {
     pthread_mutex_unlock(&pager->mutex);
 }
 
+/* Empties a slot that is no longer used. */
+static void clear_slot(st_pager *pager, int64_t slot) {
+    int32_t id = pager->owner[slot];
+    struct expert *expert = pager->experts + id;
+    while (pager->owner[slot] == id && get_state(expert) == READING)
+        pthread_cond_wait(&pager->done, &pager->mutex);
+    if (pager->owner[slot] != id)
+        return;
+    int32_t to = pager->free_slots > 0 ? find_free(pager) : find_victim(pager, 0);
+    struct expert *victim = to >= 0 && pager->owner[to] >= 0 ? pager->experts + pager->owner[to] : NULL;
+    if (get_state(expert) != READY || to < 0 || (victim && victim->score >= expert->score)) {
+        free_slot(pager, expert, get_state(expert) == QUEUED ? QUEUED : ABSENT);
+        return;
+    }
+    if (victim)
+        free_slot(pager, victim, ABSENT);
+    memcpy(pager->config.memory + (size_t)to * pager->config.bytes,
+           pager->config.memory + (size_t)slot * pager->config.bytes, pager->config.bytes);
+    pager->owner[slot] = -1;
+    pager->owner[to] = id;
+    pager->free_slots--;
+    expert->slot = to;
+}
+
+void st_pager_resize(st_pager *pager, int64_t slots) {
+    pthread_mutex_lock(&pager->mutex);
+    int64_t before = pager->slots;
+    pager->slots = slots;
+    pager->free_slots += slots > before ? slots - before : 0;
+    for (int64_t i = slots; i < before; i++)
+        pager->free_slots -= pager->owner[i] < 0;
+    for (int64_t i = slots; i < before; i++)
+        if (pager->owner[i] >= 0)
+            clear_slot(pager, i);
+    pthread_mutex_unlock(&pager->mutex);
+}
+
 void st_pager_get_uses(st_pager *pager, double *uses) {
     pthread_mutex_lock(&pager->mutex);
     for (int64_t i = 0; i < pager->config.experts; i++)
@@ -411,7 +456,7 @@ void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int6
     pthread_mutex_lock(&pager->mutex);
     for (int64_t i = 0; i < n; i++)
         pager->experts[ids[i]].score = pager->policy->touch(0, pager->now, uses[i]);
-    pager->n_warm = n < pager->config.slots ? n : pager->config.slots;
+    pager->n_warm = n < pager->slots ? n : pager->slots;
     pager->next_warm = 0;
     memcpy(pager->warm, ids, (size_t)pager->n_warm * sizeof *ids);
     pthread_cond_broadcast(&pager->work);

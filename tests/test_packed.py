@@ -66,7 +66,7 @@ def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> Non
 
     class PagingEngine(Engine):
         def page_experts(self, *arguments: Any, **options: Any) -> None:
-            super().page_experts(*arguments, **options | paging)
+            super().page_experts(*arguments, **options | {"lent": 0} | paging)
 
     monkeypatch.setattr("smallthinker_edge.model.Engine", PagingEngine)
 
@@ -88,6 +88,29 @@ def test_logits_do_not_depend_on_slots_and_reading_ahead(
     assert stats["read_bytes"] >= stats["misses"] * model.plan.slot_bytes
     assert (stats["evictions"] > 0) == (slots < 64)
     assert (stats["prediction_accuracy"] > 0) == (stats["ahead_reads"] > 0) == (ahead > 0)
+
+
+def test_memory_of_an_empty_kv_cache_holds_experts_until_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write_model(tmp_path / "m.gguf", **SHAPE | {"window": None}), tmp_path / "m.stpk"
+    packed.pack(source, target)
+    tokens = np.resize(TOKENS, 1000)
+    with SmallThinker(source) as model:
+        expected = model.session().decode(tokens)
+        block = model.plan.parts["KV cache"] // 4  # a context of 1024 is four blocks of 256 positions
+    set_slots(monkeypatch, 20, lent=4 * block + (2 << 20))
+    with SmallThinker(target) as model:
+        seen = [model.stats()["slots"]]
+        with model.session() as session:
+            for i, token in enumerate(tokens):
+                logits = session.decode([token])
+                if i % 256 == 128:
+                    seen.append(model.stats()["slots"])
+        assert np.array_equal(logits, expected)
+        model.session().decode([1])
+        seen.append(model.stats()["slots"])
+    assert seen == [20 + left * block // model.plan.slot_bytes for left in (4, 3, 2, 1, 0, 3)]
 
 
 def test_a_budget_is_divided_into_slots(stpk: str) -> None:

@@ -18,7 +18,7 @@ typedef struct st_pager_config {
     const int64_t *offsets; /* of every expert in the file; copied */
     size_t bytes;           /* of one expert, a multiple of 4096 */
     uint8_t *memory;        /* slots * bytes, 4096-aligned; the caller's, must outlive the pager */
-    int64_t slots;
+    int64_t slots;          /* at the beginning all of them are used: see st_pager_resize */
     int io_threads;
     const char *policy; /* a name of eviction.c; NULL is the default */
     size_t piece;       /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
@@ -56,6 +56,11 @@ int st_pager_progress(st_pager *pager, int32_t id);
 const uint8_t *st_pager_take(st_pager *pager, int32_t id);
 /* Unpins what want pinned. A failed expert may be wanted again. */
 void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n);
+
+/* Uses only the first `slots` of the config's slots from now on; what the others held is moved into a place of the
+ * first ones whose expert was used less, or given up, and their memory is not touched again until a later call includes
+ * them. Nothing may be pinned; waits for reads in progress there. */
+void st_pager_resize(st_pager *pager, int64_t slots);
 
 /* How much each expert was used lately, into uses[experts]: tokens, old ones weighing less (see eviction.h). */
 void st_pager_get_uses(st_pager *pager, double *uses);

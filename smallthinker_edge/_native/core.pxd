@@ -137,6 +137,7 @@ cdef extern from "smallthinker/pager.h" nogil:
     int st_pager_progress(st_pager *pager, int32_t id)
     const uint8_t *st_pager_take(st_pager *pager, int32_t id)
     void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n)
+    void st_pager_resize(st_pager *pager, int64_t slots)
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
@@ -145,3 +146,6 @@ cdef extern from "smallthinker/pager.h" nogil:
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)
     void st_memory_free(void *p, size_t bytes)
+    void st_memory_return(uint8_t *p, size_t bytes)
+    enum:
+        ST_MEMORY_GRAIN

@@ -28,7 +28,7 @@ include "head.pxi"
 cdef enum:
     IO_THREADS = 1
     AHEAD_LAYERS = 2
-    PIECE_BYTES = 512 << 10
+    PIECE_BYTES = 1 << 20
 
 
 cdef enum:
@@ -112,7 +112,11 @@ cdef class Engine:
     cdef Arena arena
     cdef Arena partials
     cdef st_reader *reader
-    cdef readonly int64_t slots
+    cdef readonly int64_t slots     # in use now
+    cdef int64_t own_slots, most_slots
+    cdef size_t lent, kv_in_use     # bytes set aside for keys and values, and those of all KVBlocks
+    cdef uint8_t *slot_memory
+    cdef size_t slot_bytes
     cdef list keep
     cdef readonly int threads
     cdef readonly bint exact
@@ -333,7 +337,7 @@ cdef class Engine:
                 blob += size
 
     def page_experts(self, path, offsets, size_t blob_bytes, int64_t slots, types, *, int io_threads=IO_THREADS,
-                     policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES):
+                     policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, size_t lent=0):
         """Takes the experts from a packed file instead of set_experts().
 
         Args:
@@ -343,6 +347,7 @@ cdef class Engine:
             io_threads: reads in flight at once. policy: an eviction policy ("frequency" or "lru"); None: the best.
             ahead: layers whose routers are asked before their turn, to read their experts ahead; 0 reads none ahead.
             piece: bytes after which such a read gives way to an expert that is wanted now.
+            lent: bytes of the budget that are set aside for keys and values: more slots while these do not need it.
 
         Raises OSError where the file cannot be opened, ValueError for an unknown policy or too few slots.
         """
@@ -365,8 +370,11 @@ cdef class Engine:
         encoded = policy.encode() if policy is not None else b""
         config.read, config.source = st_reader_read, self.reader
         config.experts, config.offsets, config.bytes = table.shape[0], &table[0], blob_bytes
-        config.memory = <uint8_t *>self.arena.take_apart(slots * blob_bytes)
-        config.slots, config.io_threads = slots, io_threads
+        self.own_slots, self.most_slots = slots, max(slots, min(experts, slots + <int64_t>(lent // blob_bytes)))
+        self.lent, self.slot_bytes = lent, blob_bytes
+        self.slot_memory = <uint8_t *>self.arena.take_apart(self.most_slots * blob_bytes)
+        self.arena.bytes -= (self.most_slots - slots) * blob_bytes  # those are memory of the KV cache
+        config.memory, config.slots, config.io_threads = self.slot_memory, self.most_slots, io_threads
         config.policy, config.piece = NULL, piece
         if policy is not None:
             config.policy = encoded
@@ -376,7 +384,28 @@ cdef class Engine:
         self.call.pager = st_pager_create(&config)
         if self.call.pager == NULL:
             raise ValueError(f"cannot start the pager: unknown policy {policy!r}, or no memory")
+        self.slots = self.most_slots
+        self.fit_slots()
+
+    cdef int fit_slots(self) except -1:
+        """Gives slots to the pager, or takes them back, as the memory set aside for keys and values is free or needed.
+
+        Not while decode() runs.
+        """
+        cdef int64_t slots = self.own_slots
+        if self.call.pager == NULL or self.most_slots == self.own_slots:
+            return 0
+        if self.kv_in_use + ST_MEMORY_GRAIN < self.lent:
+            slots += <int64_t>((self.lent - self.kv_in_use - ST_MEMORY_GRAIN) // self.slot_bytes)
+        slots = min(slots, self.most_slots)
+        if slots == self.slots:
+            return 0
+        with nogil:
+            st_pager_resize(self.call.pager, slots)
+            if slots < self.slots:
+                st_memory_return(self.slot_memory + slots * self.slot_bytes, (self.slots - slots) * self.slot_bytes)
         self.slots = slots
+        return 0
 
     cdef int expert_layout(self, Layer *layer) noexcept:
         cdef Shape *s = &self.call.s
@@ -471,6 +500,7 @@ cdef class Engine:
             c.head_threshold = head_threshold
         self.size_partials(cache.context)
         c.tokens, c.n, c.position = &ids[0], n, cache.position
+        self.fit_slots()
         cache.prepare(n)
         c.kv_type, c.kv_head_bytes, c.kv_page_bytes = cache.type, cache.head_bytes, cache.page_bytes
         c.kv_full, c.kv_ring, c.ring = cache.full_at, cache.ring_at, cache.ring_blocks

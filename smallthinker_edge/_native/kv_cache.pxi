@@ -4,20 +4,28 @@
 cdef class KVBlock:
     """Keys and values of 256 positions for all layers of one kind (full or window), one page (kv.h) after another.
 
-    owners counts the caches that hold it: with more than one it is read-only. Changed with the GIL held.
+    owners counts the caches that hold it: with more than one it is read-only. Changed with the GIL held. Made between
+    decode calls only: its memory may have been lent to the engine's pager.
     """
     cdef uint8_t *data
     cdef readonly size_t bytes
     cdef int owners
+    cdef Engine engine
 
-    def __cinit__(self, size_t size):
+    def __cinit__(self, Engine engine not None, size_t size):
+        self.engine = engine
+        engine.kv_in_use += size
+        engine.fit_slots()
         self.data = <uint8_t *>st_memory_alloc(size)
         if self.data == NULL:
+            engine.kv_in_use -= size
             raise MemoryError(f"cannot get {size} bytes for the KV cache from the system")
         self.bytes = size
         self.owners = 1
 
     def __dealloc__(self):
+        if self.engine is not None:
+            self.engine.kv_in_use -= self.bytes
         st_memory_free(self.data, self.bytes)
 
     def view(self):
@@ -105,14 +113,14 @@ cdef class KVCache:
         for j in range(self.position // ST_ATTN_CHUNK, (self.position + n - 1) // ST_ATTN_CHUNK + 1):
             if self.n_full:
                 if j == len(self.full):
-                    self.full.append(KVBlock(self.n_full * self.page_bytes))
+                    self.full.append(KVBlock(self.engine, self.n_full * self.page_bytes))
                 else:
                     self.full[j] = own(self.full[j])
                 self.full_at[j] = (<KVBlock>self.full[j]).data
             if self.n_window:
                 slot = j % self.ring_blocks
                 block = self.ring[slot]
-                self.ring[slot] = KVBlock(self.n_window * self.page_bytes) if block is None else own(block)
+                self.ring[slot] = KVBlock(self.engine, self.n_window * self.page_bytes) if block is None else own(block)
                 self.ring_at[slot] = (<KVBlock>self.ring[slot]).data
         return 0
 
@@ -180,7 +188,7 @@ cdef KVBlock own(KVBlock block):
     cdef KVBlock copy
     if block.owners == 1:
         return block
-    copy = KVBlock(block.bytes)
+    copy = KVBlock(block.engine, block.bytes)
     memcpy(copy.data, block.data, block.bytes)
     block.owners -= 1
     return copy

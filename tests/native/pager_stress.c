@@ -113,6 +113,10 @@ static void run(const char *policy, int io_threads, int ahead) {
         if (r % 3 == 0)
             usleep(200); /* compute: reads ahead go on meanwhile */
         st_pager_release(round.pager, round.ids, round.n);
+        if (r % 20 == 15) /* reads ahead are in progress now and then */
+            st_pager_resize(round.pager, SLOTS - 6);
+        if (r % 20 == 19)
+            st_pager_resize(round.pager, SLOTS);
     }
     st_pager_ahead(round.pager, NULL, 0);
     st_pager_stats stats;
@@ -186,6 +190,41 @@ static void warm(void) {
     free(memory);
 }
 
+/* Fewer slots keep the most used experts, whose bytes move; more slots take new ones. */
+static void resize(void) {
+    int64_t offsets[6];
+    for (int i = 0; i < 6; i++)
+        offsets[i] = (int64_t)i * BYTES;
+    uint8_t *memory = aligned_alloc(4096, 4 * BYTES), resident[6];
+    st_pager_config config = {read_or_fail, NULL, 6, offsets, BYTES, memory, 4, 1, NULL, PIECE};
+    st_pager *pager = st_pager_create(&config);
+    for (int32_t i = 0; i < 4; i++) { /* expert i in slot i, used 1, 2, 3, 4 times */
+        st_pager_want(pager, &i, &(int32_t){i + 1}, 1, 0);
+        CHECK(st_pager_take(pager, i));
+        st_pager_release(pager, &i, 1);
+    }
+    st_pager_resize(pager, 2);
+    memset(memory + 2 * BYTES, 99, 2 * BYTES);
+    st_pager_get_resident(pager, resident);
+    CHECK(!resident[0] && !resident[1] && resident[2] && resident[3]);
+    int32_t both[2] = {3, 2};
+    st_pager_want(pager, both, NULL, 2, 0);
+    for (int i = 0; i < 2; i++)
+        for (int b = 0; b < BYTES; b++)
+            CHECK(st_pager_take(pager, both[i])[b] == both[i] + 1);
+    st_pager_release(pager, both, 2);
+    st_pager_stats stats;
+    st_pager_get_stats(pager, &stats);
+    CHECK(stats.hits == 2 && stats.misses == 4);
+    st_pager_resize(pager, 3);
+    st_pager_want(pager, (int32_t[]){5}, NULL, 1, 0);
+    CHECK(st_pager_take(pager, 5)[0] == 6);
+    st_pager_get_resident(pager, resident);
+    CHECK(resident[2] && resident[3] && resident[5]);
+    st_pager_destroy(pager);
+    free(memory);
+}
+
 /* A storage that hangs for a second: takers wait for it, and nothing is lost or handed out early. */
 static atomic_int hang;
 static int read_after_a_pause(void *source, int64_t offset, size_t size, void *buffer) {
@@ -219,6 +258,7 @@ int main(void) {
     run(NULL, 1, 1);
     recover();
     warm();
+    resize();
     stall();
     st_pager_config unknown = {fake_read, NULL, 1, (int64_t[]){0}, BYTES, NULL, 1, 1, "no such policy", PIECE};
     CHECK(!st_pager_create(&unknown));
