@@ -26,10 +26,11 @@ print(next(line.partition(";")[0] for line in requires("smallthinker_edge") if "
 endef
 export BENCH_EXTRA
 
-.PHONY: help demo demo-1gib test test-sanitize test-arm wheels lint bench bench-avx2 bench-docs build install clean
+.PHONY: help demo demo-1gib test test-sanitize test-arm wheels lint bench bench-avx2 bench-context bench-head bench-speculation bench-docs \
+  build install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 	@$(BIN)/python -m smallthinker_edge demo
@@ -61,6 +62,15 @@ bench: $(VENV)/built $(LLAMA_PYTHON) $(MODEL) ## Compare with llama.cpp on MODEL
 
 bench-avx2: $(VENV)/built $(LLAMA_AVX2_PYTHON) $(MODEL) ## The same, both engines without AVX-512
 	@SMALLTHINKER_CPU=avx2 $(COMPARE) $(MODEL) --llama-python $(LLAMA_AVX2_PYTHON) --output $(BENCH_NAME)-avx2 $(BENCH)
+
+bench-context: $(VENV)/built $(MODEL) ## Time contexts, KV types and batches of MODEL=file.gguf
+	@$(BIN)/python benchmarks/context.py $(MODEL) $(BENCH)
+
+bench-head: $(VENV)/dev $(MODEL) ## Time the sparse LM head of a MODEL=file.gguf that has a predictor
+	@$(BIN)/python benchmarks/head.py $(MODEL) $(BENCH)
+
+bench-speculation: $(VENV)/built $(MODEL) ## Time speculation on MODEL=file (BENCH="--own": on the demo's own commands)
+	@$(BIN)/python benchmarks/speculation.py $(MODEL) $(BENCH)
 
 bench-docs: $(VENV)/built ## Put docs/measurements/ into the tables of docs/performance.md
 	@$(BIN)/python benchmarks/report.py

@@ -17,7 +17,7 @@ from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.overflow import TurnDropper, shift_limit
 from smallthinker_edge.reuse import SessionStore, common_prefix
 from smallthinker_edge.session import CancelSignal, Session
-from smallthinker_edge.speculation import Governor, PromptLookup
+from smallthinker_edge.speculation import BatchCosts, PromptLookup
 from smallthinker_edge.tokenizer import Tokenizer
 
 
@@ -101,6 +101,7 @@ class TextStream(Iterator[str]):
         cancel: CancelSignal | None,
         drop: TurnDropper | None = None,
         speculate: int = 0,
+        costs: BatchCosts | None = None,
         head_threshold: float | None = None,
     ) -> None:
         self.result: GenerationResult | None = None
@@ -110,13 +111,13 @@ class TextStream(Iterator[str]):
         self._stops = _StopFilter(stops)
         self._drop = drop
         self._lookup = PromptLookup(prompt, speculate) if speculate else None
-        self._governor = Governor()
+        self._costs = costs or BatchCosts()
         self._head_threshold = head_threshold
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._reason = "cancelled"
         self._started = self._first = 0.0
-        self._reused = self._drafted = self._accepted = self._step_start = 0
+        self._reused = self._drafted = self._accepted = 0
         self._pieces = self._run()
 
     def __next__(self) -> str:
@@ -180,7 +181,8 @@ class TextStream(Iterator[str]):
             self._first = self._first or time.perf_counter()
             yield from self._verified(session, np.atleast_2d(logits)[-len(draft) - 1 :], draft)
             if self._lookup is not None and len(pending) == 1:
-                self._judge(seconds, draft)
+                self._costs.measured(1 + len(draft), seconds)
+                self._drafted += len(draft)
             pending = self._tokens[-1:]
 
     def _verified(self, session: Session, logits: npt.NDArray[np.float32], draft: list[int]) -> Iterator[int]:
@@ -198,21 +200,10 @@ class TextStream(Iterator[str]):
                 return
 
     def _draft(self, session: Session, pending: int) -> list[int]:
-        if self._lookup is None or pending != 1 or not self._governor.wants_draft:
+        if self._lookup is None or pending != 1 or not self._costs.worthwhile:
             return []
         room = min(session.context - session.position - 1, self._max_tokens - len(self._tokens) - 1)
-        return self._lookup.draft()[: max(0, room)]
-
-    def _judge(self, seconds: float, draft: list[int]) -> None:
-        """Tells the governor what the last step gave."""
-        assert self._lookup is not None
-        if not draft:
-            self._governor.single(seconds)
-            return
-        accepted, self._step_start = self._accepted - self._step_start, self._accepted
-        self._governor.batch(seconds, accepted + 1)
-        self._lookup.accepted(accepted, len(draft))
-        self._drafted += len(draft)
+        return self._lookup.draft(self._costs.seconds, room)
 
     def _shift(self, session: Session, tokens: list[int]) -> list[int]:
         """Makes the session hold the beginning of `tokens`; returns what is left to decode."""

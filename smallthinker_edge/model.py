@@ -30,6 +30,7 @@ from smallthinker_edge.profile import load_profile, profile_path, save_profile, 
 from smallthinker_edge.reuse import SessionStore
 from smallthinker_edge.session import CancelSignal, Session
 from smallthinker_edge.session_file import model_hash
+from smallthinker_edge.speculation import BatchCosts
 from smallthinker_edge.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
@@ -113,6 +114,7 @@ class SmallThinker:
         self._turn = threading.Lock()
         self._hash: bytes | None = None
         self._sessions = SessionStore(keep_sessions, self.session)
+        self._costs = BatchCosts()
 
     def _head_threshold(self, given: float | str | None) -> float | None:
         """The threshold to use, None where the head is to be computed whole."""
@@ -232,7 +234,7 @@ class SmallThinker:
                 with "length". "shift": the oldest turns are dropped, never the system prompt nor the newest turn, and
                 the rest is computed again (text without ChatML turns loses its oldest tokens).
             speculate: longest guess, in tokens, of what comes next where the text repeats itself; 0 never guesses.
-                Tokens are the same ones, also when sampling with a seed. It pauses by itself while it loses time.
+                Tokens are the same ones, also when sampling with a seed. It guesses only where that promises speed.
 
         Raises:
             ContextFull: the prompt leaves no room. ValueError: an argument is out of range, or the prompt is empty.
@@ -303,8 +305,9 @@ class SmallThinker:
         # A bias is for tokens of which the predictor knows nothing.
         threshold = None if logit_bias else self.head_threshold
         return TextStream(
-            self._sessions, self.tokenizer, sampler, ids, max_tokens, stops, cancel, drop, speculate, threshold
-        )
+            self._sessions, self.tokenizer, sampler, ids, max_tokens, stops, cancel, drop, speculate, self._costs,
+            threshold,
+        )  # fmt: skip
 
     def chat(self, messages: Messages, **options: object) -> GenerationResult:
         """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options as in generate().
