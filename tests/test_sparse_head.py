@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import train_lm_head_predictor
 from gguf_files import write_model
 from reference import Reference
 from test_engine import SHAPE, tokens
@@ -21,6 +22,7 @@ from smallthinker_edge.loader import Loader
 from smallthinker_edge.model import plan_memory
 from smallthinker_edge.packed import pack, unpack
 from smallthinker_edge.session import Session
+from smallthinker_edge.speculation import BatchCosts
 
 INNER = 64
 PREDICTED: dict[str, Any] = SHAPE | {"window": 64, "lm_head_profiler": INNER}
@@ -149,7 +151,8 @@ def test_generation_chooses_among_selected_rows(path: str, options: dict[str, An
 
 
 def test_speculation_with_a_sparse_head_changes_no_token(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smallthinker_edge.generation.Governor.wants_draft", property(lambda self: True))
+    monkeypatch.setattr(BatchCosts, "worthwhile", True)
+    monkeypatch.setattr(BatchCosts, "seconds", lambda self, tokens: 1.0)
     prompt = tokens(20).tolist() * 3
     with SmallThinker(path, head_threshold=0.4, keep_sessions=0) as model:
         for options in ({}, {"temperature": 1.0, "seed": 5}):
@@ -237,3 +240,35 @@ def test_a_predictor_that_is_not_made_of_numbers_is_refused(tmp_path: Path, kind
     with pytest.raises(ModelFormatError, match="lm_head_profiler"):
         SmallThinker(model)
     SmallThinker(model, head_threshold=None).close()
+
+
+def test_a_predictor_is_trained_and_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write_model(tmp_path / "model.gguf", **SHAPE | {"seed": 3}), tmp_path / "with.gguf"
+    options = ["--inner", "256", "--type", "q8_0", "--states", "2048", "--minutes", "0.02", "--lost", "1"]
+    monkeypatch.setattr("sys.argv", ["train", source, "-o", str(target), *options, "--agreement", "0.99"])
+    train_lm_head_predictor.main()
+    with GGUFFile(source) as before, GGUFFile(target) as after:
+        assert set(after.tensors) - set(before.tensors) == {"lm_head_profiler.weight"}
+        for name in before.tensors:
+            assert np.array_equal(after.data(name), before.data(name)), name
+        added = set(after.metadata) - set(before.metadata)
+        assert added == {"smallthinker.lm_head_profiler.threshold"}
+    ids = tokens(400, seed=8)
+    with SmallThinker(target) as model, model.session() as session:
+        full = session.decode(ids, all_logits=True)
+        session.reset()
+        sparse = session.decode(ids, all_logits=True, head_threshold=model.head_threshold)
+    # As many inner dimensions as the state has: the scores can be the logits themselves.
+    assert (sparse.argmax(1) == full.argmax(1)).mean() > 0.97
+    assert np.isfinite(sparse).mean() < 0.2
+
+
+def test_the_low_rank_start_is_the_log_probability_where_the_rank_suffices() -> None:
+    rng = np.random.default_rng(0)
+    head = rng.standard_normal((300, 8)).astype(np.float32)
+    # The normaliser must be linear in x for an exact fit: states with a constant, and a normaliser that is one number.
+    x = np.concatenate([rng.standard_normal((500, 7)), np.ones((500, 1))], 1).astype(np.float32)
+    states = train_lm_head_predictor.States(x, np.zeros((500, 1), np.int32), np.ones((500, 1), np.float32),
+                                            np.full(500, 5.0, np.float32))  # fmt: skip
+    first, second = train_lm_head_predictor.low_rank(head, states, 8, 0.01)
+    assert np.allclose(x @ first.T @ second.T, x @ head.T - 5 - np.log(0.01), atol=1e-2)
