@@ -173,7 +173,7 @@ def cases(shape: Shape) -> list[Case]:
         Case("gemm_q6_k", "head, 512 rows", 512, d),
         Case("rows_q4_0", f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("rows_q4_0", "up, all", f, d),
-        Case("gate_up_q4_0", f"32 neurons, {ACTIVE_SHARE:.0%} active", 32, d, active=ACTIVE_SHARE),
+        Case("ffn_q4_0", f"expert, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("down_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("down_q4_0", "down, all", f, d),
         Case("attention", f"{group} heads, 256 positions", group, shape.head_dim, 256),
@@ -188,7 +188,7 @@ def cases(shape: Shape) -> list[Case]:
 
 
 # Kernels that compute only the active neurons.
-CHOOSING = ("rows_q4_0", "gate_up_q4_0", "down_q4_0")
+CHOOSING = ("rows_q4_0", "ffn_q4_0", "down_q4_0")
 
 
 @dataclass(frozen=True)
@@ -236,11 +236,13 @@ def bytes_of(case: Case) -> int:
     whole = Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)
     if case.kernel == "rows_q4_0":
         return whole // case.rows * len(choose_rows(case.rows, case.active))
-    if case.kernel == "gate_up_q4_0":
-        return whole // 64 * (32 + len(choose_rows(case.rows, case.active)))
+    padded = -(-case.cols // 128) * 128
+    active = len(choose_rows(case.rows, case.active))
+    down = case.rows // 32 * padded * 2 + active * padded // 2
+    if case.kernel == "ffn_q4_0":
+        return whole // 3 + whole // 3 // case.rows * active + down
     if case.kernel == "down_q4_0":
-        padded = -(-case.cols // 128) * 128
-        return case.rows // 32 * padded * 2 + len(choose_rows(case.rows, case.active)) * padded // 2
+        return down
     return whole
 
 
@@ -262,7 +264,7 @@ def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bo
             rows=case.rows,
             cols=case.cols,
             tokens=case.tokens,
-            index=chosen if case.kernel in ("rows_q4_0", "gate_up_q4_0") else None,
+            index=chosen if case.kernel in ("rows_q4_0", "ffn_q4_0") else None,
             active=active,
         )
 

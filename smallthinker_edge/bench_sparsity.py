@@ -42,15 +42,13 @@ class FfnResult:
     high: float
 
 
-def active_neurons(f: int, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(gate [f], index, start [f / 32 + 1]) of a random choice of neurons, as Timer.ffn() wants them."""
+def gate_outputs(f: int, share: float) -> np.ndarray:
+    """[f] outputs of the gate of which a random share is positive, at least one."""
     rng = np.random.default_rng(0)
     gate = np.full(f, -1, np.float32)
     chosen = rng.permutation(f)[: max(1, round(f * share))]
     gate[chosen] = rng.uniform(0.5, 1, len(chosen))
-    index = np.flatnonzero(gate > 0).astype(np.int32)
-    start = np.searchsorted(index, np.arange(0, f + 1, 32)).astype(np.int32)
-    return gate, index, start
+    return gate
 
 
 def bench_sparsity(
@@ -70,7 +68,7 @@ def bench_sparsity(
     The repetitions go round over all shares, so that a slow moment of the machine does not fall on one of them.
     """
     for shape in shapes:
-        choices = {share: active_neurons(shape.d_ffn, share) for share in shares}
+        gates = {share: gate_outputs(shape.d_ffn, share) for share in shares}
         for table in [name for name in kernels.tables() if name != "ref"] if tables is None else tables:
             for count in threads:
                 timer = Timer(table, count)
@@ -79,9 +77,9 @@ def bench_sparsity(
                 first = 0
                 for _ in range(REPETITIONS):
                     for share, taken in times.items():
-                        gate, index, start = choices[shares[-1] if share is None else share]
                         seconds = timer.ffn(
-                            *(memory, shape.d_model, shape.d_ffn, shape.n_experts_used, gate, index, start),
+                            *(memory, shape.d_model, shape.d_ffn, shape.n_experts_used),
+                            gates[shares[-1] if share is None else share],
                             whole=share is None,
                             first=first,
                             tokens=TOKENS,

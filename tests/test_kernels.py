@@ -160,22 +160,6 @@ def test_rows_multiplies_the_chosen_rows(name: str, cols: int, kind: str) -> Non
         assert_close(out.check(), w[index] @ x, np.abs(w[index]) @ np.abs(x))
 
 
-@pytest.mark.parametrize("cols", [32, 96, 256, 1536])
-@pytest.mark.parametrize("count", [1, 2, 7, 32])
-def test_gate_and_up_together_give_the_bits_of_each_alone(name: str, cols: int, count: int) -> None:
-    gate, up = (weights(2, 32, cols, seed)[0] for seed in (1, 2))
-    tiles, rows = kernels.pack_tile16(2, gate, 32, cols), kernels.pack_rows(up, 32, cols)
-    xq = quantized(name, inputs("normal", (1, cols)))
-    index = np.sort(np.random.default_rng(count).permutation(32)[:count]).astype(np.int32)
-    g, out = Guarded(32), Guarded(count)
-    Table(name).gate_up(tiles, cols, xq[0], g.inner, rows, index, out.inner)
-    alone_g, alone_out = np.empty(32, np.float32), np.empty(count, np.float32)
-    Table(name).gemm(2, tiles, 32, cols, 0, 2, xq, alone_g, 32)
-    Table(name).rows(rows, cols, index, xq[0], alone_out)
-    assert np.array_equal(g.check(), alone_g)
-    assert np.array_equal(out.check(), alone_out)
-
-
 def activated(name: str, g: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.array(
         [Table(name).activate(a, b) for a, b in zip(g.reshape(-1, 32), up.reshape(-1, 32), strict=True)],
@@ -304,6 +288,53 @@ def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_
         rounding = 2 * np.sqrt(last - first) * np.abs(values).max() / 32767 / e.sum(1, keepdims=True)
         assert np.all(np.abs(got - expected) < rounding + 2e-5 * np.abs(values).max())
         assert np.abs(m.check() - s.max(1)).max() < 1e-3
+
+
+@pytest.mark.parametrize("silent", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("d", "f"), [(32, 32), (96, 64), (160, 224), (1536, 384)])
+def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(name: str, d: int, f: int, silent: float) -> None:
+    table, padded = Table(name), -(-d // 128) * 128
+    gate, up, down = weights(2, f, d, 1)[0], weights(2, f, d, 2)[0], weights(2, d, f, 3)[0]
+    tiles, rows, lines = (
+        kernels.pack_tile16(2, gate, f, d),
+        kernels.pack_rows(up, f, d),
+        kernels.pack_down(down, d, f),
+    )
+    xq = quantized(name, inputs("normal", (1, d)))
+    if silent:  # scales of zero: neurons of which the gate is 0
+        scales = tiles.view(np.uint16).reshape(-1, 144)[:, :16]
+        scales[:] = np.where(np.random.default_rng(9).random((f // 16, 1, 16)) < silent, 0,
+                             scales.reshape(f // 16, -1, 16)).reshape(-1, 16)  # fmt: skip
+    g, values = np.empty(f, np.float32), np.empty(f, np.float32)
+    table.gemm(2, tiles, f, d, 0, -(-f // 16), xq, g, f)
+    table.rows(rows, d, np.arange(f, dtype=np.int32), xq[0], values)
+    active = activated(name, g, np.where(g > 0, values, 0).astype(np.float32))
+    for g0 in range(0, f // 32, kernels.FFN_PART):
+        g1 = min(g0 + kernels.FFN_PART, f // 32)
+        y = Guarded(padded)
+        y.inner[:] = 0
+        table.ffn(tiles, rows, lines, d, f, xq[0], g0, g1, y.inner)
+        part = np.zeros(f // 32, ACTIVE)
+        part[g0:g1] = active[g0:g1]
+        alone = np.zeros(padded, np.float32)
+        table.down(lines, d, f, 0, padded // 128, part, 1.0, alone)
+        assert np.array_equal(y.check(), alone)
+
+
+def test_down_weights_each_part_by_itself(name: str) -> None:
+    """The sum over a token's experts must not depend on whether it is computed alone (by parts) or in a prompt."""
+    d, f, table = 160, 32 * (kernels.FFN_PART + 1), Table(name)
+    lines = kernels.pack_down(weights(2, d, f)[0], d, f)
+    active = activated(name, inputs("normal", (f,), 1), inputs("normal", (f,), 2))
+    whole = inputs("normal", (256,), 3)
+    y = whole.copy()
+    table.down(lines, d, f, 0, 2, active, 0.3, whole)
+    for part in (slice(0, kernels.FFN_PART), slice(kernels.FFN_PART, None)):
+        some, sums = np.zeros(len(active), ACTIVE), np.zeros(256, np.float32)
+        some[part] = active[part]
+        table.down(lines, d, f, 0, 2, some, 1.0, sums)
+        table.axpy(0.3, sums, y)
+    assert np.array_equal(y, whole)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 31, 64, 1537])

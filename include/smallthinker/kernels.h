@@ -7,6 +7,20 @@
 #include "smallthinker/packed.h"
 
 #define ST_ATTN_CHUNK 256 /* positions of one attention unit */
+#define ST_FFN_PART 6     /* groups of 32 neurons whose down is summed before it is weighted */
+
+/* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first five fields. */
+typedef struct st_neurons {
+    const uint8_t *gate; /* their two tiles of Tile16 */
+    const uint8_t *up;   /* the expert's up, Rows layout */
+    const uint8_t *down; /* the expert's down, Down layout */
+    float *y;            /* [d in whole chunks] what their down is added to */
+    int64_t group;       /* which 32 neurons of the expert */
+    int64_t fired;       /* neurons whose gate is not <= 0 */
+    int32_t index[32];   /* those, counted over the expert */
+    float g[32];
+    st_active active;
+} st_neurons;
 
 typedef struct st_kernels {
     const char *name;
@@ -28,14 +42,18 @@ typedef struct st_kernels {
     /* out[i] = W[index[i]] . x for i < n.  W: Rows layout of Q4_0, nb blocks a row. */
     void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
 
-    /* g[32] = the two tiles at `gate` . x, and meanwhile out as rows_q4_0(up, nb, index, n, x, out): the same bits as
-     * the two calls apart. Rows ahead[n_ahead] of up_ahead, which the next call will use, are prefetched (a hint). */
-    void (*gate_up_q4_0)(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
-                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
-                         int64_t n_ahead);
+    /* One step of a token's FFN: each of stage[0..3] (NULL: none; all different) goes one stage further.
+     *   stage[0]: its gate is computed, and which neurons fire.
+     *   stage[1]: up's rows and down's of those that fire are prefetched (a hint).
+     *   stage[2]: up of those that fire, and their activations.
+     *   stage[3]: y[d] += W_down[:, its 32 neurons] . h; y has room for whole chunks of ST_DOWN_CHUNK.
+     * The steps of different groups share a call because the gate streams from memory, and the rest of the arithmetic
+     * fits into its waits.  x: quantised row of d = 32 * nb columns; groups: of the expert. */
+    void (*ffn_q4_0)(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]);
 
     /* y[o - 128 * c0] += weight * (W_down . h)[o] for the outputs o of chunks c0..c1 (128 each; y has room for whole
-     * chunks).  down: Down layout of d outputs and 32 * groups neurons; a[groups]. */
+     * chunks), summed by parts of ST_FFN_PART groups: each part's sum is weighted and added by itself, as for one token
+     * (ffn_q4_0) it has to be.  down: Down layout of d outputs and 32 * groups neurons; a[groups]. */
     void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
                       float weight, float *y);
 
@@ -66,6 +84,11 @@ typedef struct st_kernels {
 } st_kernels;
 
 extern const st_kernels st_kernels_ref;
+extern const st_kernels st_kernels_ref;
+/* Fills fired and index from g. */
+void st_neurons_choose(st_neurons *n);
+/* up[32] from the values of the neurons that fired; zero for the others. */
+void st_neurons_spread(const st_neurons *n, const float *value, float *up);
 #if defined(__x86_64__)
 extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
 #elif defined(__aarch64__)

@@ -178,7 +178,8 @@ cdef void page_in(Call *c, int64_t l) noexcept nogil:
         for i in range(c.n):
             memcpy(c.trace + (i * c.s.n_layers + l) * c.s.used, c.chosen + i * c.s.used, c.s.used * sizeof(int32_t))
     if c.pager == NULL:
-        memcpy(c.order, c.active_expert, c.n_active * sizeof(int32_t))
+        for i in range(c.n_active):
+            c.order[i] = <int32_t>i
         return
     st_pager_release(c.pager, c.held, c.n_held)
     for i in range(c.n_active):
@@ -194,7 +195,7 @@ cdef void page_in(Call *c, int64_t l) noexcept nogil:
     for progress in range(2, -1, -1):
         for i in range(c.n_active):
             if c.held_tokens[i] == progress:
-                c.order[n] = c.active_expert[i]
+                c.order[n] = <int32_t>i
                 n += 1
 
 

@@ -43,6 +43,17 @@ cdef extern from "smallthinker/packed.h" nogil:
 cdef extern from "smallthinker/kernels.h" nogil:
     enum:
         ST_ATTN_CHUNK
+        ST_FFN_PART
+    ctypedef struct st_neurons:
+        const uint8_t *gate
+        const uint8_t *up
+        const uint8_t *down
+        float *y
+        int64_t group
+        int64_t fired
+        int32_t index[32]
+        float g[32]
+        st_active active
     ctypedef struct st_kernels:
         const char *name
         void (*quantize)(const float *x, int64_t cols, st_q8x4 *out) noexcept nogil
@@ -54,9 +65,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
                           const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
         void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
                           float *out) noexcept nogil
-        void (*gate_up_q4_0)(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
-                             const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead,
-                             const int32_t *ahead, int64_t n_ahead) noexcept nogil
+        void (*ffn_q4_0)(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const *stage) noexcept nogil
         void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
                           float weight, float *y) noexcept nogil
         void (*activate)(const float *g, const float *up, st_active *out) noexcept nogil
@@ -69,7 +78,8 @@ cdef extern from "smallthinker/kernels.h" nogil:
         float (*dot)(const float *a, const float *b, int64_t n) noexcept nogil
         void (*axpy)(float a, const float *x, float *y, int64_t n) noexcept nogil
         void (*to_f16)(const float *x, uint16_t *out, int64_t n) noexcept nogil
-
+    void st_neurons_choose(st_neurons *n)
+    void st_neurons_spread(const st_neurons *n, const float *value, float *up)
 
 cdef extern from "smallthinker/kv.h" nogil:
     size_t st_kv_head_bytes(int type, int64_t hd)

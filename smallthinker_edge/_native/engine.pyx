@@ -139,6 +139,7 @@ cdef class Engine:
         s.softmax, s.down_transposed = config.gating == "softmax", config.down_transposed
         s.d_padded = (s.d + 255) // 256 * 256
         s.groups, s.nb_d = (s.f + 31) // 32, s.d // 32
+        s.ffn_parts = (s.groups + ST_FFN_PART - 1) // ST_FFN_PART
         # Two shares of the chunks for every thread: a unit reads long runs of a neuron's row, and one may be stolen.
         chunks = (s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK
         s.down_step = max(1, chunks // (2 * threads))
@@ -188,13 +189,13 @@ cdef class Engine:
         c.rope = <float *>self.arena.take(n * c.rope_half * 8)
         c.rope_window = <float *>self.arena.take(n * c.rope_half * 8)
         c.active = <st_active *>self.arena.take(n * s.used * s.groups * sizeof(st_active))
+        c.parts = <float *>self.arena.take(s.used * s.ffn_parts * s.d_padded * 4)
         c.h = <float *>self.arena.take(n * s.used * s.f * 4)
         for i in range(self.threads):
             c.scratch[i].norm = <float *>self.arena.take(width * 4)
             c.scratch[i].xq = <st_q8x4 *>self.arena.take(c.nq * sizeof(st_q8x4))
             c.scratch[i].rows = <const st_q8x4 **>self.arena.take(2 * n * sizeof(void *))
             c.scratch[i].gate = <float *>self.arena.take(n * 32 * 4)
-            c.scratch[i].up = <float *>self.arena.take(32 * 4)
             c.scratch[i].row = <float *>self.arena.take(max(width, s.f) * 4)
             c.scratch[i].scores = <float *>self.arena.take((2 * (s.heads // s.kv_heads) * ST_ATTN_CHUNK + s.hd) * 4)
             c.scratch[i].head = <st_q8x4 *>self.arena.take(c.nq_head * sizeof(st_q8x4))

@@ -6,55 +6,59 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
     """Gate of 32 neurons for every token of the expert, then up only where the gate is positive."""
     cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e], tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
     cdef int32_t *slots = c.list_slot + c.list_start[e]
-    cdef Pending *p = s.pending
+    cdef st_neurons *n = s.neurons
+    cdef const uint8_t *rows = blob + c.s.groups * 2 * tile_bytes
     cdef float value[32]
+    cdef float up[32]
+    n.group = g
     for i in range(m):
         s.rows[c.s.batch + i] = xq[slots[i] // c.s.used]
     c.kernels.gemm_q4_0(blob, c.s.f, c.s.nb_d, 2 * g, 2 * g + 2, s.rows + c.s.batch, m, s.gate, 32)
     for i in range(m):
-        fill_pending(p, s.gate + i * 32, slots[i], g, blob + c.s.groups * 2 * tile_bytes)
-        c.kernels.rows_q4_0(p.up, c.s.nb_d, p.index, p.fired, s.rows[c.s.batch + i], value)
-        finish_pending(c, p, value, s)
+        memcpy(n.g, s.gate + i * 32, 32 * sizeof(float))
+        st_neurons_choose(n)
+        c.kernels.rows_q4_0(rows, c.s.nb_d, n.index, n.fired, s.rows[c.s.batch + i], value)
+        st_neurons_spread(n, value, up)
+        c.kernels.activate(n.g, up, c.active + slots[i] * c.s.groups + g)
 
 
-cdef void fill_pending(Pending *p, const float *gate, int64_t slot, int64_t g, const uint8_t *up) noexcept nogil:
-    cdef int64_t j
-    p.slot, p.group, p.up, p.fired = slot, g, up, 0
-    memcpy(p.gate, gate, 32 * sizeof(float))
-    for j in range(32):
-        if not gate[j] <= 0:
-            p.index[p.fired] = <int32_t>(32 * g + j)
-            p.fired += 1
+cdef void ffn_step(Call *c, Scratch *s) noexcept nogil:
+    """Moves what is on its way through one token's FFN a stage further; stage 0 is free afterwards."""
+    cdef int64_t i
+    c.kernels.ffn_q4_0(c.s.nb_d, c.s.groups, s.xq, s.stage)
+    for i in range(3, 0, -1):
+        s.stage[i] = s.stage[i - 1]
+    s.stage[0] = NULL
 
 
-cdef void finish_pending(Call *c, Pending *p, const float *value, Scratch *s) noexcept nogil:
-    """value: up of the neurons that fired."""
-    cdef int64_t j
-    memset(s.up, 0, 32 * sizeof(float))
-    for j in range(p.fired):
-        s.up[p.index[j] - 32 * p.group] = value[j]
-    c.kernels.activate(p.gate, s.up, c.active + p.slot * c.s.groups + p.group)
-
-
-cdef void neurons_decode(Call *c, const uint8_t *blob, int64_t e, int64_t g, Scratch *s) noexcept nogil:
-    """The same for one token, three units deep: this one's gate is computed, the rows of the unit before are
-    prefetched, those of the unit before that are computed. blob NULL: no unit is left, finish the pending ones."""
+cdef void ffn_part(Call *c, const uint8_t *blob, int64_t i, int64_t part, int64_t *steps, Scratch *s) noexcept nogil:
+    """Sends the neurons of a part of the i-th active expert through the FFN of one token; those of the last steps stay
+    on their way until others, or nothing, follow them. steps: how many groups this thread has sent."""
+    cdef int64_t g, g0 = part * ST_FFN_PART, g1 = min(g0 + ST_FFN_PART, c.s.groups)
     cdef int64_t tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
-    cdef Pending *last = &s.pending[0]
-    cdef Pending *first = &s.pending[1]
-    cdef float value[32]
-    cdef int64_t n = first.fired if first.slot >= 0 else 0, n_ahead = last.fired if last.slot >= 0 else 0
-    if blob != NULL:
-        c.kernels.gate_up_q4_0(blob + 2 * g * tile_bytes, c.s.nb_d, s.xq, s.gate, first.up, first.index, n, value,
-                               last.up, last.index, n_ahead)
-    elif n:
-        c.kernels.rows_q4_0(first.up, c.s.nb_d, first.index, n, s.xq, value)
-    if first.slot >= 0:
-        finish_pending(c, first, value, s)
-    first[0] = last[0]
-    last.slot = -1
-    if blob != NULL:
-        fill_pending(last, s.gate, c.list_slot[c.list_start[e]], g, blob + c.s.groups * 2 * tile_bytes)
+    cdef float *y = c.parts + (i * c.s.ffn_parts + part) * c.s.d_padded
+    cdef st_neurons *n
+    memset(y, 0, c.s.d_padded * sizeof(float))
+    for g in range(g0, g1):
+        n = &s.neurons[steps[0] % 4]
+        steps[0] += 1
+        n.gate = blob + 2 * g * tile_bytes
+        n.up = blob + c.s.groups * 2 * tile_bytes
+        n.down = n.up + c.s.f * c.s.nb_d * 18
+        n.y, n.group = y, g
+        s.stage[0] = n
+        ffn_step(c, s)
+
+
+cdef void add_parts(Call *c, int64_t unit) noexcept nogil:
+    """x += weight * part, part by part, for ST_DOWN_CHUNK outputs of one token."""
+    cdef int64_t i, part, first = unit * ST_DOWN_CHUNK
+    cdef float weight
+    for i in range(c.n_active):
+        weight = c.weight[c.list_slot[c.list_start[c.active_expert[i]]]]
+        for part in range(c.s.ffn_parts):
+            c.kernels.axpy(weight, c.parts + (i * c.s.ffn_parts + part) * c.s.d_padded + first, c.x + first,
+                           ST_DOWN_CHUNK)
 
 
 cdef void neurons_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t g, const float *xf,
@@ -111,12 +115,31 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
             x[r] += c.weight[slots[i]] * c.kernels.dot(s.row, c.h + slots[i] * f, f)
 
 
-cdef int64_t expert_of_unit(Call *c, int64_t u, int64_t *g) noexcept nogil:
-    """Which expert and which 32 neurons (g) unit u of the neuron phase is. Where the groups divide evenly, each thread
-    has its part of every expert, experts in memory first: then all wait for the same missing one, and late."""
-    cdef int64_t parts = c.team_size if c.s.groups % c.team_size == 0 else 1
-    cdef int64_t width = c.s.groups // parts, part = u // (c.n_active * width), i = u % (c.n_active * width)
-    g[0] = part * width + i % width
+cdef bint one_token(Call *c, Layer *layer) noexcept nogil:
+    """Whether the FFN runs by parts of experts, gate to down at once."""
+    return c.n == 1 and layer.expert_layout == EXPERT_PACKED
+
+
+cdef int64_t neuron_units(Call *c, Layer *layer) noexcept nogil:
+    return c.n_active * (c.s.ffn_parts if one_token(c, layer) else c.s.groups)
+
+
+cdef int64_t output_chunks(Call *c, Layer *layer) noexcept nogil:
+    """Units of the phase after the neurons: outputs, each of all experts."""
+    if one_token(c, layer):
+        return (c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK
+    if layer.expert_layout == EXPERT_PACKED:
+        return c.s.down_units
+    return (c.s.d + GENERIC_CHUNK - 1) // GENERIC_CHUNK
+
+
+cdef int64_t expert_of_unit(Call *c, int64_t u, int64_t per_expert, int64_t *within) noexcept nogil:
+    """Which active expert unit u of the neuron phase belongs to, and which of its `per_expert` units it is (within).
+    Where these divide evenly, each thread has its part of every expert, experts in memory first: then all wait for the
+    same missing one, and late."""
+    cdef int64_t shares = c.team_size if per_expert % c.team_size == 0 else 1
+    cdef int64_t width = per_expert // shares, share = u // (c.n_active * width), i = u % (c.n_active * width)
+    within[0] = share * width + i % width
     return c.order[i // width]
 
 
@@ -124,29 +147,13 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
     """x += the experts' weighted outputs. False, for every thread alike, when an expert could not be read."""
     cdef const st_q8x4 *const *xq
     cdef const float *xf
-    cdef const uint8_t *blob
-    cdef int64_t u, i, e, g, units, packed = layer.expert_layout == EXPERT_PACKED
-    inputs(c, s, tid, layer.ffn_norm, c.n_active * c.s.groups, &xq, &xf)
-    s.pending[0].slot = s.pending[1].slot = -1
-    while True:
-        u = st_team_next(c.team, tid)
-        if u < 0:
-            break
-        e = expert_of_unit(c, u, &g)
-        blob = expert_blob(c, l, e)
-        if blob == NULL:
-            continue
-        if packed and c.n == 1:
-            neurons_decode(c, blob, e, g, s)
-        elif packed:
-            neurons_packed(c, blob, e, g, xq, s)
-        else:
-            neurons_rows(c, layer, blob, e, g, xf, s)
-    if packed and c.n == 1:
-        neurons_decode(c, NULL, 0, 0, s)
-        neurons_decode(c, NULL, 0, 0, s)
-    units = c.s.down_units if packed else (c.s.d + GENERIC_CHUNK - 1) // GENERIC_CHUNK
-    st_team_barrier(c.team, units)
+    cdef int64_t u, i
+    inputs(c, s, tid, layer.ffn_norm, neuron_units(c, layer), &xq, &xf)
+    if one_token(c, layer):
+        ffn_phase(c, l, tid, s)
+    else:
+        neurons_phase(c, layer, l, tid, xq, xf, s)
+    st_team_barrier(c.team, output_chunks(c, layer))
     for i in range(c.n_active):
         if expert_blob(c, l, c.active_expert[i]) == NULL:
             return False
@@ -154,12 +161,58 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
         u = st_team_next(c.team, tid)
         if u < 0:
             break
-        for i in range(c.n_active):
-            e = c.active_expert[i]
-            blob = expert_blob(c, l, e)
-            if packed:
-                down_packed(c, blob, e, u)
-            else:
-                down_rows(c, layer, blob, e, u, s)
+        if one_token(c, layer):
+            add_parts(c, u)
+        else:
+            down_unit(c, layer, l, u, s)
     st_team_barrier(c.team, next_units)
     return True
+
+
+cdef void ffn_phase(Call *c, int64_t l, int tid, Scratch *s) noexcept nogil:
+    """Gate, up and down of one token's experts, into c.parts."""
+    cdef const uint8_t *blob
+    cdef int64_t u, i, part, steps = 0
+    memset(s.stage, 0, sizeof(s.stage))
+    while True:
+        u = st_team_next(c.team, tid)
+        if u < 0:
+            break
+        i = expert_of_unit(c, u, c.s.ffn_parts, &part)
+        blob = expert_blob(c, l, c.active_expert[i])
+        if blob != NULL:
+            ffn_part(c, blob, i, part, &steps, s)
+    for u in range(3):
+        ffn_step(c, s)
+
+
+cdef void neurons_phase(Call *c, Layer *layer, int64_t l, int tid, const st_q8x4 *const *xq, const float *xf,
+                        Scratch *s) noexcept nogil:
+    """Gate and up of all tokens' experts, into c.active or c.h."""
+    cdef const uint8_t *blob
+    cdef int64_t u, e, g
+    while True:
+        u = st_team_next(c.team, tid)
+        if u < 0:
+            break
+        e = c.active_expert[expert_of_unit(c, u, c.s.groups, &g)]
+        blob = expert_blob(c, l, e)
+        if blob == NULL:
+            continue
+        if layer.expert_layout == EXPERT_PACKED:
+            neurons_packed(c, blob, e, g, xq, s)
+        else:
+            neurons_rows(c, layer, blob, e, g, xf, s)
+
+
+cdef void down_unit(Call *c, Layer *layer, int64_t l, int64_t unit, Scratch *s) noexcept nogil:
+    """Down of every expert's neurons for a chunk of the outputs, experts in ascending order."""
+    cdef int64_t i, e
+    cdef const uint8_t *blob
+    for i in range(c.n_active):
+        e = c.active_expert[i]
+        blob = expert_blob(c, l, e)
+        if layer.expert_layout == EXPERT_PACKED:
+            down_packed(c, blob, e, unit)
+        else:
+            down_rows(c, layer, blob, e, unit, s)

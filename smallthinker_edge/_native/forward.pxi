@@ -35,28 +35,19 @@ cdef struct Layer:
 
 cdef struct Shape:
     int64_t n_layers, d, heads, kv_heads, hd, experts, used, f, vocab, batch
-    int64_t d_padded, groups, nb_d, down_units, down_step
+    int64_t d_padded, groups, ffn_parts, nb_d, down_units, down_step
     float eps
     int softmax
     int down_transposed
-
-# 32 neurons of one expert for one token, whose gate is known; up is still to be computed.
-cdef struct Pending:
-    int64_t slot          # -1: none
-    int64_t group
-    int64_t fired         # neurons whose gate is positive
-    const uint8_t *up     # the expert's up rows
-    int32_t index[32]     # the neurons that fired
-    float gate[32]
 
 # What one thread needs for itself.
 cdef struct Scratch:
     float *norm           # [max(d, H*hd)]
     st_q8x4 *xq           # the same, quantised
     const st_q8x4 **rows  # [batch] pointers handed to the GEMMs
+    st_neurons neurons[4]  # on their way through the FFN of one token
+    st_neurons *stage[4]   # which of them is where; NULL: none
     float *gate           # [batch][32]
-    float *up             # [32]
-    Pending pending[2]    # the unit whose gate is computed last, and the one before
     float *row            # one dequantised row
     float *scores         # [2 * G][256], or one head
     st_q8x4 *head         # one head's keys or values, quantised
@@ -112,7 +103,7 @@ cdef struct Call:
     int32_t *list_start   # [E + 1]
     int32_t *list_slot    # [n * K]: t * K + k, grouped by expert
     int32_t *active_expert  # those with tokens, ascending
-    int32_t *order        # the same, experts that are in memory first
+    int32_t *order        # places in active_expert, experts that are in memory first
     int64_t n_active
     float *q              # [n][H*hd]
     float *attn           # [n][H*hd]
@@ -125,6 +116,7 @@ cdef struct Call:
     float *rope_window    # the same for window layers, whose theta may differ
     int64_t rope_half
     st_active *active     # [n*K][groups]
+    float *parts          # [K * ffn_parts][d_padded] of one token: what each part of an expert adds, not yet weighted
     float *h              # [n*K][f], EXPERT_ROWS
     float *logits
 
@@ -251,7 +243,7 @@ cdef void forward(void *arg, int tid) noexcept nogil:
         attention_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, output_units(c) if c.n == 1 else c.n + 1)
         output_phase(c, layer, l, tid, s)
-        st_team_barrier(c.team, shared_inputs(c, c.n_active * c.s.groups))
+        st_team_barrier(c.team, shared_inputs(c, neuron_units(c, layer)))
         if l == c.s.n_layers - 1:
             next_units = shared_inputs(c, first_head_units(c))
         if not expert_phases(c, layer, l, tid, s, next_units):

@@ -9,6 +9,7 @@ Halves = npt.NDArray[np.uint16]
 
 Q8X4_BYTES: int
 ACTIVE_BYTES: int
+FFN_PART: int
 ACTIVE: np.dtype[Any]
 
 READ_STEP: int
@@ -39,8 +40,8 @@ class Table:
         repeat: int = ...,
     ) -> None: ...
     def rows(self, w: Bytes, cols: int, index: npt.NDArray[np.int32], x: Bytes, out: Floats) -> None: ...
-    def gate_up(
-        self, gate: Bytes, cols: int, x: Bytes, g: Floats, up: Bytes, index: npt.NDArray[np.int32], out: Floats
+    def ffn(
+        self, gate: Bytes, up: Bytes, down: Bytes, d: int, f: int, x: Bytes, g0: int, g1: int, y: Floats
     ) -> None: ...
     def down(
         self, w: Bytes, d: int, f: int, c0: int, c1: int, active: npt.NDArray[Any], weight: float, y: Floats
@@ -111,8 +112,6 @@ class Timer:
         f: int,
         used: int,
         gate: Floats,
-        index: npt.NDArray[np.int32],
-        start: npt.NDArray[np.int32],
         *,
         whole: bool,
         first: int,

@@ -7,6 +7,7 @@ them; only their sizes are checked.
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from smallthinker_edge._native.core cimport *
 
 Q8X4_BYTES = sizeof(st_q8x4)
 ACTIVE_BYTES = sizeof(st_active)
+FFN_PART = ST_FFN_PART  # groups of 32 neurons whose down is summed before it is weighted
 ACTIVE = np.dtype([("h", "i1", 32), ("index", "u1", 32), ("corr", "i4"), ("quads", "i4"), ("scale", "f4"),
                    ("count", "i4")])
 
@@ -132,13 +134,27 @@ cdef class Table:
         if index.shape[0]:
             self.k.rows_q4_0(&w[0], cols // 32, &index[0], index.shape[0], <const st_q8x4 *>&x[0], &out[0])
 
-    def gate_up(self, const uint8_t[::1] gate, int64_t cols, const uint8_t[::1] x, float[::1] g,
-                const uint8_t[::1] up, const int32_t[::1] index, float[::1] out):
-        """g[32] of the two tiles of `gate`, and out as rows(up, cols, index, x, out)."""
-        need(gate.shape[0] == 2 * cols // 32 * ST_TILE_Q4_0_BYTES and g.shape[0] == 32)
-        need(x.shape[0] >= (cols + 127) // 128 * <int64_t>sizeof(st_q8x4) and out.shape[0] >= index.shape[0] >= 1)
-        self.k.gate_up_q4_0(&gate[0], cols // 32, <const st_q8x4 *>&x[0], &g[0], &up[0], &index[0], index.shape[0],
-                            &out[0], &up[0], &index[0], index.shape[0])
+    def ffn(self, const uint8_t[::1] gate, const uint8_t[::1] up, const uint8_t[::1] down, int64_t d, int64_t f,
+            const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y):
+        """y += what the groups g0..g1 (32 neurons each) of an expert [f] add to the outputs, one step after another."""
+        cdef int64_t g, i, groups = f // 32, nb = d // 32
+        cdef st_neurons[4] neurons
+        cdef st_neurons *stage[4]
+        need(d % 32 == 0 and f % 32 == 0 and 0 <= g0 < g1 <= groups)
+        need(gate.shape[0] == <int64_t>st_tile16_bytes(ST_Q4_0, f, d) and up.shape[0] == f * nb * 18)
+        need(down.shape[0] == <int64_t>st_down_bytes(d, f) and y.shape[0] >= (d + 127) // 128 * 128)
+        need(x.shape[0] >= (d + 127) // 128 * <int64_t>sizeof(st_q8x4))
+        for i in range(4):
+            stage[i] = NULL
+        for g in range(g0, g1 + 3):
+            if g < g1:
+                stage[0] = &neurons[g % 4]
+                stage[0].gate, stage[0].up, stage[0].down = &gate[2 * g * nb * ST_TILE_Q4_0_BYTES], &up[0], &down[0]
+                stage[0].y, stage[0].group = &y[0], g
+            self.k.ffn_q4_0(nb, groups, <const st_q8x4 *>&x[0], stage)
+            for i in range(3, 0, -1):
+                stage[i] = stage[i - 1]
+            stage[0] = NULL
 
     def down(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,
              float[::1] y):

@@ -55,8 +55,9 @@ cdef struct Job:
     const uint8_t *data
     int64_t stride, items, first, count
     int64_t rows, cols, tokens
-    const int32_t *index      # [n_index] rows of the row and down kernels
+    const int32_t *index      # [n_index] rows of rows_q4_0
     int64_t n_index
+    const float *gate         # [rows] of ffn_q4_0: what the gate's outputs are taken to be
     const st_active *active   # [rows / 32]
     const st_q8x4 *const *xq  # [tokens] quantised rows of `cols` columns
     float *x                  # [rows of attention, or cols]
@@ -89,19 +90,41 @@ cdef void apply_rows_q4_0(const Job *j, const uint8_t *item, int tid) noexcept n
     j.k.rows_q4_0(item, j.cols // 32, j.index, j.n_index, j.xq[0], j.out + tid * j.out_stride)
 
 
-cdef void apply_gate_up_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    """32 neurons: the gate's two tiles, then the up rows, of which the same ones are prefetched in the next item."""
-    cdef int64_t nb = j.cols // 32
-    cdef const uint8_t *up = item + 2 * nb * ST_TILE_Q4_0_BYTES
-    cdef float *g = j.out + tid * j.out_stride
-    j.k.gate_up_q4_0(item, nb, j.xq[0], g, up, j.index, j.n_index, g + 32, up + j.stride * st_team_size(j.team),
-                     j.index, j.n_index)
-
-
 cdef void apply_down_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """A whole matrix [cols][rows]: rows are the neurons, as everywhere here."""
     j.k.down_q4_0(item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.active, 1e-3,
                   j.out + tid * j.out_stride)
+
+
+cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, const uint8_t *expert, int64_t group, const float *gate,
+                   const st_q8x4 *x, float *y, st_neurons *neurons, st_neurons **stage) noexcept nogil:
+    """Sends a group of an expert's neurons (gate, up, down: d * f weights each) into the FFN, as the forward pass does;
+    expert NULL: none. Only the cost of the computed gate counts: its outputs are replaced by `gate`."""
+    cdef int64_t i, third = d * f * 18 // 32
+    if expert != NULL:
+        stage[0] = neurons
+        neurons.gate = expert + 2 * group * (d // 32) * ST_TILE_Q4_0_BYTES
+        neurons.up, neurons.down = expert + third, expert + 2 * third
+        neurons.y, neurons.group = y, group
+    k.ffn_q4_0(d // 32, f // 32, x, stage)
+    if expert != NULL:
+        memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
+        st_neurons_choose(neurons)
+    for i in range(3, 0, -1):
+        stage[i] = stage[i - 1]
+    stage[0] = NULL
+
+
+cdef void apply_ffn_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """A whole expert of `rows` neurons for one token."""
+    cdef st_neurons[4] neurons
+    cdef st_neurons *stage[4]
+    cdef int64_t g
+    memset(stage, 0, sizeof(stage))
+    for g in range(j.rows // 32):
+        step_ffn(j.k, j.cols, j.rows, item, g, j.gate, j.xq[0], j.out + tid * j.out_stride, neurons + g % 4, stage)
+    for g in range(3):
+        step_ffn(j.k, j.cols, j.rows, NULL, 0, NULL, j.xq[0], NULL, NULL, stage)
 
 
 cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept nogil:
@@ -165,9 +188,9 @@ APPLY[8] = Named("rmsnorm", apply_rmsnorm)
 APPLY[9] = Named("dot", apply_dot)
 APPLY[10] = Named("axpy", apply_axpy)
 APPLY[11] = Named("to_f16", apply_to_f16)
-APPLY[12] = Named("gate_up_q4_0", apply_gate_up_q4_0)
-APPLY[13] = Named("gemm_q6_k", apply_gemm_q6_k)
-APPLY[14] = Named("attention_q8", apply_attention_q8)
+APPLY[12] = Named("gemm_q6_k", apply_gemm_q6_k)
+APPLY[13] = Named("attention_q8", apply_attention_q8)
+APPLY[14] = Named("ffn_q4_0", apply_ffn_q4_0)
 
 
 TILE_TYPES = {"gemm_q4_0": ST_Q4_0, "gemm_q8_0": ST_Q8_0, "gemm_q6_k": ST_Q6_K}
@@ -187,58 +210,17 @@ cdef struct Ffn:
     const st_kernels *k
     st_team *team
     const uint8_t *data
-    int64_t experts, first, tokens, used, d, f, down_step
-    int whole                 # 1: gate, up and down as dense matrices; 0: by neuron
-    const int32_t *index      # neurons of up that are computed, 32-groups one after another
-    const int32_t *start      # [f / 32 + 1] where each group begins in index
+    int64_t experts, first, tokens, used, d, f, parts
     const float *gate         # [f] what the gate is taken to be, so that the share of active neurons is the wanted one
     const st_q8x4 *x
-    float *hidden             # [used][f]
-    st_active *active         # [used][f / 32]
-    float *y                  # [d rounded up to 128]
+    float *hidden             # whole: [used][f]; else [used][parts][d]
+    float *y                  # [d]
     uint8_t *scratch          # per thread: scratch_stride bytes
     int64_t scratch_stride
 
 
-# Which 32 neurons: of the token's expert number `slot`, group of 32; up NULL: none.
-cdef struct Unit:
-    const uint8_t *up
-    int64_t slot, group
-
-
-cdef void finish_unit(Ffn *t, const Unit *u, const float *value) noexcept nogil:
-    """value: up of the active neurons."""
-    cdef float[32] up
-    cdef int64_t i, start = t.start[u.group], n = t.start[u.group + 1] - start
-    for i in range(32):
-        up[i] = 0
-    for i in range(n):
-        up[t.index[start + i] % 32] = value[i]
-    t.k.activate(t.gate + 32 * u.group, up, t.active + u.slot * (t.f // 32) + u.group)
-
-
-cdef void sparse_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, Unit *before) noexcept nogil:
-    """Three units deep, as the forward pass: the gate of this one, prefetches for up of before[0], up of before[1].
-    Only the cost of the computed gate counts: its sign is replaced. expert NULL: no unit is left, finish the others."""
-    cdef int64_t nb = t.d // 32, n = 0, n_ahead = 0
-    cdef float[32] gate
-    cdef float[32] value
-    cdef const int32_t *index = t.index
-    cdef const int32_t *ahead = t.index
-    if before[1].up != NULL:
-        index, n = t.index + t.start[before[1].group], t.start[before[1].group + 1] - t.start[before[1].group]
-    if before[0].up != NULL:
-        ahead, n_ahead = t.index + t.start[before[0].group], t.start[before[0].group + 1] - t.start[before[0].group]
-    if expert != NULL:
-        t.k.gate_up_q4_0(expert + 2 * group * nb * ST_TILE_Q4_0_BYTES, nb, t.x, gate, before[1].up, index, n, value,
-                         before[0].up, ahead, n_ahead)
-    elif n:
-        t.k.rows_q4_0(before[1].up, nb, index, n, t.x, value)
-    if before[1].up != NULL:
-        finish_unit(t, &before[1], value)
-    before[1] = before[0]
-    before[0].up = expert + t.d * t.f * 18 // 32 if expert != NULL else NULL
-    before[0].slot, before[0].group = slot, group
+cdef const uint8_t *expert_at(Ffn *t, int64_t token, int64_t slot) noexcept nogil:
+    return t.data + (t.first + token * t.used + slot) % t.experts * 3 * (t.d * t.f * 18 // 32)
 
 
 cdef void dense_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, float *out) noexcept nogil:
@@ -250,56 +232,70 @@ cdef void dense_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t gro
         t.hidden[slot * t.f + 32 * group + i] = max(t.gate[32 * group + i], <float>0) * out[32 + i]
 
 
-cdef void down(Ffn *t, int64_t token, int64_t unit, const st_q8x4 *hidden, float *out) noexcept nogil:
-    """down_step * 128 outputs of every expert."""
-    cdef int64_t slot, i, third = t.d * t.f * 18 // 32, groups = t.f // 32
-    cdef int64_t first = unit * t.down_step * ST_DOWN_CHUNK, last = min(first + t.down_step * ST_DOWN_CHUNK, t.d)
+cdef void dense_down(Ffn *t, int64_t token, int64_t chunk, const st_q8x4 *hidden, float *out) noexcept nogil:
+    """128 outputs of every expert."""
+    cdef int64_t slot, i, tile = chunk * (ST_DOWN_CHUNK // ST_TILE_ROWS)
     cdef const uint8_t *w
     for slot in range(t.used):
-        w = t.data + (t.first + token * t.used + slot) % t.experts * 3 * third + 2 * third
-        if t.whole:
-            hidden_row = hidden + slot * ((t.f + 127) // 128)
-            t.k.gemm_q4_0(w, t.d, groups, first // 16, last // 16, &hidden_row, 1, out, ST_DOWN_CHUNK)
-            for i in range(last - first):
-                t.y[first + i] += out[i]
-        else:
-            t.k.down_q4_0(w, t.d, groups, first // ST_DOWN_CHUNK, (last + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK,
-                          t.active + slot * groups, 0.25, t.y + first)
+        w = expert_at(t, token, slot) + 2 * (t.d * t.f * 18 // 32)
+        row = hidden + slot * ((t.f + 127) // 128)
+        t.k.gemm_q4_0(w, t.d, t.f // 32, tile, tile + ST_DOWN_CHUNK // ST_TILE_ROWS, &row, 1, out, ST_DOWN_CHUNK)
+        for i in range(ST_DOWN_CHUNK):
+            t.y[chunk * ST_DOWN_CHUNK + i] += out[i]
 
 
-cdef void run_ffn(void *arg, int tid) noexcept nogil:
+cdef void run_dense(void *arg, int tid) noexcept nogil:
     cdef Ffn *t = <Ffn *>arg
     cdef float *out = <float *>(t.scratch + tid * t.scratch_stride)
     cdef st_q8x4 *hidden = <st_q8x4 *>(t.scratch + tid * t.scratch_stride + 1024)
-    cdef int64_t token, u, slot, third = t.d * t.f * 18 // 32, groups = t.f // 32
-    cdef const uint8_t *expert
-    cdef Unit[2] before
-    cdef int64_t downs = (t.d + t.down_step * ST_DOWN_CHUNK - 1) // (t.down_step * ST_DOWN_CHUNK)
+    cdef int64_t token, u, slot, groups = t.f // 32
     for token in range(t.tokens):
-        before[0].up = before[1].up = NULL
         while True:
             u = st_team_next(t.team, tid)
             if u < 0:
                 break
-            slot = u // groups
-            expert = t.data + (t.first + token * t.used + slot) % t.experts * 3 * third
-            if t.whole:
-                dense_neurons(t, expert, slot, u % groups, out)
-            else:
-                sparse_neurons(t, expert, slot, u % groups, before)
-        if not t.whole:
-            sparse_neurons(t, NULL, 0, 0, before)
-            sparse_neurons(t, NULL, 0, 0, before)
-        st_team_barrier(t.team, downs)
-        if t.whole:
-            for slot in range(t.used):
-                t.k.quantize(t.hidden + slot * t.f, t.f, hidden + slot * ((t.f + 127) // 128))
+            dense_neurons(t, expert_at(t, token, u // groups), u // groups, u % groups, out)
+        st_team_barrier(t.team, t.d // ST_DOWN_CHUNK)
+        for slot in range(t.used):
+            t.k.quantize(t.hidden + slot * t.f, t.f, hidden + slot * ((t.f + 127) // 128))
         while True:
             u = st_team_next(t.team, tid)
             if u < 0:
                 break
-            down(t, token, u, hidden, out)
+            dense_down(t, token, u, hidden, out)
         st_team_barrier(t.team, t.used * groups)
+
+
+cdef void run_sparse(void *arg, int tid) noexcept nogil:
+    """As the forward pass: parts of experts from gate to down, then their sum."""
+    cdef Ffn *t = <Ffn *>arg
+    cdef int64_t token, u, i, g, steps, groups = t.f // 32
+    cdef st_neurons *neurons = <st_neurons *>(t.scratch + tid * t.scratch_stride)
+    cdef st_neurons *stage[4]
+    cdef float *y
+    for token in range(t.tokens):
+        memset(stage, 0, sizeof(stage))
+        steps = 0
+        while True:
+            u = st_team_next(t.team, tid)
+            if u < 0:
+                break
+            y = t.hidden + u * t.d
+            memset(y, 0, t.d * sizeof(float))
+            for g in range(u % t.parts * ST_FFN_PART, min((u % t.parts + 1) * ST_FFN_PART, groups)):
+                step_ffn(t.k, t.d, t.f, expert_at(t, token, u // t.parts), g, t.gate, t.x, y, neurons + steps % 4,
+                         stage)
+                steps += 1
+        for i in range(3):
+            step_ffn(t.k, t.d, t.f, NULL, 0, NULL, t.x, NULL, NULL, stage)
+        st_team_barrier(t.team, t.d // ST_DOWN_CHUNK)
+        while True:
+            u = st_team_next(t.team, tid)
+            if u < 0:
+                break
+            for i in range(t.used * t.parts):
+                t.k.axpy(0.25, t.hidden + i * t.d + u * ST_DOWN_CHUNK, t.y + u * ST_DOWN_CHUNK, ST_DOWN_CHUNK)
+        st_team_barrier(t.team, t.used * t.parts)
 
 
 cdef class Timer:
@@ -338,7 +334,8 @@ cdef class Timer:
             data: 64-byte aligned, followed by memory that may be prefetched (allocate()).
             rows, cols, tokens: of a matrix kernel: its shape and how many inputs it is multiplied with; of attention:
                 query heads, their size and positions; of the others only cols counts, their length.
-            index: int32, rows that rows_q4_0 computes. active: [rows / 32] of dtype ACTIVE, for down_q4_0.
+            index: int32, rows that rows_q4_0 computes, or neurons of ffn_q4_0 that fire. active: [rows / 32] of dtype
+                ACTIVE, for down_q4_0.
             streams, ahead: of "read", see bandwidth.h; stride must be a multiple of streams * READ_STEP.
 
         Returns seconds. Raises ValueError where sizes do not fit.
@@ -358,15 +355,20 @@ cdef class Timer:
         need(self.item_bytes(kernel, rows, cols, tokens) <= stride <= data.shape[0])
         need(a.shape[0] >= rows // 32 * <int64_t>ACTIVE_BYTES and streams >= 1 and ahead >= 0)
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
-        need(kernel != "gate_up_q4_0" or rows == 32)
+        need(kernel != "ffn_q4_0" or (rows % 32 == 0 and cols % 128 == 0))
         need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
         need(kernel != "attention_q8" or (2 * rows <= tokens <= ST_ATTN_CHUNK and cols % 32 == 0))
-        picks = kernel in ("rows_q4_0", "gate_up_q4_0")
+        picks = kernel in ("rows_q4_0", "ffn_q4_0")
         need(not np.any(np.asarray(chosen) < 0) and (not picks or np.all(np.asarray(chosen) < rows)))
         job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
         job.first, job.count, job.rows, job.cols, job.tokens = first % job.items, count, rows, cols, tokens
         job.index, job.n_index, job.active = &chosen[0], chosen.shape[0], <const st_active *>&a[0]
         job.streams, job.ahead = streams, ahead
+        fires = np.full(rows + 1, -1, np.float32)
+        if picks:
+            fires[chosen] = 1
+        cdef const float[::1] gate = fires
+        job.gate = &gate[0]
         cdef float[::1] x = np.random.default_rng(0).standard_normal(width).astype(np.float32)
         job.x = &x[0]
         inputs = Memory(tokens * q_bytes + 64)
@@ -395,8 +397,8 @@ cdef class Timer:
             return st_tile16_bytes(TILE_TYPES[kernel], rows, cols)
         if kernel == "rows_q4_0":
             return rows * st_row_bytes(ST_Q4_0, cols)
-        if kernel == "gate_up_q4_0":
-            return 2 * rows * st_row_bytes(ST_Q4_0, cols)
+        if kernel == "ffn_q4_0":
+            return 3 * rows * st_row_bytes(ST_Q4_0, cols)
         if kernel == "down_q4_0":
             return st_down_bytes(cols, rows)
         if kernel == "attention_q8":
@@ -405,44 +407,40 @@ cdef class Timer:
             return 2 * 2 * tokens * cols
         return 4 * cols if kernel == "dot" else 0
 
-    def ffn(self, const uint8_t[::1] data, int64_t d, int64_t f, int64_t used, const float[::1] gate,
-            const int32_t[::1] index, const int32_t[::1] start, *, bint whole, int64_t first, int64_t tokens):
+    def ffn(self, const uint8_t[::1] data, int64_t d, int64_t f, int64_t used, const float[::1] gate, *, bint whole,
+            int64_t first, int64_t tokens):
         """The FFN of `tokens` tokens, one after another, each with the next `used` experts of the pool `data`.
 
         Args:
             d, f: multiples of 128 and of 32. gate: [f], what the gate's outputs are taken to be, so that the share of
                 positive ones is the wanted one; the product is computed all the same.
-            index: neurons of up to compute, group of 32 by group; start: [f / 32 + 1], where each group begins.
-            whole: gate, up and down as dense matrices (Tile16) instead; index is then not used.
+            whole: gate, up and down as dense matrices (Tile16) instead.
 
         Returns seconds. Raises ValueError where sizes do not fit.
         """
         cdef Ffn t
         cdef double started
         need(d % 128 == 0 and f % 32 == 0 and d > 0 and f > 0 and used > 0 and tokens > 0 and first >= 0)
-        need(gate.shape[0] == f and start.shape[0] == f // 32 + 1 and start[0] == 0)
-        need(np.all(np.diff(start) >= 0) and np.all(np.diff(start) <= 32) and start[f // 32] <= index.shape[0])
-        need(np.all(np.asarray(index) >= 0) and np.all(np.asarray(index) < f))
+        need(gate.shape[0] == f)
         t.experts = data.shape[0] // (3 * d * f * 18 // 32)
         need(t.experts >= used)
         t.k, t.team, t.data, t.first, t.tokens, t.used = self.k, self.team, &data[0], first % t.experts, tokens, used
-        t.d, t.f, t.whole, t.start, t.gate = d, f, whole, &start[0], &gate[0]
-        t.down_step = 1 if whole else max(1, d // ST_DOWN_CHUNK // (2 * self.threads))
-        t.index = &index[0] if index.shape[0] else &start[0]
+        t.d, t.f, t.gate, t.parts = d, f, &gate[0], (f // 32 + ST_FFN_PART - 1) // ST_FFN_PART
         t.scratch_stride = (1024 + used * ((f + 127) // 128) * <int64_t>sizeof(st_q8x4) + 4096) // 64 * 64
-        cdef int64_t q_bytes = (d + 127) // 128 * <int64_t>sizeof(st_q8x4)
-        cdef int64_t active_bytes = used * f // 32 * <int64_t>sizeof(st_active)
-        memory = Memory(q_bytes + active_bytes + used * f * 4 + d * 4 + self.threads * t.scratch_stride + 512)
+        cdef int64_t q_bytes = (d + 127) // 128 * <int64_t>sizeof(st_q8x4), hidden = used * max(f, t.parts * d)
+        memory = Memory(q_bytes + hidden * 4 + d * 4 + self.threads * t.scratch_stride + 512)
         cdef uint8_t[::1] bytes = memory
         cdef float[::1] x = np.random.default_rng(0).standard_normal(d).astype(np.float32)
         t.x = <const st_q8x4 *>&bytes[0]
         self.k.quantize(&x[0], d, <st_q8x4 *>&bytes[0])
-        t.active = <st_active *>&bytes[q_bytes]
-        t.hidden = <float *>&bytes[q_bytes + active_bytes]
-        t.y = t.hidden + used * f
-        t.scratch = &bytes[(q_bytes + active_bytes + used * f * 4 + d * 4 + 63) // 64 * 64]
+        t.hidden = <float *>&bytes[q_bytes]
+        t.y = t.hidden + hidden
+        t.scratch = &bytes[(q_bytes + hidden * 4 + d * 4 + 63) // 64 * 64]
         with nogil:
             started = seconds_now()
-            st_team_run(self.team, run_ffn, &t, used * (f // 32))
+            if whole:
+                st_team_run(self.team, run_dense, &t, used * (f // 32))
+            else:
+                st_team_run(self.team, run_sparse, &t, used * t.parts)
             started = seconds_now() - started
         return started

@@ -109,34 +109,6 @@ static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_
     }
 }
 
-static void gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
-                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
-                         int64_t n_ahead) {
-    (void)up_ahead, (void)ahead, (void)n_ahead;
-    gemm_q4_0(gate, 2 * ST_TILE_ROWS, nb, 0, 2, &x, 1, g, 2 * ST_TILE_ROWS);
-    rows_q4_0(up, nb, index, n, x, out);
-}
-
-static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                      float weight, float *y) {
-    int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
-    const uint8_t *lines = down + groups * padded * 2;
-    for (int64_t o = c0 * ST_DOWN_CHUNK; o < c1 * ST_DOWN_CHUNK; o++) {
-        int64_t byte = o / 128 * 64 + (o % 16 / 4) * 16 + (o % 128 / 32) * 4 + o % 4;
-        int shift = o % 32 >= 16 ? 4 : 0;
-        float sum = 0;
-        for (int64_t g = 0; g < groups; g++) {
-            int dot = 0;
-            if (a[g].quads == 0)
-                continue;
-            for (int i = 0; i < 4 * a[g].quads; i++)
-                dot += a[g].h[i] * ((lines[(32 * g + a[g].index[i]) * (padded / 2) + byte] >> shift & 15) - 8);
-            sum += (float)dot * (u16_f32(down + (g * padded + o) * 2) * a[g].scale);
-        }
-        y[o - c0 * ST_DOWN_CHUNK] += weight * sum;
-    }
-}
-
 static void activate(const float *g, const float *up, st_active *out) {
     float h[32], amax = 0;
     memset(out, 0, sizeof *out);
@@ -164,6 +136,60 @@ static void activate(const float *g, const float *up, st_active *out) {
     out->quads = (used + 3) / 4;
     for (int i = used; i < 4 * out->quads; i++)
         out->index[i] = out->index[used - 1];
+}
+
+void st_neurons_choose(st_neurons *n) {
+    n->fired = 0;
+    for (int i = 0; i < 32; i++) {
+        n->index[n->fired] = (int32_t)(32 * n->group + i);
+        n->fired += !(n->g[i] <= 0); /* a NaN gate is passed on, not hidden */
+    }
+}
+
+void st_neurons_spread(const st_neurons *n, const float *value, float *up) {
+    memset(up, 0, 32 * sizeof *up);
+    for (int64_t i = 0; i < n->fired; i++)
+        up[n->index[i] - 32 * n->group] = value[i];
+}
+
+/* What outputs o of Down get from the 32 neurons of group g. */
+static float down_group(const uint8_t *down, int64_t padded, int64_t groups, int64_t g, int64_t o, const st_active *a) {
+    const uint8_t *lines = down + groups * padded * 2;
+    int64_t byte = o / 128 * 64 + (o % 16 / 4) * 16 + (o % 128 / 32) * 4 + o % 4;
+    int shift = o % 32 >= 16 ? 4 : 0, dot = 0;
+    for (int i = 0; i < 4 * a->quads; i++)
+        dot += a->h[i] * ((lines[(32 * g + a->index[i]) * (padded / 2) + byte] >> shift & 15) - 8);
+    return (float)dot * (u16_f32(down + (g * padded + o) * 2) * a->scale);
+}
+
+static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                      float weight, float *y) {
+    int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
+    for (int64_t o = c0 * ST_DOWN_CHUNK; o < c1 * ST_DOWN_CHUNK; o++)
+        for (int64_t part = 0; part < groups; part += ST_FFN_PART) {
+            float sum = 0;
+            for (int64_t g = part; g < part + ST_FFN_PART && g < groups; g++)
+                if (a[g].quads)
+                    sum += down_group(down, padded, groups, g, o, a + g);
+            y[o - c0 * ST_DOWN_CHUNK] += weight * sum;
+        }
+}
+
+static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
+    int64_t padded = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
+    if (stage[3] && stage[3]->active.quads)
+        for (int64_t o = 0; o < padded; o++)
+            stage[3]->y[o] += down_group(stage[3]->down, padded, groups, stage[3]->group, o, &stage[3]->active);
+    if (stage[2]) {
+        float value[32], up[32];
+        rows_q4_0(stage[2]->up, nb, stage[2]->index, stage[2]->fired, x, value);
+        st_neurons_spread(stage[2], value, up);
+        activate(stage[2]->g, up, &stage[2]->active);
+    }
+    if (stage[0]) {
+        gemm_q4_0(stage[0]->gate, 32, nb, 0, 2, &x, 1, stage[0]->g, 32);
+        st_neurons_choose(stage[0]);
+    }
 }
 
 static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
@@ -260,7 +286,7 @@ const st_kernels st_kernels_ref = {
     .gemm_q8_0 = gemm_q8_0,
     .gemm_q6_k = gemm_q6_k,
     .rows_q4_0 = rows_q4_0,
-    .gate_up_q4_0 = gate_up_q4_0,
+    .ffn_q4_0 = ffn_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,

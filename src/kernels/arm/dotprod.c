@@ -39,7 +39,7 @@ typedef int32x4_t sum8;
 #define GEMM_Q8_0 st_dotprod_gemm_q8_0
 #define GEMM_Q6_K st_dotprod_gemm_q6_k
 #define ROWS_Q4_0 st_dotprod_rows_q4_0
-#define GATE_UP_Q4_0 st_dotprod_gate_up_q4_0
+#define FFN_Q4_0 st_dotprod_ffn_q4_0
 #define DOWN_Q4_0 st_dotprod_down_q4_0
 #include "matrix.h"
 
@@ -55,7 +55,7 @@ const st_kernels st_kernels_dotprod = {
     .gemm_q8_0 = st_dotprod_gemm_q8_0,
     .gemm_q6_k = st_dotprod_gemm_q6_k,
     .rows_q4_0 = st_dotprod_rows_q4_0,
-    .gate_up_q4_0 = st_dotprod_gate_up_q4_0,
+    .ffn_q4_0 = st_dotprod_ffn_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,

@@ -1,5 +1,5 @@
 /* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
- * GEMM_Q4_0, GEMM_Q8_0, GEMM_Q6_K, ROWS_Q4_0, GATE_UP_Q4_0, DOWN_Q4_0), says how many TOKENS share one unpacking of
+ * GEMM_Q4_0, GEMM_Q8_0, GEMM_Q6_K, ROWS_Q4_0, DOWN_Q4_0, FFN_Q4_0), says how many TOKENS share one unpacking of
  * the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
  *   columns, load_columns(q, lane)     32 quantised columns of one token
  *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
@@ -261,30 +261,35 @@ ALWAYS_INLINE void down_group(const uint8_t *lines, size_t line, const st_active
         out[i] = total4(sum[i], start);
 }
 
+/* 16 bytes (lane) of a chunk's 64: 32 outputs of one group, total[8] += scale * (sum over the active neurons). */
+ALWAYS_INLINE void down_lane(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int lane,
+                             float32x4_t total[8]) {
+    int32x4_t dot[8];
+    down_group(lines + 16 * lane, line, a, vdupq_n_s32(a->corr), dot);
+    for (int i = 0; i < 8; i++)
+        total[i] =
+            vfmaq_f32(total[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(load_f16x4(scales + 8 * lane + 32 * i), a->scale));
+}
+
 /* 128 outputs; rows of `line` bytes a neuron, of which n chunks are asked for ahead. */
 static void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, int64_t groups, int64_t n,
                        const st_active *a, float weight, float *y) {
     for (int lane = 0; lane < 4; lane++) {
         float32x4_t total[8];
-        for (int i = 0; i < 8; i++)
-            total[i] = vdupq_n_f32(0);
         for (int64_t g = 0; g < groups; g++) {
-            int32x4_t dot[8];
+            if (g % ST_FFN_PART == 0)
+                memset(total, 0, sizeof total);
             if (lane == 0 && g + 1 < groups)
                 for (int k = 0; k < 4 * a[g + 1].quads; k++)
                     for (int64_t i = 0; i < n; i++)
                         __builtin_prefetch(lines + line * (size_t)(32 * (g + 1) + a[g + 1].index[k]) + 64 * i);
-            if (a[g].quads == 0)
-                continue;
-            down_group(lines + line * 32 * (size_t)g + 16 * lane, line, a + g, vdupq_n_s32(a[g].corr), dot);
-            const uint8_t *scale = scales + (size_t)g * line * 4 + 8 * lane;
-            for (int i = 0; i < 8; i++)
-                total[i] =
-                    vfmaq_f32(total[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(load_f16x4(scale + 32 * i), a[g].scale));
-        }
-        for (int i = 0; i < 8; i++) {
-            float *out = y + 16 * i + 4 * lane;
-            vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), total[i], weight));
+            if (a[g].quads)
+                down_lane(lines + line * 32 * (size_t)g, line, scales + (size_t)g * line * 4, a + g, lane, total);
+            if ((g + 1) % ST_FFN_PART == 0 || g + 1 == groups)
+                for (int i = 0; i < 8; i++) {
+                    float *out = y + 16 * i + 4 * lane;
+                    vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), total[i], weight));
+                }
         }
     }
 }
@@ -298,6 +303,21 @@ MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *down, int64_t d, int64_t groups, in
                    y + (c - c0) * ST_DOWN_CHUNK);
 }
 
+/* 128 outputs of the 32 neurons n, added to their y. */
+static void down_neurons(const st_neurons *n, int64_t groups, size_t line, int64_t chunk) {
+    const uint8_t *lines = n->down + ((size_t)groups * 4 + 32 * (size_t)n->group) * line + 64 * chunk;
+    const uint8_t *scales = n->down + (size_t)n->group * line * 4 + 2 * ST_DOWN_CHUNK * chunk;
+    for (int lane = 0; lane < 4; lane++) {
+        float32x4_t total[8];
+        float *y = n->y + ST_DOWN_CHUNK * chunk + 4 * lane;
+        for (int i = 0; i < 8; i++)
+            total[i] = vld1q_f32(y + 16 * i);
+        down_lane(lines, line, scales, &n->active, lane, total);
+        for (int i = 0; i < 8; i++)
+            vst1q_f32(y + 16 * i, total[i]);
+    }
+}
+
 GEMM(GEMM_Q4_0, q4_0, ST_TILE_Q4_0_BYTES)
 GEMM(GEMM_Q8_0, q8_0, ST_TILE_Q8_0_BYTES)
 
@@ -306,26 +326,47 @@ enum { GATE_STEP = 8 }; /* blocks of a gate tile between parts of up; whole st_q
 /* Where part `step` of `steps` of n things begins. */
 static inline int64_t share(int64_t n, int64_t step, int64_t steps) { return n * step / steps; }
 
-/* A tile's blocks come from memory in order; four rows of up at a time, and the prefetches of `ahead`, go between
- * them, so that the one's arithmetic covers the other's waiting. As on x86; not measured on a board. */
-MATRIX_LINKAGE void GATE_UP_Q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
-                                 const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead,
-                                 const int32_t *ahead, int64_t n_ahead) {
-    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0, fours = (n + 3) / 4;
+static inline void prefetch_bytes(const uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(p + i);
+}
+
+/* A tile's blocks come from memory in order; four rows of up at a time, chunks of down and the prefetches of stage[1]
+ * go between them, so that the one's arithmetic covers the other's waiting. As on x86; not measured on a board. */
+MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
+    st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
+    size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
+    int64_t fours = up ? (up->fired + 3) / 4 : 0, chunks = down && down->active.quads ? (int64_t)line / 64 : 0;
+    float value[32], spread[32];
     for (int tile = 0; tile < 2; tile++) {
         float32x4_t sum[TOKENS][4];
         memset(sum, 0, sizeof *sum);
         for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
-            int64_t blocks = nb - b < GATE_STEP ? nb - b : GATE_STEP;
-            int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
-            const st_q8x4 *part = x + b / 4;
-            quads_q4_0(4, 1, gate, blocks, 0, &part, sum);
-            gate += blocks * ST_TILE_Q4_0_BYTES;
-            ROWS_Q4_0(up, nb, index + k0, (k1 < n ? k1 : n) - k0, x, out + k0);
-            for (int64_t k = share(n_ahead, step, steps); k < share(n_ahead, step + 1, steps); k++)
-                for (int64_t i = 0; i < nb * 18; i += 64)
-                    __builtin_prefetch(up_ahead + ahead[k] * nb * 18 + i);
+            if (gate) {
+                const st_q8x4 *part = x + b / 4;
+                quads_q4_0(4, 1, gate->gate + (tile * nb + b) * ST_TILE_Q4_0_BYTES,
+                           nb - b < GATE_STEP ? nb - b : GATE_STEP, 0, &part, sum);
+            }
+            if (up) {
+                int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
+                ROWS_Q4_0(up->up, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, x, value + k0);
+            }
+            for (int64_t c = share(chunks, step, steps); c < share(chunks, step + 1, steps); c++)
+                down_neurons(down, groups, line, c);
+            if (ahead)
+                for (int64_t k = share(ahead->fired, step, steps); k < share(ahead->fired, step + 1, steps); k++) {
+                    prefetch_bytes(ahead->up + ahead->index[k] * nb * 18, (size_t)nb * 18);
+                    prefetch_bytes(ahead->down + ((size_t)groups * 4 + (size_t)ahead->index[k]) * line, line);
+                }
         }
-        store_rows(sum[0], ST_TILE_ROWS, g + 16 * tile);
+        if (gate)
+            store_rows(sum[0], ST_TILE_ROWS, gate->g + 16 * tile);
+    }
+    if (gate)
+        st_neurons_choose(gate);
+    if (up) {
+        st_neurons_spread(up, value, spread);
+        st_neon_activate(up->g, spread, &up->active);
     }
 }

@@ -71,7 +71,7 @@ static inline int32x4_t total8(sum8 sum) { return vpaddq_s32(sum.low, sum.high);
 #define GEMM_Q8_0 gemm_q8_0
 #define GEMM_Q6_K gemm_q6_k
 #define ROWS_Q4_0 rows_q4_0
-#define GATE_UP_Q4_0 gate_up_q4_0
+#define FFN_Q4_0 ffn_q4_0
 #define DOWN_Q4_0 down_q4_0
 #include "matrix.h"
 
@@ -87,7 +87,7 @@ const st_kernels st_kernels_neon = {
     .gemm_q8_0 = gemm_q8_0,
     .gemm_q6_k = gemm_q6_k,
     .rows_q4_0 = rows_q4_0,
-    .gate_up_q4_0 = gate_up_q4_0,
+    .ffn_q4_0 = ffn_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,

@@ -251,9 +251,8 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
         out[r] = _mm512_reduce_add_ps(sum[r]);
 }
 
-/* 128 outputs of one group of 32 neurons: total[8] += scale * (sum over the active neurons). */
-static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a,
-                              __m512 *total) {
+/* 128 outputs of one group of 32 neurons: y += scale * (sum over the active neurons). */
+static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512i sum[8];
     for (int i = 0; i < 8; i++)
@@ -275,33 +274,15 @@ static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *
     }
     for (int i = 0; i < 8; i++) {
         __m512 d = _mm512_mul_ps(load_f16x16(scales + 32 * i), _mm512_set1_ps(a->scale));
-        total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), d, total[i]);
+        __m512 total = _mm512_loadu_ps(y + 16 * i);
+        _mm512_storeu_ps(y + 16 * i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), d, total));
     }
 }
 
-/* Group by group, so that a neuron's whole run of bytes is used when it comes; the sums of up to DOWN_CHUNKS chunks
- * stay in the first-level cache. */
-static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                      float weight, float *y) {
-    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
-    for (int64_t c = c0; c < c1; c += DOWN_CHUNKS, y += DOWN_CHUNKS * ST_DOWN_CHUNK) {
-        int64_t n = c1 - c < DOWN_CHUNKS ? c1 - c : DOWN_CHUNKS;
-        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64, *scales = down + c * ST_DOWN_CHUNK * 2;
-        __m512 total[8 * DOWN_CHUNKS];
-        for (int64_t i = 0; i < 8 * n; i++)
-            total[i] = _mm512_setzero_ps();
-        for (int64_t g = 0; g < groups; g++)
-            for (int64_t i = 0; i < n; i++) {
-                const uint8_t *first = lines + 32 * line * (size_t)g;
-                if (g + 2 < groups)
-                    prefetch_neurons(first + 64 * line, line, n, a + g + 2, i);
-                if (a[g].quads)
-                    down_chunk(first + 64 * i, line, scales + (size_t)g * line * 4 + 256 * i, a + g, total + 8 * i);
-            }
-        for (int64_t i = 0; i < 8 * n; i++)
-            _mm512_storeu_ps(y + 16 * i,
-                             _mm512_fmadd_ps(_mm512_set1_ps(weight), total[i], _mm512_loadu_ps(y + 16 * i)));
-    }
+static inline void add_weighted(float weight, const float *total, float *y) {
+    for (int i = 0; i < ST_DOWN_CHUNK; i += 16)
+        _mm512_storeu_ps(y + i,
+                         _mm512_fmadd_ps(_mm512_set1_ps(weight), _mm512_loadu_ps(total + i), _mm512_loadu_ps(y + i)));
 }
 
 /* Lane i = the sum of a[i]'s lanes. */
@@ -387,6 +368,7 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
 #define VECTOR __m512
 #define TILE_VECTORS 1
 #define SCORES 8
+#define ACTIVATE st_avx2_activate
 #include "drivers.h"
 
 #include "attention_q8_512.h"
@@ -412,7 +394,7 @@ const st_kernels st_kernels_avx512vnni = {
     .gemm_q8_0 = gemm_q8_0,
     .gemm_q6_k = gemm_q6_k,
     .rows_q4_0 = rows_q4_0,
-    .gate_up_q4_0 = gate_up_q4_0,
+    .ffn_q4_0 = ffn_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = st_avx2_activate,
     .attention = attention,

@@ -1,8 +1,13 @@
-/* What the x86 tables do alike around their own inner steps; included by avx512vnni.c and vec256.h after these. They
- * define VECTOR, TILE_VECTORS                          the sums of a tile's 16 rows tile_q4_0_part(tile, b0, b1, x,
- * sum)          blocks b0..b1 of a tile for one token, added to sum store_rows(sum, count, y)                     the
- * first `count` rows of a tile rows_r(R, rows, nb, x, out)                   one or two rows SCORES, scores_h(H, ...),
- * values_h(H, ...)    attention for up to three heads; SCORES positions at a time softmax_chunk(s, n, max) */
+/* What the x86 tables do alike around their own inner steps; included by avx512vnni.c and vec256.h after these:
+ *   VECTOR, TILE_VECTORS                     the sums of a tile's 16 rows
+ *   tile_q4_0_part(tile, b0, b1, x, sum)     blocks b0..b1 of a tile for one token, added to sum
+ *   store_rows(sum, count, y)                the first `count` rows of a tile
+ *   rows_r(R, rows, nb, x, out)              one or two rows
+ *   down_chunk(lines, line, scales, a, y)    128 outputs of 32 neurons, added to y
+ *   add_weighted(weight, total, y)           y += weight * total of 128 outputs
+ *   ACTIVATE                                 the activate of the table
+ *   SCORES, scores_h(H, ...), values_h(H, ...)  attention for up to three heads; SCORES positions at a time
+ *   softmax_chunk(s, n, max) */
 
 static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
     for (int64_t k = 0; k < n; k += 2) {
@@ -14,24 +19,85 @@ static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_
     }
 }
 
-/* A tile's blocks come from memory in order; the rows' arithmetic and the prefetches of `ahead` go between them, where
- * the core would wait. */
-static void gate_up_q4_0(const uint8_t *gate, int64_t nb, const st_q8x4 *x, float *g, const uint8_t *up,
-                         const int32_t *index, int64_t n, float *out, const uint8_t *up_ahead, const int32_t *ahead,
-                         int64_t n_ahead) {
+/* By group, so that a neuron's whole run of bytes is used when it comes. */
+static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                      float weight, float *y) {
+    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    for (int64_t c = c0; c < c1; c += DOWN_CHUNKS, y += DOWN_CHUNKS * ST_DOWN_CHUNK) {
+        int64_t n = c1 - c < DOWN_CHUNKS ? c1 - c : DOWN_CHUNKS;
+        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64, *scales = down + c * ST_DOWN_CHUNK * 2;
+        float total[DOWN_CHUNKS * ST_DOWN_CHUNK];
+        for (int64_t g = 0; g < groups; g++) {
+            if (g % ST_FFN_PART == 0)
+                memset(total, 0, (size_t)n * ST_DOWN_CHUNK * sizeof *total);
+            for (int64_t i = 0; i < n; i++) {
+                const uint8_t *first = lines + 32 * line * (size_t)g;
+                if (g + 2 < groups)
+                    prefetch_neurons(first + 64 * line, line, n, a + g + 2, i);
+                if (a[g].quads)
+                    down_chunk(first + 64 * i, line, scales + (size_t)g * line * 4 + 256 * i, a + g,
+                               total + i * ST_DOWN_CHUNK);
+            }
+            if ((g + 1) % ST_FFN_PART == 0 || g + 1 == groups)
+                for (int64_t i = 0; i < n; i++)
+                    add_weighted(weight, total + i * ST_DOWN_CHUNK, y + i * ST_DOWN_CHUNK);
+        }
+    }
+}
+
+/* Share `step` of `steps` of what stage[1] of ffn_q4_0 will need: up's rows and down's of the neurons that fire, and
+ * their 2 * d bytes of scales. */
+static inline void prefetch_fired(const st_neurons *n, int64_t nb, int64_t groups, size_t line, int64_t step,
+                                  int64_t steps) {
+    const uint8_t *lines = n->down + (size_t)groups * line * 4;
+    for (int64_t k = share(n->fired, step, steps); k < share(n->fired, step + 1, steps); k++) {
+        prefetch_far(n->up + n->index[k] * nb * 18, nb * 18);
+        prefetch_far(lines + line * (size_t)n->index[k], (int64_t)line);
+    }
+    int64_t from = share((int64_t)line * 4, step, steps), to = share((int64_t)line * 4, step + 1, steps);
+    if (n->fired)
+        prefetch_far(n->down + (size_t)n->group * line * 4 + from, to - from);
+}
+
+/* The gate's blocks come from memory in order; the other stages' arithmetic and prefetches go between them, where the
+ * core would wait. */
+static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
+    st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
+    size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    int64_t chunks = down && down->active.quads ? (int64_t)line / 64 : 0;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
-    for (int tile = 0; tile < 2; tile++, gate += nb * ST_TILE_Q4_0_BYTES) {
+    float value[32], spread[32];
+    for (int tile = 0; tile < 2; tile++) {
         VECTOR sum[TILE_VECTORS];
         memset(sum, 0, sizeof sum);
         for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
-            int64_t end = b + GATE_STEP < nb ? b + GATE_STEP : nb;
-            int64_t k0 = share(n, step, steps), k1 = share(n, step + 1, steps);
-            tile_q4_0_part(gate, b, end, x, sum);
-            rows_q4_0(up, nb, index + k0, k1 - k0, x, out + k0);
-            for (int64_t k = share(n_ahead, step, steps); k < share(n_ahead, step + 1, steps); k++)
-                prefetch_row(up_ahead + ahead[k] * nb * 18, nb * 18);
+            if (gate)
+                tile_q4_0_part(gate->gate + tile * nb * ST_TILE_Q4_0_BYTES, b, b + GATE_STEP < nb ? b + GATE_STEP : nb,
+                               x, sum);
+            if (ahead)
+                prefetch_fired(ahead, nb, groups, line, step, steps);
+            if (up) {
+                int64_t k0 = share(up->fired, step, steps), k1 = share(up->fired, step + 1, steps);
+                for (int64_t k = k0 + 2; k < k1 + 2 && k < up->fired; k++)
+                    prefetch_near(up->up + up->index[k] * nb * 18, nb * 18);
+                rows_q4_0(up->up, nb, up->index + k0, k1 - k0, x, value + k0);
+            }
+            for (int64_t i = share(chunks, step, steps); i < share(chunks, step + 1, steps); i++) {
+                const uint8_t *lines = down->down + ((size_t)groups * 4 + 32 * (size_t)down->group) * line + 64 * i;
+                for (int k = 0; k < 4 * down->active.quads; k++)
+                    _mm_prefetch((const char *)lines + line * down->active.index[k] + 64, _MM_HINT_T0);
+                down_chunk(lines, line, down->down + (size_t)down->group * line * 4 + 256 * i, &down->active,
+                           down->y + i * ST_DOWN_CHUNK);
+            }
         }
-        store_rows(sum, ST_TILE_ROWS, g + 16 * tile);
+        if (gate)
+            store_rows(sum, ST_TILE_ROWS, gate->g + 16 * tile);
+    }
+    if (gate)
+        st_neurons_choose(gate);
+    if (up) {
+        st_neurons_spread(up, value, spread);
+        ACTIVATE(up->g, spread, &up->active);
     }
 }
 

@@ -6,15 +6,18 @@
 
 #include <immintrin.h>
 
-/* Bytes of one stream. Measured on Q4_0 tiles, two threads: 20 GB/s without, 27 into the first-level cache, 28.6 into
- * the second (limit 32); on another machine 50 without and 76 with (limit 82). */
-#define PREFETCH_AHEAD 4096
+/* Bytes of one stream, in two steps: far ahead into the second-level cache, where more requests may wait, and near
+ * ahead into the first. */
+#define PREFETCH_FAR 4096
+#define PREFETCH_NEAR 2048
 #define GATE_STEP 8    /* blocks of a gate tile between two rows of up: 2304 bytes, half of what is prefetched */
 #define DOWN_CHUNKS 12 /* chunks of the down projection computed together: 6 KiB of sums */
 
 static inline void prefetch_ahead(const uint8_t *p, int bytes) {
-    for (int i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + PREFETCH_AHEAD + i, _MM_HINT_T1);
+    for (int i = 0; i < bytes; i += 64) {
+        _mm_prefetch((const char *)p + PREFETCH_FAR + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)p + PREFETCH_NEAR + i, _MM_HINT_T0);
+    }
 }
 
 /* Share i of n of the down rows of a group's active neurons, n chunks of each. lines: the group's first row; line:
@@ -25,10 +28,15 @@ static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n
             _mm_prefetch((const char *)lines + line * a->index[k] + 64 * j, _MM_HINT_T0);
 }
 
-/* One row of the Rows layout, which may start and end anywhere in a cache line. */
-static inline void prefetch_row(const uint8_t *row, int64_t bytes) {
+/* Bytes that may start and end anywhere in a cache line, into the second-level cache or into the first. */
+static inline void prefetch_far(const uint8_t *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes + 63; i += 64)
-        _mm_prefetch((const char *)row + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)p + i, _MM_HINT_T1);
+}
+
+static inline void prefetch_near(const uint8_t *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes + 63; i += 64)
+        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
 }
 
 /* Where part `step` of `steps` of n things begins. */

@@ -330,10 +330,10 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
         out[r] = sum8(sum[r]);
 }
 
-/* Half (lanes 2*half, 2*half + 1) of 128 outputs of one group of 32 neurons: total[8] += scale * (sum over the active
- * neurons); total i is outputs 16 * i + 8 * half and the seven after it. */
-static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int half,
-                              __m256 *total) {
+/* Half (lanes 2*half, 2*half + 1) of 128 outputs of one group of 32 neurons: y += scale * (sum over the active
+ * neurons) for outputs 16 * i + 8 * half and the seven after it. */
+static inline void down_half(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int half,
+                             float *y) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i sum[8];
     lines += 32 * half;
@@ -357,35 +357,20 @@ static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *
     for (int i = 0; i < 8; i++) {
         __m256i s = _mm256_add_epi32(TO_I32(sum[i]), _mm256_set1_epi32(a->corr));
         __m256 d = _mm256_mul_ps(load_f16x8(scales + 32 * i), _mm256_set1_ps(a->scale));
-        total[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, total[i]);
+        float *out = y + 16 * i + 8 * half;
+        _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, _mm256_loadu_ps(out)));
     }
 }
 
-/* Group by group, so that a neuron's whole run of bytes is used when it comes; the sums of up to DOWN_CHUNKS chunks
- * stay in the first-level cache. */
-static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                      float weight, float *y) {
-    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
-    for (int64_t c = c0; c < c1; c += DOWN_CHUNKS) {
-        int64_t n = c1 - c < DOWN_CHUNKS ? c1 - c : DOWN_CHUNKS;
-        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64, *scales = down + c * ST_DOWN_CHUNK * 2;
-        __m256 total[16 * DOWN_CHUNKS];
-        for (int64_t i = 0; i < 16 * n; i++)
-            total[i] = _mm256_setzero_ps();
-        for (int64_t g = 0; g < groups; g++)
-            for (int64_t i = 0; i < n; i++) {
-                const uint8_t *first = lines + 32 * line * (size_t)g;
-                if (g + 2 < groups)
-                    prefetch_neurons(first + 64 * line, line, n, a + g + 2, i);
-                for (int half = 0; half < 2 && a[g].quads; half++)
-                    down_chunk(first + 64 * i, line, scales + (size_t)g * line * 4 + 256 * i, a + g, half,
-                               total + 16 * i + 8 * half);
-            }
-        for (int64_t i = 0; i < 16 * n; i++) {
-            float *out = y + (c - c0 + i / 16) * ST_DOWN_CHUNK + i % 8 * 16 + i / 8 % 2 * 8;
-            _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_set1_ps(weight), total[i], _mm256_loadu_ps(out)));
-        }
-    }
+static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
+    down_half(lines, line, scales, a, 0, y);
+    down_half(lines, line, scales, a, 1, y);
+}
+
+static inline void add_weighted(float weight, const float *total, float *y) {
+    for (int i = 0; i < ST_DOWN_CHUNK; i += 8)
+        _mm256_storeu_ps(y + i,
+                         _mm256_fmadd_ps(_mm256_set1_ps(weight), _mm256_loadu_ps(total + i), _mm256_loadu_ps(y + i)));
 }
 
 static void activate(const float *g, const float *up, st_active *out) {
@@ -498,6 +483,7 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
 #define VECTOR __m256
 #define TILE_VECTORS 2
 #define SCORES 4
+#define ACTIVATE activate
 #include "drivers.h"
 
 #include "attention_q8_256.h"
@@ -551,7 +537,7 @@ const st_kernels ST_TABLE = {
     .gemm_q8_0 = gemm_q8_0,
     .gemm_q6_k = gemm_q6_k,
     .rows_q4_0 = rows_q4_0,
-    .gate_up_q4_0 = gate_up_q4_0,
+    .ffn_q4_0 = ffn_q4_0,
     .down_q4_0 = down_q4_0,
     .activate = activate,
     .attention = attention,
