@@ -87,6 +87,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="budget of the whole process, such as 8GiB (default: none)",
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
+    parser.add_argument("--pin", action="store_true", help="keep each compute thread on one CPU")
     parser.add_argument(
         "--context",
         type=positive_int,
@@ -162,6 +163,7 @@ def open_model(arguments: argparse.Namespace) -> SmallThinker:
             arguments.model,
             memory=arguments.memory,
             threads=arguments.threads,
+            pin=arguments.pin,
             context=arguments.context,
             kv=arguments.kv,
             head_threshold=arguments.head_threshold,

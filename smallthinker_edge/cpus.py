@@ -58,6 +58,12 @@ def started_on(cpus: set[int]) -> Iterator[None]:
                 os.sched_setaffinity(0, before)
 
 
+def places(threads: int, cpus: set[int]) -> list[int]:
+    """For each thread of a pinned team the CPU it stays on: by number, round and round where they are fewer."""
+    numbers = sorted(cpus)
+    return [numbers[i % len(numbers)] for i in range(threads)]
+
+
 def cpu_quota(root: Path = Path("/")) -> int:
     """The tightest CPU limit of the process's cgroups (version 2 or 1) in whole CPUs, rounded up; 0 without one."""
     quotas = []

@@ -58,6 +58,8 @@ class SmallThinker:
             is above this; the others cannot be sampled. "auto" takes the file's own, else 0. None: all logits, and
             the predictor takes no memory. What a Session returns to its user is always whole, unless asked otherwise.
         profile: a file of save_profile() whose experts are read first; None takes the one beside a packed model.
+        pin: each compute thread stays on one CPU, the calling one while it computes (Linux). Off by default: it helps
+            where the system moves threads about, and hurts where others want those CPUs.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
@@ -78,6 +80,7 @@ class SmallThinker:
         keep_sessions: int = 1,
         head_threshold: float | Literal["auto"] | None = "auto",
         profile: str | os.PathLike[str] | None = None,
+        pin: bool = False,
     ) -> None:
         automatic = threads is None or threads == "auto"
         count = cpus.auto_threads() if threads is None or threads == "auto" else threads
@@ -102,8 +105,9 @@ class SmallThinker:
             template = self._file.metadata.get("tokenizer.chat_template")
             self.chat_template = template if isinstance(template, str) else None
             kernels = os.environ.get("SMALLTHINKER_CPU") or None
-            with cpus.started_on(cpus.big_cpus() if automatic else cpus.allowed_cpus()):
-                engine = Engine(self.config, count, kernels, BATCH)
+            usable = cpus.big_cpus() if automatic else cpus.allowed_cpus()
+            with cpus.started_on(usable):
+                engine = Engine(self.config, count, kernels, BATCH, cpus=cpus.places(count, usable) if pin else None)
             self.plan = self._load(engine, memory, kv)
             self.kv = self.plan.kv
             self._warm_up(engine, profile)

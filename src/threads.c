@@ -1,11 +1,13 @@
 /* Thread team: fork/join with a short spin, then sleep. Used by the forward pass; it never touches weights and
  * knows nothing of what it runs. */
+#define _GNU_SOURCE /* pthread_setaffinity_np */
 #include "smallthinker/threads.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -33,6 +35,7 @@ struct st_team {
     pthread_cond_t changed;
     pthread_t *threads;
     struct st_member *members;
+    int *cpus; /* [n] or NULL */
     int started;
 };
 
@@ -103,10 +106,37 @@ int64_t st_team_next(st_team *team, int tid) {
     return -1;
 }
 
+#if defined(__linux__)
+typedef cpu_set_t affinity;
+
+/* Puts the calling thread on one CPU; `before` (or NULL) is where it was allowed. 0 where the system refuses. */
+static int stay_on(int cpu, affinity *before) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET((size_t)cpu, &one);
+    if (before && pthread_getaffinity_np(pthread_self(), sizeof *before, before) != 0)
+        return 0;
+    return pthread_setaffinity_np(pthread_self(), sizeof one, &one) == 0;
+}
+
+static void go_back(const affinity *before) { pthread_setaffinity_np(pthread_self(), sizeof *before, before); }
+#else
+typedef int affinity;
+
+static int stay_on(int cpu, affinity *before) {
+    (void)cpu, (void)before;
+    return 0;
+}
+
+static void go_back(const affinity *before) { (void)before; }
+#endif
+
 static void *member_main(void *arg) {
     struct st_member *member = arg;
     st_team *team = member->team;
     unsigned seen = 0;
+    if (team->cpus)
+        stay_on(team->cpus[member->tid], NULL);
     for (;;) {
         wait_change(team, &team->run_generation, seen);
         seen++;
@@ -118,6 +148,8 @@ static void *member_main(void *arg) {
 }
 
 void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units) {
+    affinity before;
+    int moved = team->cpus && stay_on(team->cpus[0], &before);
     team->fn = fn;
     team->arg = arg;
     deal(team, units);
@@ -125,6 +157,8 @@ void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units) {
         announce(team, &team->run_generation);
     fn(arg, 0);
     st_team_barrier(team, 0);
+    if (moved)
+        go_back(&before);
 }
 
 int st_team_size(const st_team *team) { return team->n; }
@@ -133,10 +167,11 @@ static void release(st_team *team) {
     free(team->threads);
     free(team->members);
     free(team->ranges);
+    free(team->cpus);
     free(team);
 }
 
-st_team *st_team_create(int n) {
+st_team *st_team_create(int n, const int *cpus) {
     if (n < 1)
         return NULL;
     st_team *team = aligned_alloc(64, (sizeof(st_team) + 63) / 64 * 64);
@@ -146,7 +181,11 @@ st_team *st_team_create(int n) {
     team->threads = calloc((size_t)n, sizeof *team->threads);
     team->members = calloc((size_t)n, sizeof *team->members);
     team->ranges = aligned_alloc(64, (size_t)n * sizeof *team->ranges);
-    if (!team->threads || !team->members || !team->ranges || pthread_mutex_init(&team->mutex, NULL) != 0) {
+    team->cpus = cpus ? malloc((size_t)n * sizeof *cpus) : NULL;
+    if (team->cpus)
+        memcpy(team->cpus, cpus, (size_t)n * sizeof *cpus);
+    if (!team->threads || !team->members || !team->ranges || (cpus && !team->cpus) ||
+        pthread_mutex_init(&team->mutex, NULL) != 0) {
         release(team);
         return NULL;
     }

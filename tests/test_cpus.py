@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smallthinker_edge import cpus
+from smallthinker_edge import SmallThinker, cpus
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -108,3 +108,20 @@ def test_threads_start_on_the_chosen_cpus_and_the_caller_stays_free() -> None:
     with cpus.started_on(one):
         assert os.sched_getaffinity(0) == one
     assert os.sched_getaffinity(0) == before
+
+
+def test_places_go_round_the_cpus() -> None:
+    assert cpus.places(3, {5, 2}) == [2, 5, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_pinned_threads_stay_on_their_cpus_and_the_caller_goes_back(demo_model: Path) -> None:
+    before = os.sched_getaffinity(0)
+    others = set(os.listdir("/proc/self/task"))
+    with SmallThinker(demo_model, threads=3, pin=True) as model, model.session() as session:
+        session.decode([1, 2, 3])
+        started = [int(task) for task in set(os.listdir("/proc/self/task")) - others]
+        places = sorted(next(iter(os.sched_getaffinity(task))) for task in started)
+        assert all(len(os.sched_getaffinity(task)) == 1 for task in started)
+        assert places == sorted(cpus.places(3, before)[1:])
+        assert os.sched_getaffinity(0) == before

@@ -362,6 +362,41 @@ def test_to_f16_rounds_to_nearest_even(name: str) -> None:
         assert np.array_equal(out.check(), x.astype(np.float16).view(np.uint16))
 
 
+def test_from_f16_is_exact(name: str) -> None:
+    for bits in (np.arange(1 << 16, dtype=np.uint16), np.arange(13, dtype=np.uint16)):
+        out = Guarded(len(bits))
+        Table(name).from_f16(bits, out.inner)
+        assert np.array_equal(out.check(), bits.view(np.float16).astype(np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize("half", [1, 4, 13, 32, 64])
+def test_rope_turns_pairs(name: str, half: int) -> None:
+    x, angle = inputs("normal", (2 * half,)), np.random.default_rng(half).uniform(0, 100, half)
+    v = Guarded(2 * half)
+    v.inner[:] = x
+    Table(name).rope(v.inner, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+    turned = (x[:half] + 1j * x[half:].astype(np.float64)) * np.exp(1j * angle)
+    assert np.allclose(v.check(), np.concatenate([turned.real, turned.imag]), rtol=0, atol=1e-6 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("n", [1, 7, 32, 64, 100])
+def test_top_k_finds_the_largest_and_of_equal_ones_the_first(name: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    special = np.float32([0, -0.0, np.inf, -np.inf, 1e-42, -1e-42, -1])
+    for x in (inputs("normal", (n,)), rng.choice(special, n), np.zeros(n, np.float32)):
+        for k in {1, min(6, n), n}:
+            ids = np.full(k, -1, np.int32)
+            Table(name).top_k(x, ids)
+            assert np.array_equal(ids, np.argsort(-x, kind="stable")[:k])
+
+
+def test_top_k_takes_nan_first_and_none_twice(name: str) -> None:
+    x = np.uint32([0x3F800000, 0xFFFFFFFF, 0x7F800001, 0xFF800000]).view(np.float32)
+    ids = np.full(4, -1, np.int32)
+    Table(name).top_k(x, ids)
+    assert ids.tolist() == [1, 2, 0, 3]
+
+
 @pytest.mark.parametrize(("rows", "cols"), [(16, 32), (40, 96), (200, 768)])
 def test_layouts_are_permutations(name: str, rows: int, cols: int) -> None:
     for kind in TYPES:

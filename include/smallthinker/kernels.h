@@ -81,6 +81,14 @@ typedef struct st_kernels {
     float (*dot)(const float *a, const float *b, int64_t n);
     void (*axpy)(float a, const float *x, float *y, int64_t n); /* y += a * x */
     void (*to_f16)(const float *x, uint16_t *out, int64_t n);
+    void (*from_f16)(const uint16_t *x, float *out, int64_t n);
+
+    /* Rotates the pairs v[i], v[i + half] by the angles whose cosines and sines these are (NEOX order). */
+    void (*rope)(float *v, const float *cosine, const float *sine, int64_t half);
+
+    /* ids[k]: where the k largest of x[n] are, the largest first; of equal ones the first. NaN counts as larger than
+     * any number. keys[n] is scratch; k <= n. */
+    void (*top_k)(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids);
 } st_kernels;
 
 extern const st_kernels st_kernels_ref;

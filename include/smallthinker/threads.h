@@ -9,8 +9,10 @@
 typedef struct st_team st_team;
 typedef void (*st_team_fn)(void *arg, int tid);
 
-/* n >= 1 threads, the caller of st_team_run included. NULL where threads cannot be had. */
-st_team *st_team_create(int n);
+/* n >= 1 threads, the caller of st_team_run included. cpus[n]: thread t stays on CPU cpus[t], the caller while it runs
+ * (Linux; ignored elsewhere and where the system refuses); NULL: they run where the system puts them. NULL where
+ * threads cannot be had. */
+st_team *st_team_create(int n, const int *cpus);
 void st_team_destroy(st_team *team); /* NULL is fine */
 int st_team_size(const st_team *team);
 

@@ -1,17 +1,6 @@
 # The forward pass, part: router, projections, attention over the KV cache and its output projection. Included by
 # engine.pyx after forward.pxi, whose structs it fills.
 
-cdef void rotate(const float *rope, int64_t half, float *v) noexcept nogil:
-    """NEOX rotation of one head: element i with i + half."""
-    cdef int64_t i
-    cdef float a, b
-    for i in range(half):
-        a = v[i]
-        b = v[i + half]
-        v[i] = a * rope[2 * i] - b * rope[2 * i + 1]
-        v[i + half] = a * rope[2 * i + 1] + b * rope[2 * i]
-
-
 cdef uint8_t *kv_head(Call *c, Layer *layer, int64_t p, int64_t unit) noexcept nogil:
     """Keys (unit = 2 * KV head) or values (one more) of the page that holds position p."""
     cdef int64_t block = p // ST_ATTN_CHUNK
@@ -36,7 +25,7 @@ cdef void store(Call *c, Layer *layer, int64_t p, int64_t unit, const float *x, 
 cdef void projection_unit(Call *c, Layer *layer, int64_t unit, const st_q8x4 *const *xq,
                           const float *xf, Scratch *s) noexcept nogil:
     """One head of q, k or v for all tokens; k and v go to the cache."""
-    cdef int64_t hd = c.s.hd, t, head
+    cdef int64_t hd = c.s.hd, half = c.rope_half, t, head
     cdef float *out
     cdef st_q8x4 *query
     cdef int64_t ld = c.s.heads * hd
@@ -46,7 +35,7 @@ cdef void projection_unit(Call *c, Layer *layer, int64_t unit, const st_q8x4 *co
         mat_unit(c, &layer.q, unit * hd, unit * hd + hd, xq, xf, c.s.d, c.n, out, ld, s)
         if layer.rope:
             for t in range(c.n):
-                rotate(rope + t * 2 * c.rope_half, c.rope_half, out + t * ld)
+                c.kernels.rope(out + t * ld, rope + t * 2 * half, rope + t * 2 * half + half, half)
         if c.kv_type == ST_Q8_0:
             for t in range(c.n):
                 query = c.q8 + 2 * (t * c.s.heads + unit) * c.nq_head
@@ -60,7 +49,7 @@ cdef void projection_unit(Call *c, Layer *layer, int64_t unit, const st_q8x4 *co
     mat_unit(c, &layer.k if unit % 2 == 0 else &layer.v, head * hd, head * hd + hd, xq, xf, c.s.d, c.n, out, hd, s)
     for t in range(c.n):
         if layer.rope and unit % 2 == 0:
-            rotate(rope + t * 2 * c.rope_half, c.rope_half, out + t * hd)
+            c.kernels.rope(out + t * hd, rope + t * 2 * half, rope + t * 2 * half + half, half)
         store(c, layer, c.position + t, unit, out + t * hd, s)
 
 
@@ -77,23 +66,14 @@ cdef void router_unit(Call *c, Layer *layer, int64_t unit) noexcept nogil:
     router_logits(c, layer.router, c.x + t * c.s.d_padded, unit % per, c.logits_router + t * c.s.experts)
 
 
-cdef void choose_experts(Call *c, int64_t t) noexcept nogil:
+cdef void choose_experts(Call *c, int64_t t, Scratch *s) noexcept nogil:
     """Top K by logit (lower id wins a tie), weights normalised, stored by ascending id."""
-    cdef int64_t K = c.s.used, E = c.s.experts, k, e, best, j
+    cdef int64_t K = c.s.used, E = c.s.experts, k, e, j
     cdef float *logits = c.logits_router + t * E
     cdef int32_t *ids = c.chosen + t * K
     cdef float *w = c.weight + t * K
     cdef float total = 0, top
-    for k in range(K):
-        best = -1
-        for e in range(E):
-            for j in range(k):
-                if ids[j] == e:
-                    break
-            else:
-                if best < 0 or logits[e] > logits[best]:
-                    best = e
-        ids[k] = <int32_t>best
+    c.kernels.top_k(logits, E, K, s.keys, ids)
     top = logits[ids[0]]
     for k in range(1, K):  # insertion sort by id
         e = ids[k]
@@ -144,10 +124,9 @@ cdef void ahead_unit(Call *c, int64_t l, int64_t unit) noexcept nogil:
         router_logits(c, c.layers[l + 1 + j].router, c.x, unit % per, c.ahead_logits + j * c.s.experts)
 
 
-cdef void read_ahead(Call *c, int64_t l) noexcept nogil:
+cdef void read_ahead(Call *c, int64_t l, Scratch *s) noexcept nogil:
     """Names the experts that the next layers will probably choose; in a prompt, all of the next layer's."""
-    cdef int64_t E = c.s.experts, n = 0, j, k, e, best, layers = min(c.ahead, c.s.n_layers - 1 - l)
-    cdef float *logits
+    cdef int64_t E = c.s.experts, n = 0, j, k, e, layers = min(c.ahead, c.s.n_layers - 1 - l)
     if c.ahead == 0:
         return
     if c.n > 1:
@@ -157,19 +136,14 @@ cdef void read_ahead(Call *c, int64_t l) noexcept nogil:
             n = E
         layers = 0
     for j in range(layers):
-        logits = c.ahead_logits + j * E
+        c.kernels.top_k(c.ahead_logits + j * E, E, c.s.used, s.keys, c.ahead_ids + n)
         for k in range(c.s.used):
-            best = 0
-            for e in range(1, E):
-                if logits[e] > logits[best]:
-                    best = e
-            logits[best] = -INFINITY
-            c.ahead_ids[n] = <int32_t>((l + 1 + j) * E + best)
+            c.ahead_ids[n] += <int32_t>((l + 1 + j) * E)
             n += 1
     st_pager_ahead(c.pager, c.ahead_ids, n)
 
 
-cdef void page_in(Call *c, int64_t l) noexcept nogil:
+cdef void page_in(Call *c, int64_t l, Scratch *s) noexcept nogil:
     """Lets go of the last layer's experts and asks for this layer's; one thread, as soon as they are known."""
     cdef int64_t i, e, n = 0
     cdef int progress
@@ -188,7 +162,7 @@ cdef void page_in(Call *c, int64_t l) noexcept nogil:
         c.held_tokens[i] = c.list_start[e + 1] - c.list_start[e]
     c.n_held = c.n_active
     st_pager_want(c.pager, c.held, c.held_tokens, c.n_held, c.clock + c.n)
-    read_ahead(c, l)
+    read_ahead(c, l, s)
     # Those in memory first, then what is being read. One look at each: it may arrive between two looks.
     for i in range(c.n_active):
         c.held_tokens[i] = st_pager_progress(c.pager, c.held[i])
@@ -266,8 +240,8 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
             if u < 0:
                 break
             if u == 0:
-                choose_experts(c, 0)
-                page_in(c, l)
+                choose_experts(c, 0, s)
+                page_in(c, l, s)
                 continue
             kv = (u - 1) // chunks
             i = (u - 1) % chunks
@@ -280,7 +254,7 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
         if u < 0:
             break
         if u < c.n:
-            choose_experts(c, u)
+            choose_experts(c, u, s)
             continue
         u -= c.n
         t = u // c.s.kv_heads
@@ -320,7 +294,7 @@ cdef void output_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) no
             if t < 0:
                 break
             if t == 0:
-                page_in(c, l)
+                page_in(c, l, s)
             else:
                 c.kernels.quantize(c.attn + (t - 1) * width, width // 32 * 32, c.xq + (t - 1) * c.nq)
         st_team_barrier(c.team, output_units(c))

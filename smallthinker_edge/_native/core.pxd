@@ -78,6 +78,9 @@ cdef extern from "smallthinker/kernels.h" nogil:
         float (*dot)(const float *a, const float *b, int64_t n) noexcept nogil
         void (*axpy)(float a, const float *x, float *y, int64_t n) noexcept nogil
         void (*to_f16)(const float *x, uint16_t *out, int64_t n) noexcept nogil
+        void (*from_f16)(const uint16_t *x, float *out, int64_t n) noexcept nogil
+        void (*rope)(float *v, const float *cosine, const float *sine, int64_t half) noexcept nogil
+        void (*top_k)(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids) noexcept nogil
     void st_neurons_choose(st_neurons *n)
     void st_neurons_spread(const st_neurons *n, const float *value, float *up)
 
@@ -97,7 +100,7 @@ cdef extern from "smallthinker/threads.h" nogil:
     ctypedef struct st_team:
         pass
     ctypedef void (*st_team_fn)(void *arg, int tid) noexcept nogil
-    st_team *st_team_create(int n)
+    st_team *st_team_create(int n, const int *cpus)
     void st_team_destroy(st_team *team)
     int st_team_size(const st_team *team)
     void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units)

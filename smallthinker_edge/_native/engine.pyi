@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +36,7 @@ class Engine:
         kernels: str | None = ...,
         batch: int = ...,
         exact: bool = ...,
+        cpus: Sequence[int] | None = ...,
     ) -> None: ...
     @property
     def kernels(self) -> str: ...

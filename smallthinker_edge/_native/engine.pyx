@@ -11,6 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 import os
+from array import array
 
 import numpy as np
 
@@ -29,6 +30,7 @@ cdef enum:
     IO_THREADS = 1
     AHEAD_LAYERS = 2
     PIECE_BYTES = 1 << 20
+    MOST_CPUS = 1024  # a cpu_set_t has no more
 
 
 cdef enum:
@@ -105,6 +107,7 @@ cdef class Engine:
         kernels: name of a kernel table; None picks the best of this CPU.
         batch: most tokens computed together; does not change the results.
         exact: keep every matrix as GGUF rows and compute in float32 (slow; the tests' yardstick).
+        cpus: None, or for each thread the CPU it stays on (the caller's: while it computes).
 
     Weights are set once, from the loader; afterwards decode() may be called, by one thread at a time.
     """
@@ -124,9 +127,10 @@ cdef class Engine:
     cdef int64_t head_rows, head_tokens  # computed by sparse heads
     cdef public object routing  # None, or a list that decode() adds to: bytes of int32 [n, L, K], the experts chosen
 
-    def __cinit__(self, config, int threads, kernels=None, int64_t batch=512, bint exact=False):
+    def __cinit__(self, config, int threads, kernels=None, int64_t batch=512, bint exact=False, cpus=None):
         cdef Call *c = &self.call
         cdef Shape *s = &c.s
+        cdef int[::1] place
         if threads < 1 or batch < 1:
             raise ValueError("threads and batch must be at least 1")
         self.config, self.threads, self.exact = config, threads, exact
@@ -148,7 +152,14 @@ cdef class Engine:
         c.layers = <Layer *>calloc(s.n_layers, sizeof(Layer))
         c.experts = <const uint8_t **>calloc(s.n_layers * s.experts, sizeof(void *))
         c.scratch = <Scratch *>calloc(threads, sizeof(Scratch))
-        c.team = st_team_create(threads)
+        if cpus is None:
+            c.team = st_team_create(threads, NULL)
+        else:
+            places = array("i", cpus)
+            if len(places) != threads or not all(0 <= cpu < MOST_CPUS for cpu in places):
+                raise ValueError(f"one CPU in 0..{MOST_CPUS - 1} is needed for every thread")
+            place = places
+            c.team = st_team_create(threads, &place[0])
         c.team_size = threads
         if c.layers == NULL or c.experts == NULL or c.scratch == NULL or c.team == NULL:
             raise MemoryError("cannot allocate the engine or start its threads")
@@ -197,6 +208,7 @@ cdef class Engine:
             c.scratch[i].rows = <const st_q8x4 **>self.arena.take(2 * n * sizeof(void *))
             c.scratch[i].gate = <float *>self.arena.take(n * 32 * 4)
             c.scratch[i].row = <float *>self.arena.take(max(width, s.f) * 4)
+            c.scratch[i].keys = <int32_t *>self.arena.take(s.experts * 4)
             c.scratch[i].scores = <float *>self.arena.take((2 * (s.heads // s.kv_heads) * ST_ATTN_CHUNK + s.hd) * 4)
             c.scratch[i].head = <st_q8x4 *>self.arena.take(c.nq_head * sizeof(st_q8x4))
             c.scratch[i].queries = <const st_q8x4 **>self.arena.take(2 * (s.heads // s.kv_heads) * sizeof(void *))
@@ -462,8 +474,8 @@ cdef class Engine:
         for t in range(n):
             for i in range(half):
                 angle = (position + t) * pow(theta, -<double>i / half)
-                table[2 * (t * half + i)] = <float>cos(angle)
-                table[2 * (t * half + i) + 1] = <float>sin(angle)
+                table[2 * t * half + i] = <float>cos(angle)
+                table[(2 * t + 1) * half + i] = <float>sin(angle)
         return 0
 
     def decode(self, KVCache cache not None, tokens, logits, head_threshold=None):

@@ -70,10 +70,10 @@ cdef void neurons_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, in
     cdef const uint8_t *up = blob + c.s.f * gate_row
     cdef const float *x
     for n in range(32 * g, min(32 * g + 32, c.s.f)):
-        st_dequantize_row(layer.gate_type, blob + n * gate_row, d, s.row)
+        dequantize(c, layer.gate_type, blob + n * gate_row, d, s.row)
         for i in range(m):
             s.gate[i] = c.kernels.dot(s.row, xf + slots[i] // c.s.used * d, d)
-        st_dequantize_row(layer.up_type, up + n * up_row, d, s.row)
+        dequantize(c, layer.up_type, up + n * up_row, d, s.row)
         for i in range(m):
             x = xf + slots[i] // c.s.used * d
             c.h[slots[i] * c.s.f + n] = 0 if s.gate[i] <= 0 else s.gate[i] * c.kernels.dot(s.row, x, d)
@@ -100,7 +100,7 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
     if c.s.down_transposed:
         row_bytes = st_row_bytes(layer.down_type, d)
         for n in range(f):
-            st_dequantize_row(layer.down_type, down + n * row_bytes + st_row_bytes(layer.down_type, r0), r1 - r0, s.row)
+            dequantize(c, layer.down_type, down + n * row_bytes + st_row_bytes(layer.down_type, r0), r1 - r0, s.row)
             for i in range(m):
                 h = c.h[slots[i] * f + n]
                 if h != 0:
@@ -109,7 +109,7 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
         return
     row_bytes = st_row_bytes(layer.down_type, f)
     for r in range(r0, r1):
-        st_dequantize_row(layer.down_type, down + r * row_bytes, f, s.row)
+        dequantize(c, layer.down_type, down + r * row_bytes, f, s.row)
         for i in range(m):
             x = c.x + slots[i] // c.s.used * c.s.d_padded
             x[r] += c.weight[slots[i]] * c.kernels.dot(s.row, c.h + slots[i] * f, f)

@@ -49,6 +49,7 @@ cdef struct Scratch:
     st_neurons *stage[4]   # which of them is where; NULL: none
     float *gate           # [batch][32]
     float *row            # one dequantised row
+    int32_t *keys         # [E] of top_k
     float *scores         # [2 * G][256], or one head
     st_q8x4 *head         # one head's keys or values, quantised
     int32_t *selected     # [batch] rows of the LM head that this thread has selected
@@ -112,7 +113,7 @@ cdef struct Call:
     float *partial_l
     int64_t max_chunks
     float *kv             # [2 * kv_heads][n][hd]
-    float *rope           # [n][rope_dim/2][cos, sin]
+    float *rope           # [n][cos, sin][rope_dim/2]
     float *rope_window    # the same for window layers, whose theta may differ
     int64_t rope_half
     st_active *active     # [n*K][groups]
@@ -122,6 +123,13 @@ cdef struct Call:
 
 
 # ---------------------------------------------------------------- matrices
+
+cdef inline void dequantize(Call *c, int type, const uint8_t *row, int64_t cols, float *out) noexcept nogil:
+    if type == ST_F16:
+        c.kernels.from_f16(<const uint16_t *>row, out, cols)
+    else:
+        st_dequantize_row(type, row, cols, out)
+
 
 cdef void mat_unit(Call *c, const Matrix *m, int64_t r0, int64_t r1, const st_q8x4 *const *xq, const float *xf,
                    int64_t ldx, int64_t n, float *y, int64_t ldy, Scratch *s) noexcept nogil:
@@ -147,7 +155,7 @@ cdef void mat_unit(Call *c, const Matrix *m, int64_t r0, int64_t r1, const st_q8
         return
     row_bytes = st_row_bytes(m.type, m.cols)
     for r in range(r0, r1):
-        st_dequantize_row(m.type, m.data + r * row_bytes, m.cols, s.row)
+        dequantize(c, m.type, m.data + r * row_bytes, m.cols, s.row)
         for i in range(n):
             y[i * ldy + r - r0] = c.kernels.dot(s.row, xf + i * ldx, m.cols)
 

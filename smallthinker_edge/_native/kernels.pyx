@@ -225,3 +225,17 @@ cdef class Table:
     def to_f16(self, const float[::1] x, uint16_t[::1] out):
         need(out.shape[0] >= x.shape[0])
         self.k.to_f16(&x[0], &out[0], x.shape[0])
+
+    def from_f16(self, const uint16_t[::1] x, float[::1] out):
+        need(out.shape[0] >= x.shape[0])
+        self.k.from_f16(&x[0], &out[0], x.shape[0])
+
+    def rope(self, float[::1] v, const float[::1] cosine, const float[::1] sine):
+        need(cosine.shape[0] == sine.shape[0] and v.shape[0] >= 2 * cosine.shape[0])
+        self.k.rope(&v[0], &cosine[0], &sine[0], cosine.shape[0])
+
+    def top_k(self, const float[::1] x, int32_t[::1] ids):
+        """ids: filled with where the largest of x are."""
+        cdef int32_t[::1] keys = np.empty(x.shape[0], np.int32)
+        need(1 <= ids.shape[0] <= x.shape[0])
+        self.k.top_k(&x[0], x.shape[0], ids.shape[0], &keys[0], &ids[0])

@@ -313,7 +313,7 @@ cdef class Timer:
         if self.k == NULL or threads < 1:
             raise ValueError(f"no kernel table {table!r} on this CPU, or no threads")
         self.threads = threads
-        self.team = st_team_create(threads)
+        self.team = st_team_create(threads, NULL)
         if self.team == NULL:
             raise MemoryError("cannot start the threads")
 

@@ -2,6 +2,8 @@
 #include "smallthinker/kernels.h"
 #include "smallthinker/kv.h"
 
+#include "plain.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -279,6 +281,11 @@ static void to_f16(const float *x, uint16_t *out, int64_t n) {
         out[i] = st_f32_to_f16(x[i]);
 }
 
+static void from_f16(const uint16_t *x, float *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        out[i] = st_f16_to_f32(x[i]);
+}
+
 const st_kernels st_kernels_ref = {
     .name = "ref",
     .quantize = quantize,
@@ -295,4 +302,7 @@ const st_kernels st_kernels_ref = {
     .dot = dot,
     .axpy = axpy,
     .to_f16 = to_f16,
+    .from_f16 = from_f16,
+    .rope = rope,
+    .top_k = top_k,
 };

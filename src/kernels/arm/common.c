@@ -1,6 +1,8 @@
 /* The operations on floats and on 32 neurons, in the NEON that every ARM64 CPU has. All ARM64 tables use them. */
 #include "common.h"
 
+#include "../plain.h"
+
 #include "smallthinker/kv.h"
 
 #include <math.h>
@@ -362,3 +364,15 @@ void st_neon_to_f16(const float *x, uint16_t *out, int64_t n) {
     for (; i < n; i++)
         out[i] = st_f32_to_f16(x[i]);
 }
+
+void st_neon_from_f16(const uint16_t *x, float *out, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(out + i, load_f16x4(x + i));
+    for (; i < n; i++)
+        out[i] = st_f16_to_f32(x[i]);
+}
+
+void st_neon_rope(float *v, const float *cosine, const float *sine, int64_t half) { rope(v, cosine, sine, half); }
+
+void st_neon_top_k(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids) { top_k(x, n, k, keys, ids); }

@@ -39,6 +39,9 @@ void st_neon_rmsnorm(const float *x, const float *w, int64_t n, float eps, float
 float st_neon_dot(const float *a, const float *b, int64_t n);
 void st_neon_axpy(float a, const float *x, float *y, int64_t n);
 void st_neon_to_f16(const float *x, uint16_t *out, int64_t n);
+void st_neon_from_f16(const uint16_t *x, float *out, int64_t n);
+void st_neon_rope(float *v, const float *cosine, const float *sine, int64_t half);
+void st_neon_top_k(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids);
 
 void st_dotprod_gemm_q4_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
                           int64_t n, float *y, int64_t ldy);

@@ -96,4 +96,7 @@ const st_kernels st_kernels_neon = {
     .dot = st_neon_dot,
     .axpy = st_neon_axpy,
     .to_f16 = st_neon_to_f16,
+    .from_f16 = st_neon_from_f16,
+    .rope = st_neon_rope,
+    .top_k = st_neon_top_k,
 };

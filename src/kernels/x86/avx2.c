@@ -14,3 +14,4 @@ void st_avx2_activate(const float *g, const float *up, st_active *out) { activat
 void st_avx2_rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out) { rmsnorm(x, w, n, eps, out); }
 void st_avx2_axpy(float a, const float *x, float *y, int64_t n) { axpy(a, x, y, n); }
 void st_avx2_to_f16(const float *x, uint16_t *out, int64_t n) { to_f16(x, out, n); }
+void st_avx2_from_f16(const uint16_t *x, float *out, int64_t n) { from_f16(x, out, n); }

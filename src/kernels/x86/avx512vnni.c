@@ -1,5 +1,6 @@
 /* AVX-512 with VNNI: the matrix kernels and attention at 512 bits. The small operations of 32 numbers are those
  * of the 256-bit table, which every CPU of this table can run. */
+#include "../plain.h"
 #include "prefetch.h"
 #include "small.h"
 
@@ -403,4 +404,7 @@ const st_kernels st_kernels_avx512vnni = {
     .dot = dot,
     .axpy = st_avx2_axpy,
     .to_f16 = st_avx2_to_f16,
+    .from_f16 = st_avx2_from_f16,
+    .rope = rope,
+    .top_k = top_k,
 };

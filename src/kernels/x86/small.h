@@ -9,5 +9,6 @@ void st_avx2_activate(const float *g, const float *up, st_active *out);
 void st_avx2_rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out);
 void st_avx2_axpy(float a, const float *x, float *y, int64_t n);
 void st_avx2_to_f16(const float *x, uint16_t *out, int64_t n);
+void st_avx2_from_f16(const uint16_t *x, float *out, int64_t n);
 
 #endif

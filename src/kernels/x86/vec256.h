@@ -3,6 +3,7 @@
  *   DOT(sum, u, s)       sum += u * s, at most 8 times with u <= 15 before
  *   TO_I32(sum)          eight 32-bit sums of four neighbouring products each
  *   DOT_SIGNED(w, s)     eight 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
+#include "../plain.h"
 #include "prefetch.h"
 
 #include <immintrin.h>
@@ -530,6 +531,14 @@ static void to_f16(const float *x, uint16_t *out, int64_t n) {
         out[i] = st_f32_to_f16(x[i]);
 }
 
+static void from_f16(const uint16_t *x, float *out, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, load_f16x8(x + i));
+    for (; i < n; i++)
+        out[i] = st_f16_to_f32(x[i]);
+}
+
 const st_kernels ST_TABLE = {
     .name = ST_TABLE_NAME,
     .quantize = quantize,
@@ -546,4 +555,7 @@ const st_kernels ST_TABLE = {
     .dot = dot,
     .axpy = axpy,
     .to_f16 = to_f16,
+    .from_f16 = from_f16,
+    .rope = rope,
+    .top_k = top_k,
 };

@@ -1,0 +1,42 @@
+/* Operations that need no intrinsics: plain C, included by every table's file, so that the compiler vectorises it for
+ * that table's instructions. Nothing here sums, so no rounding depends on the width. */
+#ifndef SMALLTHINKER_PLAIN_H
+#define SMALLTHINKER_PLAIN_H
+
+#include <stdint.h>
+#include <string.h>
+
+static inline void rope(float *v, const float *restrict cosine, const float *restrict sine, int64_t half) {
+    float *restrict low = v, *restrict high = v + half;
+    for (int64_t i = 0; i < half; i++) {
+        float a = low[i], b = high[i];
+        low[i] = a * cosine[i] - b * sine[i];
+        high[i] = a * sine[i] + b * cosine[i];
+    }
+}
+
+/* Integers that order as the floats do; NaN above everything, -0 as 0. */
+static inline void order_keys(const float *restrict x, int64_t n, int32_t *restrict keys) {
+    for (int64_t i = 0; i < n; i++) {
+        float v = x[i] + 0.0f;
+        int32_t bits;
+        memcpy(&bits, &v, 4);
+        bits = v != v ? 0x7fc00000 : bits;
+        keys[i] = bits ^ (bits >> 31 & 0x7fffffff);
+    }
+}
+
+static inline void top_k(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids) {
+    order_keys(x, n, keys);
+    for (int64_t j = 0; j < k; j++) {
+        int32_t most = INT32_MIN, first = 0;
+        for (int64_t i = 0; i < n; i++)
+            most = keys[i] > most ? keys[i] : most;
+        while (keys[first] != most)
+            first++;
+        ids[j] = first;
+        keys[first] = INT32_MIN;
+    }
+}
+
+#endif
