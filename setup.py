@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 CORE = [
     *("src/cpu.c", "src/memory.c", "src/packed.c", "src/threads.c", "src/kernels/ref.c"),
-    *("src/reader.c", "src/eviction.c", "src/pager.c", "src/bandwidth.c", "src/kv.c"),
+    *("src/reader.c", "src/eviction.c", "src/pager.c", "src/bandwidth.c", "src/crc32.c", "src/kv.c"),
 ]
 X86 = {
     "src/kernels/x86/avx2.c": ["-mavx2", "-mfma", "-mf16c"],

@@ -101,6 +101,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCORE",
         help="with a predictor of the LM head: compute logits above this score (default: the file's); full: all",
     )
+    parser.add_argument("--verify", action="store_true", help="compare a packed file's checksums as it is read")
     add_kv_argument(parser)
 
 
@@ -167,6 +168,7 @@ def open_model(arguments: argparse.Namespace) -> SmallThinker:
             context=arguments.context,
             kv=arguments.kv,
             head_threshold=arguments.head_threshold,
+            verify=arguments.verify,
         )
 
 

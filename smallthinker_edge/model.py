@@ -60,6 +60,8 @@ class SmallThinker:
         profile: a file of save_profile() whose experts are read first; None takes the one beside a packed model.
         pin: each compute thread stays on one CPU, the calling one while it computes (Linux). Off by default: it helps
             where the system moves threads about, and hurts where others want those CPUs.
+        verify: compare the checksums of a packed file: of the dense weights now, of an expert when it is first read.
+            Where that is wrong, decoding raises ExpertReadError.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
@@ -81,6 +83,7 @@ class SmallThinker:
         head_threshold: float | Literal["auto"] | None = "auto",
         profile: str | os.PathLike[str] | None = None,
         pin: bool = False,
+        verify: bool = False,
     ) -> None:
         automatic = threads is None or threads == "auto"
         count = cpus.auto_threads() if threads is None or threads == "auto" else threads
@@ -108,7 +111,7 @@ class SmallThinker:
             usable = cpus.big_cpus() if automatic else cpus.allowed_cpus()
             with cpus.started_on(usable):
                 engine = Engine(self.config, count, kernels, BATCH, cpus=cpus.places(count, usable) if pin else None)
-            self.plan = self._load(engine, memory, kv)
+            self.plan = self._load(engine, memory, kv, verify)
             self.kv = self.plan.kv
             self._warm_up(engine, profile)
         except BaseException:
@@ -127,7 +130,7 @@ class SmallThinker:
             raise ValueError(f'head_threshold must be a number, "auto" or None, not {given!r}')
         return threshold if self.config.lm_head_predictor_size else None
 
-    def _load(self, engine: Engine, memory: int | str | None, kv: str) -> budget.Plan:
+    def _load(self, engine: Engine, memory: int | str | None, kv: str, verify: bool) -> budget.Plan:
         """Fills the engine within the budget; the experts of a packed file stay there until they are needed."""
         predictor = self.head_threshold is not None
         if not isinstance(self._file, PackedFile):
@@ -136,10 +139,15 @@ class SmallThinker:
             return plan
         offsets, size = self._file.experts(self.config)
         plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, size, kv, predictor)
+        sums = self._file.checksums(len(offsets)) if verify else None
+        if sums is not None:
+            self._file.check_dense(sums)
+            sums = sums[-len(offsets) :]
         Loader(self._file, self.config, engine, paged=True, predictor=predictor).load()
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
-        engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=plan.parts["KV cache"])
+        reserve = plan.parts["KV cache"]
+        engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=reserve, sums=sums)
         self._file.drop_cache()
         budget.drop_library_cache()
         return plan
@@ -335,6 +343,10 @@ class SmallThinker:
         it, the temperature and what throttles the processor: see heat.readings.
         """
         engine = self._open_engine()
+        paging = engine.pager_stats() or {}
+        if paging:
+            decode, stall, disk = paging["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"]
+            paging["stall_share"] = stall_share(decode, stall, disk, engine.threads)
         return {
             "model_bytes": engine.bytes,
             **budget.process_memory(),
@@ -343,7 +355,7 @@ class SmallThinker:
             "context": self.context,
             "kv": self.kv,
             **({} if engine.head_share is None else {"head_share": engine.head_share}),
-            **(engine.pager_stats() or {}),
+            **paging,
             **heat.readings(),
         }
 
@@ -366,6 +378,15 @@ class SmallThinker:
         if self._engine is None:
             raise ValueError("the model is closed")
         return self._engine
+
+
+def stall_share(decode: float, stall: float, disk: float, threads: int) -> float:
+    """Share of decode time spent waiting for reads that a perfect overlap of computing and reading would have hidden.
+
+    With such an overlap decoding takes as long as the longer of computing (decode less the threads' mean stall) and
+    reading. Arguments as in SmallThinker.stats(), in seconds, or differences of two of them.
+    """
+    return max(0.0, 1 - max(decode - stall / threads, disk) / decode) if decode > 0 else 0.0
 
 
 def plan_memory(

@@ -163,6 +163,24 @@ class PackedFile:
             with open(self.path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
+    @property
+    def dense(self) -> list[TensorInfo]:
+        """The source's entries of all tensors but experts, in file order."""
+        return [info for name, info in self.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
+
+    def checksums(self, experts: int) -> npt.NDArray[np.uint32]:
+        """CRC-32 of every dense tensor, then of every expert's blob. ModelFormatError where they are not all there."""
+        sums = self.container.metadata.get("stpk.crc32")
+        if not isinstance(sums, list) or len(sums) != len(self.dense) + experts:
+            raise self._error("stpk.crc32", "does not hold a checksum for every part")
+        return np.array(sums, np.uint32)
+
+    def check_dense(self, sums: npt.NDArray[np.uint32]) -> None:
+        """Raises ModelFormatError naming the first dense tensor that is damaged."""
+        for info, expected in zip(self.dense, sums, strict=False):
+            if zlib.crc32(self.data(info.name).data) != expected:
+                raise self._error(info.name, "is damaged: its checksum does not match")
+
     def experts(self, config: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
         """(offset of every expert's blob [L * E], bytes of one blob); checks that all are there and aligned."""
         offsets, size = [], 0
@@ -379,24 +397,20 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> in
         packed = PackedFile(gguf)
         config = ModelConfig.from_gguf(packed)
         offsets, size = packed.experts(config)
-        dense = [info for name, info in packed.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
-        sums = gguf.metadata.get("stpk.crc32")
-        total = len(dense) + len(offsets)
-        if not isinstance(sums, list) or len(sums) != total:
-            raise ModelFormatError("does not hold a checksum for every part", path=gguf.path, field="stpk.crc32")
-        names = [info.name for info in dense]
-        names += [f"expert {e} of layer {layer}" for layer in range(config.n_layers) for e in range(config.n_experts)]
-        for i, name in enumerate(names):
-            if i < len(dense):
-                data = gguf.data(name)
-            else:
-                layer, e = divmod(i - len(dense), config.n_experts)
-                data = gguf.data(blob_name(layer))[e * size : (e + 1) * size]
-            if zlib.crc32(data.data) != sums[i]:
-                raise ModelFormatError("is damaged: its checksum does not match", path=gguf.path, field=name)
+        sums = packed.checksums(len(offsets))
+        packed.check_dense(sums)
+        for i in range(len(offsets)):
+            layer, e = divmod(i, config.n_experts)
+            if (
+                zlib.crc32(gguf.data(blob_name(layer))[e * size : (e + 1) * size].data)
+                != sums[len(sums) - len(offsets) + i]
+            ):
+                raise ModelFormatError(
+                    "is damaged: its checksum does not match", path=gguf.path, field=f"expert {e} of layer {layer}"
+                )
             if progress:
-                progress(i + 1, total)
-        return total
+                progress(i + 1, len(offsets))
+        return len(sums)
 
 
 def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> None:

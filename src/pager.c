@@ -4,6 +4,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "smallthinker/pager.h"
 
+#include "smallthinker/crc32.h"
 #include "smallthinker/eviction.h"
 
 #include <pthread.h>
@@ -19,15 +20,17 @@ struct expert {
     atomic_int state;
     int32_t slot; /* -1 where it has none: always when ABSENT, perhaps when QUEUED */
     int32_t pins;
-    uint8_t ahead;  /* NAMED in the list of reads ahead, or WARMING */
-    uint8_t unused; /* read before it was wanted, and not wanted since */
-    size_t done;    /* bytes read so far */
+    uint8_t ahead;   /* NAMED in the list of reads ahead, or WARMING */
+    uint8_t checked; /* its checksum was right once, or there is none */
+    uint8_t unused;  /* read before it was wanted, and not wanted since */
+    size_t done;     /* bytes read so far */
     double score;
 };
 
 struct st_pager {
     st_pager_config config;
     int64_t *offsets;
+    uint32_t *sums; /* or NULL */
     const st_eviction *policy;
     struct expert *experts;
     int32_t *owner; /* of every slot; -1 free */
@@ -186,6 +189,19 @@ static void finish_read(st_pager *pager, struct expert *expert) {
         pthread_cond_signal(&pager->work); /* reads ahead may go on, on the other threads too */
 }
 
+/* Compares the checksum of an expert that has just been read; a wrong one is as if nothing had been read. */
+static void check_sum(st_pager *pager, struct expert *expert, uint32_t sum, const uint8_t *slot) {
+    pthread_mutex_unlock(&pager->mutex);
+    int right = st_crc32(slot, pager->config.bytes) == sum;
+    pthread_mutex_lock(&pager->mutex);
+    expert->checked = (uint8_t)right;
+    if (!right) {
+        pager->stats.read_errors++;
+        expert->ahead = NOT_AHEAD;
+        expert->done = 0;
+    }
+}
+
 /* Reads an expert to its end, or until it has to give way. Locked, except while it reads. */
 static void read_expert(st_pager *pager, int32_t id) {
     struct expert *expert = pager->experts + id;
@@ -214,6 +230,8 @@ static void read_expert(st_pager *pager, int32_t id) {
         if (must_give_way(pager, expert))
             break;
     }
+    if (expert->done == pager->config.bytes && !expert->checked)
+        check_sum(pager, expert, pager->sums[id], slot);
     finish_read(pager, expert);
 }
 
@@ -238,6 +256,7 @@ static void *io_main(void *arg) {
 
 static void free_all(st_pager *pager) {
     free(pager->offsets);
+    free(pager->sums);
     free(pager->experts);
     free(pager->owner);
     free(pager->queue);
@@ -255,20 +274,25 @@ st_pager *st_pager_create(const st_pager_config *config) {
     pager->config = *config;
     pager->policy = st_eviction_find(config->policy);
     pager->offsets = malloc(experts * sizeof *pager->offsets);
+    pager->sums = config->sums ? malloc(experts * sizeof *pager->sums) : NULL;
     pager->experts = calloc(experts, sizeof *pager->experts);
     pager->owner = malloc(slots * sizeof *pager->owner);
     pager->queue = malloc(experts * sizeof *pager->queue);
     pager->ahead = malloc(experts * sizeof *pager->ahead);
     pager->warm = malloc(slots * sizeof *pager->warm);
     pager->threads = calloc((size_t)config->io_threads, sizeof *pager->threads);
-    if (!pager->policy || !pager->offsets || !pager->experts || !pager->owner || !pager->queue || !pager->ahead ||
-        !pager->warm || !pager->threads) {
+    if (!pager->policy || !pager->offsets || (config->sums && !pager->sums) || !pager->experts || !pager->owner ||
+        !pager->queue || !pager->ahead || !pager->warm || !pager->threads) {
         free_all(pager);
         return NULL;
     }
     memcpy(pager->offsets, config->offsets, experts * sizeof *pager->offsets);
-    for (size_t i = 0; i < experts; i++)
+    if (config->sums)
+        memcpy(pager->sums, config->sums, experts * sizeof *pager->sums);
+    for (size_t i = 0; i < experts; i++) {
         pager->experts[i].slot = -1;
+        pager->experts[i].checked = !config->sums;
+    }
     for (size_t i = 0; i < slots; i++)
         pager->owner[i] = -1;
     pager->slots = pager->free_slots = config->slots;

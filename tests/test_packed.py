@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_files import write_model
+from gguf_files import write_model, write_split_model
 
 from smallthinker_edge import ExpertReadError, MemoryBudgetError, ModelFormatError, SmallThinker, budget, packed
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge.model import stall_share
 from smallthinker_edge.packed import PackedFile
 
 SHAPE: dict[str, Any] = {"n_layers": 4, "d_model": 256, "head_dim": 32, "n_experts": 16, "n_experts_used": 2,
@@ -172,6 +173,30 @@ def test_verify_finds_a_flipped_bit(stpk: str, tmp_path: Path) -> None:
         packed.verify(copy)
 
 
+def test_verify_while_running_refuses_damaged_weights_when_they_are_read(
+    gguf: str, stpk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SmallThinker(gguf) as model:
+        expected = model.session().decode(TOKENS)
+    set_slots(monkeypatch, 20)
+    with SmallThinker(stpk, verify=True) as model:
+        assert np.array_equal(model.session().decode(TOKENS), expected)
+    whole = bytearray(Path(stpk).read_bytes())
+    copy = tmp_path / "damaged.stpk"
+    with GGUFFile(stpk) as file:
+        expert, dense = file.tensors[packed.blob_name(2)].offset + 100, file.tensors["blk.1.attn_q.weight"].offset
+    whole[expert] ^= 4
+    copy.write_bytes(whole)
+    with SmallThinker(copy, verify=True) as model, model.session() as session:
+        with pytest.raises(ExpertReadError, match="damaged"):
+            session.decode(TOKENS)
+        assert session.position == 0
+    whole[dense] ^= 4
+    copy.write_bytes(whole)
+    with pytest.raises(ModelFormatError, match="attn_q"):
+        SmallThinker(copy, verify=True)
+
+
 def test_a_failed_pack_leaves_nothing_behind(gguf: str, tmp_path: Path) -> None:
     target = tmp_path / "m.stpk"
 
@@ -217,6 +242,29 @@ def test_a_damaged_packed_file_is_not_unpacked(stpk: str, tmp_path: Path) -> Non
     with pytest.raises(ModelFormatError, match="does not give its source back"):
         packed.unpack(tmp_path / "damaged.stpk", tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_what_was_packed_from_a_split_model_is_not_unpacked(tmp_path: Path) -> None:
+    parts, target = write_split_model(tmp_path / "split.gguf", **SHAPE), tmp_path / "m.stpk"
+    packed.pack(parts[1], target)
+    assert np.array_equal(*(SmallThinker(path).session().decode(TOKENS) for path in (parts[0], target)))
+    with pytest.raises(ModelFormatError, match="split model"):
+        packed.unpack(target, tmp_path / "back.gguf")
+    assert not (tmp_path / "back.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("decode", "stall", "disk", "share"),
+    [
+        (10, 0, 3, 0.0),  # nothing waited: computing took it all
+        (10, 8, 6, 0.4),  # two threads waited 4 s each: 6 s of computing and 6 s of reading fit into 6 s
+        (10, 8, 9, 0.1),  # the disk was busy nine tenths of the time: only a tenth could be hidden
+        (10, 4, 1, 0.2),
+        (0, 0, 0, 0.0),
+    ],
+)
+def test_stall_share_is_what_a_perfect_overlap_would_save(decode: int, stall: int, disk: int, share: float) -> None:
+    assert stall_share(decode, stall, disk, 2) == pytest.approx(share)
 
 
 def test_packing_twice_is_refused(stpk: str, tmp_path: Path) -> None:

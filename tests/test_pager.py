@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["src/pager.c", "src/eviction.c"]
+SOURCES = ["src/pager.c", "src/eviction.c", "src/crc32.c"]
 
 
 def build_and_run(folder: Path, flags: list[str]) -> str:

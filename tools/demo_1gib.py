@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+COUNTS = ("hits", "ahead_hits", "misses", "read_bytes", "decode_seconds", "stall_seconds", "disk_seconds")
 LLAMA_SECONDS = 60  # below 0.1 tokens/s there is nothing to wait for
 
 
@@ -49,6 +50,7 @@ def run_ours(path: str, memory: str, tokens: int, prompt: int = 0) -> None:
     """Decodes random tokens in four series, after a prompt of random tokens where asked."""
     started = time.perf_counter()
     from smallthinker_edge import SmallThinker
+    from smallthinker_edge.model import stall_share
 
     draw = random.Random(0)
     with SmallThinker(path, memory=memory, context=2048) as model, model.session() as session:
@@ -65,10 +67,11 @@ def run_ours(path: str, memory: str, tokens: int, prompt: int = 0) -> None:
             for _ in range(tokens // 4):
                 session.decode([draw.randrange(vocabulary)])
             seconds, after = time.perf_counter() - begun, model.stats()
-            change = {key: after[key] - before[key] for key in ("hits", "ahead_hits", "misses", "read_bytes")}  # type: ignore[operator]
+            change = {key: after[key] - before[key] for key in COUNTS}  # type: ignore[operator]
             rate = change["hits"] / (change["hits"] + change["ahead_hits"] + change["misses"])
-            speed = f"{tokens // 4 / seconds:.1f} tokens/s, hit rate {rate:.3f}"
-            print(f"{speed}, read {change['read_bytes'] / seconds / 1e9:.2f} GB/s", flush=True)
+            stall = stall_share(*(change[key] for key in COUNTS[4:]), int(str(after["threads"])))
+            speed = f"{tokens // 4 / seconds:.1f} tokens/s, hit rate {rate:.3f}, {after['slots']} slots"
+            print(f"{speed}, read {change['read_bytes'] / seconds / 1e9:.2f} GB/s, stall {stall:.1%}", flush=True)
 
 
 def run_llama(path: str, tokens: int) -> None:

@@ -21,7 +21,9 @@ typedef struct st_pager_config {
     int64_t slots;          /* at the beginning all of them are used: see st_pager_resize */
     int io_threads;
     const char *policy; /* a name of eviction.c; NULL is the default */
-    size_t piece;       /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
+    const uint32_t
+        *sums;    /* CRC-32 of every expert, compared when it is first read; copied; NULL: nothing is compared */
+    size_t piece; /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
 } st_pager_config;
 
 /* Of experts asked for by want: hits + ahead_hits + misses = all. */
@@ -30,8 +32,8 @@ typedef struct st_pager_stats {
     int64_t ahead_hits; /* read ahead for this use, wholly or in part */
     int64_t misses;     /* read from its beginning */
     int64_t bytes_read;
-    int64_t bytes_wasted; /* of reads ahead that were given up or never used */
-    int64_t read_errors, evictions;
+    int64_t bytes_wasted;               /* of reads ahead that were given up or never used */
+    int64_t read_errors, evictions;     /* a wrong checksum is a read error */
     int64_t predicted, predicted_right; /* experts named to ahead, and those of them wanted in time */
     int64_t ahead_reads;                /* reads ahead begun */
     int64_t stall_ns;                   /* time that takers waited, summed over threads */

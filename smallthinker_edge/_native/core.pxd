@@ -1,5 +1,5 @@
 # The C core as Cython sees it: declarations only, for every .pyx that calls it.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 cdef extern from "smallthinker/packed.h" nogil:
     enum:
@@ -129,6 +129,7 @@ cdef extern from "smallthinker/pager.h" nogil:
         int64_t slots
         int io_threads
         const char *policy
+        const uint32_t *sums
         size_t piece
     ctypedef struct st_pager_stats:
         int64_t hits

@@ -81,7 +81,8 @@ class Engine:
         policy: str | None = ...,
         ahead: int = ...,
         piece: int = ...,
-        lent: int = 0,
+        lent: int = ...,
+        sums: npt.NDArray[np.uint32] | None = None,
     ) -> None: ...
     def expert_uses(self, uses: npt.NDArray[np.float64]) -> bool: ...
     def warm(self, ids: npt.NDArray[np.int32], uses: npt.NDArray[np.float64]) -> None: ...

@@ -6,12 +6,13 @@ serves one decode at a time (session.py holds the lock); a KVCache belongs to on
 """
 from libc.errno cimport errno
 from libc.math cimport INFINITY, cos, expf, pow, sin, sqrtf
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 import os
 from array import array
+from time import perf_counter_ns
 
 import numpy as np
 
@@ -119,6 +120,7 @@ cdef class Engine:
     cdef int64_t own_slots, most_slots
     cdef size_t lent, kv_in_use     # bytes set aside for keys and values, and those of all KVBlocks
     cdef uint8_t *slot_memory
+    cdef int64_t decode_ns          # spent in decode()
     cdef size_t slot_bytes
     cdef list keep
     cdef readonly int threads
@@ -350,7 +352,8 @@ cdef class Engine:
                 blob += size
 
     def page_experts(self, path, offsets, size_t blob_bytes, int64_t slots, types, *, int io_threads=IO_THREADS,
-                     policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, size_t lent=0):
+                     policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, size_t lent=0,
+                     sums=None):
         """Takes the experts from a packed file instead of set_experts().
 
         Args:
@@ -361,14 +364,17 @@ cdef class Engine:
             ahead: layers whose routers are asked before their turn, to read their experts ahead; 0 reads none ahead.
             piece: bytes after which such a read gives way to an expert that is wanted now.
             lent: bytes of the budget that are set aside for keys and values: more slots while these do not need it.
+            sums: uint32 [L * E], the CRC-32 of every blob, compared when it is first read; None compares nothing.
 
         Raises OSError where the file cannot be opened, ValueError for an unknown policy or too few slots.
         """
         cdef const int64_t[::1] table = offsets
+        cdef const uint32_t[::1] checksums = sums
         cdef st_pager_config config
         cdef int64_t l
         cdef int64_t experts = self.call.s.n_layers * self.call.s.experts
-        if slots < self.call.s.experts or blob_bytes % 4096 or table.shape[0] != experts:
+        if (slots < self.call.s.experts or blob_bytes % 4096 or table.shape[0] != experts
+                or sums is not None and checksums.shape[0] != experts):
             raise ValueError("too few slots, or sizes that do not fit the model")
         if io_threads < 1 or ahead < 0 or piece < 4096 or piece % 4096:
             raise ValueError("io_threads, ahead or piece is out of range")
@@ -388,7 +394,9 @@ cdef class Engine:
         self.slot_memory = <uint8_t *>self.arena.take_apart(self.most_slots * blob_bytes)
         self.arena.bytes -= (self.most_slots - slots) * blob_bytes  # those are memory of the KV cache
         config.memory, config.slots, config.io_threads = self.slot_memory, self.most_slots, io_threads
-        config.policy, config.piece = NULL, piece
+        config.policy, config.piece, config.sums = NULL, piece, NULL
+        if sums is not None:
+            config.sums = &checksums[0]
         if policy is not None:
             config.policy = encoded
         self.call.ahead = min(ahead, self.call.s.n_layers - 1)
@@ -440,7 +448,8 @@ cdef class Engine:
             "prediction_accuracy": stats.predicted_right / ahead if ahead else 0.0,
             "ahead_reads": stats.ahead_reads, "evictions": stats.evictions,
             "read_bytes": stats.bytes_read, "wasted_bytes": stats.bytes_wasted, "read_errors": stats.read_errors,
-            "stall_seconds": stats.stall_ns / 1e9, "disk_seconds": stats.disk_ns / 1e9,
+            "decode_seconds": self.decode_ns / 1e9, "stall_seconds": stats.stall_ns / 1e9,
+            "disk_seconds": stats.disk_ns / 1e9,
             "direct_io": bool(st_reader_direct(self.reader)),
         }
 
@@ -526,6 +535,7 @@ cdef class Engine:
             chosen = bytearray(n * c.s.n_layers * c.s.used * sizeof(int32_t))
             row = chosen
             c.trace = <int32_t *>&row[0]
+        started = perf_counter_ns()
         with nogil:
             st_team_run(c.team, forward, c, n)
             if c.pager != NULL:
@@ -533,9 +543,10 @@ cdef class Engine:
                 c.n_held = 0
                 if c.failed:
                     st_pager_ahead(c.pager, NULL, 0)
+        self.decode_ns += perf_counter_ns() - started
         cache.advance(n, not c.failed)
         if c.failed:
-            raise ExpertReadError("expert weights could not be read from the model file; nothing was decoded")
+            raise ExpertReadError("expert weights could not be read from the model file, or are damaged; nothing was decoded")
         if c.sparse_head:
             self.count_head_rows(n if c.all_logits else 1)
         c.clock += n

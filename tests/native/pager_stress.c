@@ -1,5 +1,6 @@
 /* Random wants, reads ahead, takes and releases against a slow and faulty fake reader, checked byte by byte. Run by
  * tests/test_pager.py, plain and under sanitizers. Prints "ok" or dies. */
+#include "smallthinker/crc32.h"
 #include "smallthinker/pager.h"
 
 #include <pthread.h>
@@ -83,7 +84,7 @@ static void run(const char *policy, int io_threads, int ahead) {
     for (int i = 0; i < EXPERTS; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, SLOTS * BYTES);
-    st_pager_config config = {fake_read, NULL, EXPERTS, offsets, BYTES, memory, SLOTS, io_threads, policy, PIECE};
+    st_pager_config config = {fake_read, NULL, EXPERTS, offsets, BYTES, memory, SLOTS, io_threads, policy, NULL, PIECE};
     struct round round = {.pager = st_pager_create(&config)};
     CHECK(round.pager);
     atomic_store(&bytes, 0);
@@ -151,7 +152,7 @@ static int read_or_fail(void *source, int64_t offset, size_t size, void *buffer)
 static void recover(void) {
     int64_t offsets[2] = {0, BYTES};
     uint8_t *memory = aligned_alloc(4096, 2 * BYTES);
-    st_pager_config config = {read_or_fail, NULL, 2, offsets, BYTES, memory, 2, 1, NULL, PIECE};
+    st_pager_config config = {read_or_fail, NULL, 2, offsets, BYTES, memory, 2, 1, NULL, NULL, PIECE};
     st_pager *pager = st_pager_create(&config);
     int32_t both[2] = {0, 1};
     broken = 1;
@@ -166,13 +167,39 @@ static void recover(void) {
     free(memory);
 }
 
+/* A wrong checksum is a failed read until the bytes are right; what was right once is not looked at again. */
+static void check(void) {
+    int64_t offset = 0;
+    uint32_t wrong = 1, right;
+    uint8_t *memory = aligned_alloc(4096, BYTES);
+    CHECK(st_crc32((const uint8_t *)"123456789", 9) == 0xCBF43926u); /* the check value of CRC-32's catalogues */
+    memset(memory, 1, BYTES);
+    right = st_crc32(memory, BYTES);
+    for (int good = 0; good < 2; good++) {
+        st_pager_config config = {read_or_fail,           NULL, 1, &offset, BYTES, memory, 1, 1, NULL,
+                                  good ? &right : &wrong, PIECE};
+        st_pager *pager = st_pager_create(&config);
+        CHECK(pager);
+        for (int i = 0; i < 2; i++) {
+            st_pager_want(pager, (int32_t[]){0}, NULL, 1, i);
+            CHECK(!st_pager_take(pager, 0) == !good);
+            st_pager_release(pager, (int32_t[]){0}, 1);
+        }
+        st_pager_stats stats;
+        st_pager_get_stats(pager, &stats);
+        CHECK(stats.read_errors == (good ? 0 : 2));
+        st_pager_destroy(pager);
+    }
+    free(memory);
+}
+
 /* What a profile names is read into free slots without being asked for, the most used first. */
 static void warm(void) {
     int64_t offsets[8];
     for (int i = 0; i < 8; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES), resident[8];
-    st_pager_config config = {read_or_fail, NULL, 8, offsets, BYTES, memory, 3, 1, NULL, PIECE};
+    st_pager_config config = {read_or_fail, NULL, 8, offsets, BYTES, memory, 3, 1, NULL, NULL, PIECE};
     st_pager *pager = st_pager_create(&config);
     st_pager_warm(pager, (int32_t[]){5, 2, 7, 1}, (double[]){9, 8, 7, 6}, 4);
     do {
@@ -196,7 +223,7 @@ static void resize(void) {
     for (int i = 0; i < 6; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, 4 * BYTES), resident[6];
-    st_pager_config config = {read_or_fail, NULL, 6, offsets, BYTES, memory, 4, 1, NULL, PIECE};
+    st_pager_config config = {read_or_fail, NULL, 6, offsets, BYTES, memory, 4, 1, NULL, NULL, PIECE};
     st_pager *pager = st_pager_create(&config);
     for (int32_t i = 0; i < 4; i++) { /* expert i in slot i, used 1, 2, 3, 4 times */
         st_pager_want(pager, &i, &(int32_t){i + 1}, 1, 0);
@@ -236,7 +263,7 @@ static int read_after_a_pause(void *source, int64_t offset, size_t size, void *b
 static void stall(void) {
     int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
-    st_pager_config config = {read_after_a_pause, NULL, 4, offsets, BYTES, memory, 3, 1, NULL, PIECE};
+    st_pager_config config = {read_after_a_pause, NULL, 4, offsets, BYTES, memory, 3, 1, NULL, NULL, PIECE};
     st_pager *pager = st_pager_create(&config);
     atomic_store(&hang, 1);
     st_pager_ahead(pager, (int32_t[]){3}, 1); /* the read ahead hangs, and the wanted ones stand behind it */
@@ -257,10 +284,11 @@ int main(void) {
     run("lru", 2, 1);
     run(NULL, 1, 1);
     recover();
+    check();
     warm();
     resize();
     stall();
-    st_pager_config unknown = {fake_read, NULL, 1, (int64_t[]){0}, BYTES, NULL, 1, 1, "no such policy", PIECE};
+    st_pager_config unknown = {fake_read, NULL, 1, (int64_t[]){0}, BYTES, NULL, 1, 1, "no such policy", NULL, PIECE};
     CHECK(!st_pager_create(&unknown));
     puts("ok");
     return 0;
