@@ -5,23 +5,38 @@
 #include <string.h>
 
 #if defined(__x86_64__)
-static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#include <cpuid.h>
+
+enum { EAX, EBX, ECX, EDX };
+
+/* All of `bits` are set in a register of CPUID. Asked directly: __builtin_cpu_supports says no to everything where the
+ * compiler's runtime is a stub, as the one is that `make wheels` links. */
+static int cpuid_has(unsigned leaf, unsigned subleaf, int reg, unsigned bits) {
+    unsigned r[4] = {0, 0, 0, 0};
+    return __get_cpuid_count(leaf, subleaf, &r[EAX], &r[EBX], &r[ECX], &r[EDX]) && (r[reg] & bits) == bits;
 }
 
-/* AVX-VNNI is CPUID leaf 7, subleaf 1, EAX bit 4; older compilers have no name for it. */
-static int has_avxvnni(void) {
-    unsigned a = 7, b = 0, c = 1, d = 0;
-    if (!has_avx2())
+/* The system saves these register files (XCR0: 1 SSE, 2 AVX, 5-7 AVX-512) when it switches threads. */
+static int system_saves(unsigned state) {
+    unsigned low, high;
+    if (!cpuid_has(1, 0, ECX, 1u << 27)) /* OSXSAVE */
         return 0;
-    __asm__ __volatile__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return (a >> 4) & 1;
+    __asm__ __volatile__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    (void)high;
+    return (low & state) == state;
 }
+
+static int has_avx2(void) {
+    return system_saves(0x06) && cpuid_has(1, 0, ECX, 1u << 28 | 1u << 12 | 1u << 29) && /* AVX, FMA, F16C */
+           cpuid_has(7, 0, EBX, 1u << 5);
+}
+
+static int has_avxvnni(void) { return has_avx2() && cpuid_has(7, 1, EAX, 1u << 4); }
 
 static int has_avx512vnni(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
+    return has_avx2() && system_saves(0xe6) &&
+           cpuid_has(7, 0, EBX, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && /* F, DQ, BW, VL */
+           cpuid_has(7, 0, ECX, 1u << 11);
 }
 #endif
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
 from smallthinker_edge import SmallThinker, cpus
+from smallthinker_edge._native import kernels
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -125,3 +127,20 @@ def test_pinned_threads_stay_on_their_cpus_and_the_caller_goes_back(demo_model: 
         assert all(len(os.sched_getaffinity(task)) == 1 for task in started)
         assert places == sorted(cpus.places(3, before)[1:])
         assert os.sched_getaffinity(0) == before
+
+
+# Best first, by machine: what Linux must report of a processor for each kernel table.
+X86 = {
+    "avx512vnni": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
+ARM64 = {"i8mm": {"asimddp", "i8mm"}, "dotprod": {"asimddp"}, "neon": {"asimd"}}
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")
+def test_every_kernel_table_that_the_processor_can_run_is_offered() -> None:
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    has = next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
+    tables = {"x86_64": X86, "aarch64": ARM64}.get(platform.machine(), {})
+    assert kernels.tables() == [*(name for name, needs in tables.items() if needs <= has), "ref"]

@@ -183,22 +183,30 @@ def audit(wheel: Path) -> None:
 
 
 def try_here(wheel: Path, python: str, build: Path) -> None:
-    """Runs a wheel for this machine in a clean environment, with no compiler on the PATH: doctor and demo."""
-    venv = build / "try"
+    """Runs a wheel for this machine in a clean environment, with no compiler on the PATH.
+
+    doctor and demo must work, and the kernel table chosen, its results and a packed model's logits must be those of
+    the package that is installed beside this script, which another compiler built (tests/arm_check.py).
+    """
+    venv, expected = build / "try", build / "expected"
     shutil.rmtree(venv, ignore_errors=True)
+    expected.mkdir(exist_ok=True)
+    check = ROOT / "tests/arm_check.py"
+    subprocess.run([sys.executable, str(check), "record", str(expected)], check=True)
+    best = "from smallthinker_edge._native import kernels; print(kernels.tables()[0])"
+    table = subprocess.run([sys.executable, "-c", best], check=True, capture_output=True, text=True).stdout.strip()
     subprocess.run([python, "-m", "venv", str(venv)], check=True)
     pip = [str(venv / "bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment["PATH"] = str(venv / "bin")
     subprocess.run([*pip, "--only-binary=:all:", str(wheel.resolve())], check=True, env=environment, cwd=venv)
-    for command in (["doctor", str(venv)], ["demo"]):
-        program = str(venv / "bin/smallthinker-edge")
-        result = subprocess.run(
-            [program, *command], env=environment, cwd=venv, capture_output=True, text=True, check=False
-        )
+    program = str(venv / "bin/smallthinker-edge")
+    compare = [str(venv / "bin/python"), str(check), "compare", str(expected), table]
+    for command in ([program, "doctor", str(venv)], [program, "demo"], compare):
+        result = subprocess.run(command, env=environment, cwd=venv, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise SystemExit(f"{wheel.name} in {python} fails at {command[0]}:\n{result.stdout}{result.stderr}")
-    print(f"{wheel.name}: doctor and demo ran in {python}, without a compiler on the PATH", flush=True)
+            raise SystemExit(f"{wheel.name} in {python} fails at {command[1]}:\n{result.stdout}{result.stderr}")
+    print(f"{wheel.name} in {python}, without a compiler on the PATH: {result.stdout}", end="", flush=True)
 
 
 def main() -> None:
