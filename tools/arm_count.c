@@ -1,6 +1,7 @@
 /* One kernel, worked a given number of times on the shapes of the 4B model: what tools/predict.py counts the
  * instructions of, under qemu. Usage: arm_count KERNEL TABLE TIMES; prints the weights of one time. */
 #include "smallthinker/cpu.h"
+#include "smallthinker/kv.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,8 +13,10 @@ enum {
     FFN = 768,
     TOKENS = 8,
     STEP = 8,
-    ACTIVE = 3
-}; /* ACTIVE of STEP neurons fire: 62 % do not */
+    ACTIVE = 3, /* of STEP neurons fire: 62 % do not */
+    HEADS = 6,  /* of one KV head */
+    HEAD_DIM = 128
+};
 
 static void *zeros(size_t bytes) {
     void *p = aligned_alloc(64, (bytes + 127) / 64 * 64);
@@ -74,6 +77,23 @@ static long down(const st_kernels *k, int times) {
     return (long)FFN * ACTIVE / STEP * 128;
 }
 
+/* A whole page of one KV head: its weights are the products with keys and with values. */
+static long attention(const st_kernels *k, int type, int times) {
+    uint8_t *keys = zeros(st_kv_head_bytes(type, HEAD_DIM)), *values = zeros(st_kv_head_bytes(type, HEAD_DIM));
+    float *q = zeros(HEADS * HEAD_DIM * sizeof *q), *acc = zeros(HEADS * HEAD_DIM * sizeof *acc), m[HEADS], l[HEADS];
+    float *scores = zeros(2 * HEADS * ST_ATTN_CHUNK * sizeof *scores);
+    const st_q8x4 *queries[2 * HEADS], *one = input(k);
+    for (int i = 0; i < 2 * HEADS; i++)
+        queries[i] = one;
+    for (int t = 0; t < times; t++)
+        if (type == ST_F16)
+            k->attention(q, HEADS, HEAD_DIM, (const uint16_t *)keys, (const uint16_t *)values, ST_ATTN_CHUNK, 1, scores,
+                         acc, m, l);
+        else
+            k->attention_q8(queries, HEADS, HEAD_DIM, keys, values, 0, ST_ATTN_CHUNK, 1, scores, acc, m, l);
+    return 2L * HEADS * HEAD_DIM * ST_ATTN_CHUNK;
+}
+
 int main(int argc, char **argv) {
     if (argc != 4 || !st_cpu_table(argv[2])) {
         fprintf(stderr, "usage: arm_count KERNEL TABLE TIMES (a table that this CPU can run)\n");
@@ -81,11 +101,13 @@ int main(int argc, char **argv) {
     }
     const st_kernels *k = st_cpu_table(argv[2]);
     int times = atoi(argv[3]);
-    long weights = strcmp(argv[1], "gemv_q4_0") == 0   ? gemm(k, ST_Q4_0, 1, times)
-                   : strcmp(argv[1], "gemm_q4_0") == 0 ? gemm(k, ST_Q4_0, TOKENS, times)
-                   : strcmp(argv[1], "gemv_q8_0") == 0 ? gemm(k, ST_Q8_0, 1, times)
-                   : strcmp(argv[1], "rows") == 0      ? rows(k, times)
-                                                       : down(k, times);
+    long weights = strcmp(argv[1], "gemv_q4_0") == 0       ? gemm(k, ST_Q4_0, 1, times)
+                   : strcmp(argv[1], "gemm_q4_0") == 0     ? gemm(k, ST_Q4_0, TOKENS, times)
+                   : strcmp(argv[1], "gemv_q8_0") == 0     ? gemm(k, ST_Q8_0, 1, times)
+                   : strcmp(argv[1], "rows") == 0          ? rows(k, times)
+                   : strcmp(argv[1], "attention_f16") == 0 ? attention(k, ST_F16, times)
+                   : strcmp(argv[1], "attention_q8") == 0  ? attention(k, ST_Q8_0, times)
+                                                           : down(k, times);
     printf("%ld\n", weights);
     return 0;
 }

@@ -92,7 +92,6 @@ typedef struct st_kernels {
 } st_kernels;
 
 extern const st_kernels st_kernels_ref;
-extern const st_kernels st_kernels_ref;
 /* Fills fired and index from g. */
 void st_neurons_choose(st_neurons *n);
 /* up[32] from the values of the neurons that fired; zero for the others. */
