@@ -546,7 +546,7 @@ cdef class Engine:
         self.decode_ns += perf_counter_ns() - started
         cache.advance(n, not c.failed)
         if c.failed:
-            raise ExpertReadError("expert weights cannot be read from the model file, or are damaged; nothing was decoded")
+            raise ExpertReadError("expert weights in the model file cannot be read or are damaged; nothing was decoded")
         if c.sparse_head:
             self.count_head_rows(n if c.all_logits else 1)
         c.clock += n
