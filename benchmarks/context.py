@@ -1,6 +1,6 @@
 """Measures what long contexts, KV types and short batches cost, as docs/context.md reports them.
 
-    python benchmarks/context.py MODEL.gguf [--positions 4096 16384] [--decode 24] [--repeat 3] [--threads N]
+    python benchmarks/context.py MODEL.gguf [--positions 4096 16384] [--decode 24] [--output FILE]
 
 A long context is not computed but filled with plausible bytes, so that minutes of prompt are not needed; the tokens
 decoded after it cost what they would after a real one. Random tokens route differently from text.
@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from datetime import date
+from pathlib import Path
 
 import numpy as np
 
 from smallthinker_edge import Session, SmallThinker
+from smallthinker_edge.bench import foreign_seconds
 
 
 def fill(session: Session, position: int, rng: np.random.Generator) -> None:
@@ -44,8 +47,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8], help="tokens together (1 2 4 8)")
     parser.add_argument("--repeat", type=int, default=3, help="turns through all cases; the median counts (3)")
     parser.add_argument("--threads", type=int, help="compute threads (default: usable CPUs)")
+    parser.add_argument("--output", metavar="FILE", help="write the table there too")
     arguments = parser.parse_args()
 
+    busy, started = foreign_seconds(), time.perf_counter()
     rng = np.random.default_rng(0)
     longest = max([64, *arguments.positions]) + arguments.decode * max([1, *arguments.batches])
     with SmallThinker(arguments.model, threads=arguments.threads) as model:
@@ -57,7 +62,7 @@ def main() -> None:
                     session = Session(model._open_engine(), vocabulary, longest, model._turn, kv)
                     fill(session, position, rng)
                     tokens = [rng.integers(0, vocabulary, 1) for _ in range(arguments.decode)]
-                    name = f"{kv} at {position}: {session.kv_bytes / 1e6:.0f} MB, ms a token"
+                    name = f"one token after {position}, {kv}: {session.kv_bytes / 1e6:.0f} MB"
                     results.setdefault(name, []).append(milliseconds(session, tokens))
                     session.close()
             for size in arguments.batches:
@@ -65,11 +70,21 @@ def main() -> None:
                     session = Session(model._open_engine(), vocabulary, longest, model._turn)
                     once = rng.integers(0, vocabulary, size if kind == "random" else 1)
                     batch = once if kind == "random" else np.repeat(once, size)
-                    name = f"batch of {size} {kind} tokens, ms together"
+                    name = f"{size} {kind} token{'s' * (size > 1)} together, all logits"
                     results.setdefault(name, []).append(milliseconds(session, [batch] * 6))
                     session.close()
-        for name, values in results.items():
-            print(f"{name:<44}{statistics.median(values):9.2f}   of {[round(v, 2) for v in values]}")
+        stats = model.stats()
+    foreign = (foreign_seconds() - busy) / (time.perf_counter() - started)
+    lines = ["| | ms | range of turns |", "|---|---:|---:|"]
+    for name, values in results.items():
+        lines.append(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f}-{max(values):.1f} |")
+    text = "\n".join(lines) + (
+        f"\n\n{date.today().isoformat()}, {Path(arguments.model).name}, {stats['kernels']}, {stats['threads']} "
+        f"threads; {arguments.repeat} turns. Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.\n"
+    )
+    print(text)
+    if arguments.output:
+        Path(arguments.output).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 A model is made to say a given text, whatever its logits are, so that acceptance is that of the text and time that of
 the model: for synthetic models, whose own text is noise. Texts are JSON, code and prose of this repository, in tokens
 of a BPE of 8192 trained on them, and random tokens; the model gets their ids scattered over its vocabulary. The first
-half of a text is the prompt. With --own the model says what it wants: the demo model, on held-out home commands.
+half of a text is the prompt; "code, edited" says the prompt again, every 16th token another one. With --own the model
+says what it wants: the demo model, on held-out home commands.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def texts(vocabulary: int, tokens: int) -> dict[str, list[int]]:
     bpe.train(files, vocab_size=8192, show_progress=False)
     scattered = np.random.default_rng(0).permutation(vocabulary)
     found = {name: bpe.encode(path.read_text(encoding="utf-8")).ids[:tokens] for name, path in TEXTS.items()}
-    return {name: scattered[ids].tolist() for name, ids in found.items()} | {"random": scattered[:tokens].tolist()}
+    half = found["code"][: tokens // 2]
+    edited = [token if i % 16 else 8191 - i for i, token in enumerate(half, 1)]
+    found |= {"code, edited": half + edited, "random": list(range(tokens))}
+    return {name: scattered[ids].tolist() for name, ids in found.items()}
 
 
 def dictated(model: SmallThinker, text: Sequence[int]) -> Callable[[int], list[Timings]]:
@@ -115,8 +119,12 @@ def main() -> None:
         for name, run in cases.items():
             if arguments.only and name not in arguments.only:
                 continue
-            runs = [(run(0), run(arguments.most)) for _ in range(arguments.repeat)]
-            lines.append(row(name, [plain for plain, _ in runs], [guessed for _, guessed in runs]))
+            plain: list[list[Timings]] = []
+            guessed: list[list[Timings]] = []
+            for i in range(arguments.repeat):
+                for speculate in (0, arguments.most) if i % 2 else (arguments.most, 0):
+                    (guessed if speculate else plain).append(run(speculate))
+            lines.append(row(name, plain, guessed))
         foreign = (foreign_seconds() - busy) / (perf_counter() - started)
         stats = model.stats()
     budget = f", memory={arguments.memory}" if arguments.memory else ""

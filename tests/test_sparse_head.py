@@ -244,7 +244,7 @@ def test_a_predictor_that_is_not_made_of_numbers_is_refused(tmp_path: Path, kind
 
 def test_a_predictor_is_trained_and_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write_model(tmp_path / "model.gguf", **SHAPE | {"seed": 3}), tmp_path / "with.gguf"
-    options = ["--inner", "256", "--type", "q8_0", "--states", "2048", "--minutes", "0.02", "--lost", "1"]
+    options = ["--inner", "256", "--type", "q8_0", "--states", "2048", "--steps", "100", "--lost", "1"]
     monkeypatch.setattr("sys.argv", ["train", source, "-o", str(target), *options, "--agreement", "0.99"])
     train_lm_head_predictor.main()
     with GGUFFile(source) as before, GGUFFile(target) as after:

@@ -10,57 +10,47 @@ bound is below the k-th best lower bound need not be read. Three bounds are trie
 - leading directions: rows and x in the basis of the head's principal components; the first quarter of the products
   exactly, the rest by Cauchy-Schwarz on the stored norms (a quarter of the bytes)
 
-States: of the model's own forward pass on random tokens where the model is small, else random unit vectors scaled as
-the output norm scales. Prints docs/context.md's table. Needs the [dev] extra.
+States: the head's input in the model's own forward pass over random tokens. Prints docs/context.md's table. Needs the
+[convert] extra and, for a 4B, 5 GB.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from reference import Reference, rms_norm
+from smallthinker_edge import SmallThinker
 
 Array = npt.NDArray[np.float32]
-SMALL = 1 << 22  # elements of the head up to which the NumPy reference computes the states
 BLOCK = 16
 
 
-def head_of(reader: GGUFReader) -> tuple[Array, Array, Array | None]:
-    """(rows [V, d], output norm [d], what the two high bits of Q4_0 leave of each row [V, d] or None)."""
+def head_of(reader: GGUFReader) -> tuple[Array, Array | None]:
+    """(rows [V, d], what the two high bits of Q4_0 leave of each row [V, d] or None)."""
     tensors = {t.name: t for t in reader.tensors}
     head = tensors.get("output.weight", tensors["token_embd.weight"])
     rows = dequantize(head.data, head.tensor_type).astype(np.float32, copy=False)
-    norm = dequantize(tensors["output_norm.weight"].data, tensors["output_norm.weight"].tensor_type)
     if head.tensor_type.name != "Q4_0":
-        return rows, norm, None
+        return rows, None
     blocks = np.asarray(head.data).reshape(len(rows), -1, 18)
     scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
     nibbles = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=2)
     # q = 4 * (q >> 2) + 1.5 + rest, rest in -1.5 .. 1.5
     rest = ((nibbles & 3).astype(np.float32) - 1.5) * scale[..., None]
-    return rows, norm, rest.reshape(rows.shape)
+    return rows, rest.reshape(rows.shape)
 
 
-def states_of(path: str, rows: Array, norm: Array, count: int) -> Array:
-    """Normalised final states [count, d]."""
-    rng = np.random.default_rng(0)
-    if rows.size > SMALL:
-        x = rng.standard_normal((count, rows.shape[1]))
-        return rms_norm(x, norm, 0.0).astype(np.float32)
-    model = Reference.from_gguf(path)
-    tokens = rng.integers(0, len(rows), count).tolist()
-    logits = model.logits(tokens)
-    # The reference gives logits; the head has full column rank, so the states follow.
-    return np.linalg.lstsq(rows.astype(np.float64), logits.T, rcond=None)[0].T.astype(np.float32)
+def states_of(path: str, count: int) -> Array:
+    """The head's inputs [count, d] for random tokens."""
+    with SmallThinker(path, context=count, head_threshold=None) as model, model.session() as session:
+        states = np.empty((count, model.config.d_model), np.float32)
+        session.decode(np.random.default_rng(0).integers(0, model.config.vocab_size, count))
+        model._open_engine().final_states(states)
+    return states
 
 
 def candidates(estimate: Array, slack: Array, k: int) -> float:
@@ -75,8 +65,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="states to average over (64)")
     parser.add_argument("--top", type=int, nargs="*", default=[1, 40], help="k (1 40)")
     arguments = parser.parse_args()
-    rows, norm, rest = head_of(GGUFReader(arguments.model))
-    x = states_of(arguments.model, rows, norm, arguments.tokens)
+    x = states_of(arguments.model, arguments.tokens)
+    rows, rest = head_of(GGUFReader(arguments.model))
     logits, length = x @ rows.T, np.linalg.norm(x, axis=1)[:, None]
     print(
         f"best logit / |row| |x|: {np.mean(logits.max(1) / (length[:, 0] * np.linalg.norm(rows, axis=1).mean())):.3f}"

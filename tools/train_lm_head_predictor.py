@@ -1,6 +1,6 @@
 """Trains a predictor of the LM head for a model from its own hidden states, and writes the model with it.
 
-    python tools/train_lm_head_predictor.py MODEL.gguf -o OUT.gguf [--text FILE] [--inner 64] [--minutes 3]
+    python tools/train_lm_head_predictor.py MODEL.gguf -o OUT.gguf [--text FILE] [--inner 64] [--steps 4000]
 
 score = W2 (W1 x) with x the head's input and K inner dimensions; a vocabulary row is computed where its score is above
 a threshold (technical report, section 6.2; docs/context.md). With p the full head's probabilities, training minimises
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,13 +111,13 @@ def softplus_slope(score: Array) -> Array:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * score)), np.float32)
 
 
-def refine(first: Array, second: Array, states: States, cost: float, seconds: float, rate: float, seed: int) -> None:
+def refine(first: Array, second: Array, states: States, cost: float, steps: int, rate: float, seed: int) -> None:
     """Adagrad on the loss above, in place."""
     rng = np.random.default_rng(seed)
     seen_first, seen_second = np.zeros_like(first), np.zeros_like(second)
-    vocabulary, end, start, step = len(second), time.monotonic() + seconds, time.monotonic(), 0
+    vocabulary = len(second)
     slot = np.full(vocabulary, -1)
-    while (now := time.monotonic()) < end:
+    for step in range(steps):
         batch = rng.integers(0, len(states.x), BATCH)
         likely = np.unique(states.rows[batch])
         others = rng.choice(vocabulary, min(NEGATIVES, vocabulary), replace=False)
@@ -134,15 +133,13 @@ def refine(first: Array, second: Array, states: States, cost: float, seconds: fl
         at = np.arange(BATCH)[:, None], slot[states.rows[batch]]
         gradient[at] -= (1 - slope[at]) * states.p[batch]
         gradient /= BATCH
-        steps = rate * (end - now) / (end - start)
+        now = rate * (1 - step / steps)
         for weights, seen, which, g in (
             (second, seen_second, rows, gradient.T @ z),
             (first, seen_first, slice(None), (gradient @ w).T @ x),
         ):
             seen[which] += g * g
-            weights[which] -= steps * np.sqrt(np.mean(weights[which] ** 2)) * g / (np.sqrt(seen[which]) + 1e-20)
-        step += 1
-    print(f"{step} steps of {BATCH} states")
+            weights[which] -= now * np.sqrt(np.mean(weights[which] ** 2)) * g / (np.sqrt(seen[which]) + 1e-20)
 
 
 def quantized(matrix: Array, kind: str) -> tuple[npt.NDArray[np.uint8], Array]:
@@ -222,7 +219,7 @@ def main() -> None:
     parser.add_argument("--text", metavar="FILE", help="what to read (default: random tokens)")
     parser.add_argument("--inner", type=int, default=64, metavar="K", help="inner width, a multiple of 32 (64)")
     parser.add_argument("--states", type=int, default=16384, help="for training; a quarter more to judge (16384)")
-    parser.add_argument("--minutes", type=float, default=3, help="of gradient steps (3)")
+    parser.add_argument("--steps", type=int, default=4000, help=f"gradient steps of {BATCH} states (4000)")
     parser.add_argument("--rate", type=float, default=0.05, help="step size against the weights' size (0.05)")
     parser.add_argument("--cost", type=float, default=1e-5, help="of computing a row, in probability lost (1e-5)")
     parser.add_argument("--agreement", type=float, default=0.998, help="share of most likely tokens kept (0.998)")
@@ -249,7 +246,7 @@ def main() -> None:
         f"likeliest {states.p.sum(1).mean():.3f}"
     )
     first, second = low_rank(head_rows(options.model), states.part(0, n), options.inner, options.cost)
-    refine(first, second, states.part(0, n), options.cost, 60 * options.minutes, options.rate, options.seed)
+    refine(first, second, states.part(0, n), options.cost, options.steps, options.rate, options.seed)
     data = [quantized(matrix, options.type) for matrix in (first, second)]
     judges = states.part(n, len(states.x))
     threshold = choose_threshold(data[0][1], data[1][1], judges, options.agreement, options.lost)
