@@ -286,46 +286,45 @@ static inline void add_weighted(float weight, const float *total, float *y) {
                          _mm512_fmadd_ps(_mm512_set1_ps(weight), _mm512_loadu_ps(total + i), _mm512_loadu_ps(y + i)));
 }
 
+enum { HEADS = 6 }; /* query heads that share a key or value: 24 sums, of 32 registers */
+
 /* Lane i = the sum of a[i]'s lanes. */
-static inline __m256 sum8x16(const __m512 a[8]) {
-    __m512 t[4], u[2];
+static inline __m128 sum4x16(const __m512 a[4]) {
+    __m256 half[4];
     for (int i = 0; i < 4; i++)
-        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-    for (int i = 0; i < 2; i++) {
-        __m512d low = _mm512_castps_pd(t[2 * i]), high = _mm512_castps_pd(t[2 * i + 1]);
-        u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-    }
-    __m512 w = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
-    w = _mm512_add_ps(_mm512_shuffle_f32x4(w, w, 0x08), _mm512_shuffle_f32x4(w, w, 0x0d)); /* lanes 0+1 and 2+3 */
-    return _mm512_castps512_ps256(w);
+        half[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1));
+    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
-/* Scores of H heads at eight positions (the last one repeated beyond n); each key is read and widened once. */
+/* Scores of H heads at four positions (the last one repeated beyond n); each key is read and widened once. */
 static inline __attribute__((always_inline)) void scores_h(const int H, const float *q, int64_t hd, const uint16_t *k,
                                                            int64_t n, float scale, float *scores) {
-    __m512 sum[3][8];
+    __m512 sum[HEADS][4];
     for (int h = 0; h < H; h++)
-        for (int p = 0; p < 8; p++)
+        for (int p = 0; p < 4; p++)
             sum[h][p] = _mm512_setzero_ps();
     for (int64_t i = 0; i < hd; i += 16) {
         __mmask16 mask = first_lanes(hd - i);
-        _Pragma("GCC unroll 8") for (int p = 0; p < 8; p++) {
-            __m512 key = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, k + (p < n ? p : n - 1) * hd + i));
-            for (int h = 0; h < H; h++)
-                sum[h][p] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, q + h * hd + i), key, sum[h][p]);
+        __m512 key[4];
+        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) key[p] =
+            _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, k + (p < n ? p : n - 1) * hd + i));
+        _Pragma("GCC unroll 8") for (int h = 0; h < H; h++) {
+            __m512 query = _mm512_maskz_loadu_ps(mask, q + h * hd + i);
+            for (int p = 0; p < 4; p++)
+                sum[h][p] = _mm512_fmadd_ps(query, key[p], sum[h][p]);
         }
     }
     for (int h = 0; h < H; h++)
-        _mm256_mask_storeu_ps(scores + h * ST_ATTN_CHUNK, (__mmask8)first_lanes(n < 8 ? n : 8),
-                              _mm256_mul_ps(sum8x16(sum[h]), _mm256_set1_ps(scale)));
+        _mm_mask_storeu_ps(scores + h * ST_ATTN_CHUNK, (__mmask8)first_lanes(n < 4 ? n : 4),
+                           _mm_mul_ps(sum4x16(sum[h]), _mm_set1_ps(scale)));
 }
 
 /* acc[h] = sum over n positions of scores[h][p] * v[p], 64 columns of H heads at a time. */
 static inline __attribute__((always_inline)) void values_h(const int H, const float *scores, const uint16_t *v,
                                                            int64_t hd, int64_t n, float *acc) {
     for (int64_t i = 0; i < hd; i += 64) {
-        __m512 sum[3][4];
+        __m512 sum[HEADS][4];
         __mmask16 mask[4];
         for (int j = 0; j < 4; j++) {
             mask[j] = hd - i - 16 * j <= 0 ? 0 : first_lanes(hd - i - 16 * j);
@@ -368,7 +367,7 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
 
 #define VECTOR __m512
 #define TILE_VECTORS 1
-#define SCORES 8
+#define SCORES 4
 #define ACTIVATE st_avx2_activate
 #include "drivers.h"
 

@@ -6,7 +6,7 @@
  *   down_chunk(lines, line, scales, a, y)    128 outputs of 32 neurons, added to y
  *   add_weighted(weight, total, y)           y += weight * total of 128 outputs
  *   ACTIVATE                                 the activate of the table
- *   SCORES, scores_h(H, ...), values_h(H, ...)  attention for up to three heads; SCORES positions at a time
+ *   SCORES, scores_h(H, ...), values_h(H, ...)  attention for up to HEADS heads; SCORES positions at a time
  *   softmax_chunk(s, n, max) */
 
 static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
@@ -101,26 +101,34 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
     }
 }
 
+/* STEP(h, H) over G heads in groups of at most HEADS, of equal size as far as possible; H is a constant. */
+#define EACH_GROUP(G, STEP)                                                                                            \
+    for (int64_t groups = ((G) + HEADS - 1) / HEADS, h = 0, left; h < (G); h += left, groups--) {                      \
+        left = ((G) - h + groups - 1) / groups;                                                                        \
+        switch (left) {                                                                                                \
+        case 1: STEP(1); break;                                                                                        \
+        case 2: STEP(2); break;                                                                                        \
+        case 3: STEP(3); break;                                                                                        \
+        case 4: STEP(HEADS < 4 ? HEADS : 4); break;                                                                    \
+        case 5: STEP(HEADS < 5 ? HEADS : 5); break;                                                                    \
+        default: STEP(HEADS); break;                                                                                   \
+        }                                                                                                              \
+    }
+
+/* The values, which are read by columns, come into the second-level cache while the keys are multiplied. */
 static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                       float scale, float *scores, float *acc, float *m, float *l) {
-    for (int64_t p = 0; p < n; p += SCORES)
-        for (int64_t h = 0; h < G; h += 3) {
-            const uint16_t *keys = k + p * hd;
-            float *out = scores + h * ST_ATTN_CHUNK + p;
-            switch (G - h) {
-            case 1: scores_h(1, q + h * hd, hd, keys, n - p, scale, out); break;
-            case 2: scores_h(2, q + h * hd, hd, keys, n - p, scale, out); break;
-            default: scores_h(3, q + h * hd, hd, keys, n - p, scale, out); break;
-            }
-        }
+    for (int64_t p = 0; p < n; p += SCORES) {
+        const uint16_t *keys = k + p * hd;
+        prefetch_ahead((const uint8_t *)keys, (int)(SCORES * hd * 2));
+        prefetch_far((const uint8_t *)(v + p * hd), (SCORES < n - p ? SCORES : n - p) * hd * 2);
+#define STEP(H) scores_h(H, q + h * hd, hd, keys, n - p, scale, scores + h * ST_ATTN_CHUNK + p)
+        EACH_GROUP(G, STEP)
+#undef STEP
+    }
     for (int64_t h = 0; h < G; h++)
         l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
-    for (int64_t h = 0; h < G; h += 3) {
-        const float *s = scores + h * ST_ATTN_CHUNK;
-        switch (G - h) {
-        case 1: values_h(1, s, v, hd, n, acc + h * hd); break;
-        case 2: values_h(2, s, v, hd, n, acc + h * hd); break;
-        default: values_h(3, s, v, hd, n, acc + h * hd); break;
-        }
-    }
+#define STEP(H) values_h(H, scores + h * ST_ATTN_CHUNK, v, hd, n, acc + h * hd)
+    EACH_GROUP(G, STEP)
+#undef STEP
 }

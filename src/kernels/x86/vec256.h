@@ -407,6 +407,8 @@ static void activate(const float *g, const float *up, st_active *out) {
         out->index[i] = out->index[n - 1];
 }
 
+enum { HEADS = 3 }; /* query heads that share a key or value: 12 sums, of 16 registers */
+
 /* Lane i = the sum of a[i]'s lanes. */
 static inline __m128 sum4x8(const __m256 a[4]) {
     __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
@@ -416,7 +418,7 @@ static inline __m128 sum4x8(const __m256 a[4]) {
 /* Scores of H heads at four positions (the last one repeated beyond n); each key is read and widened once. */
 static inline __attribute__((always_inline)) void scores_h(const int H, const float *q, int64_t hd, const uint16_t *k,
                                                            int64_t n, float scale, float *scores) {
-    __m256 sum[3][4];
+    __m256 sum[HEADS][4];
     for (int h = 0; h < H; h++)
         for (int p = 0; p < 4; p++)
             sum[h][p] = _mm256_setzero_ps();
@@ -436,7 +438,7 @@ static inline __attribute__((always_inline)) void scores_h(const int H, const fl
 /* acc[h] = sum over n positions of scores[h][p] * v[p], 32 columns of H heads at a time, or the J * 8 that are left. */
 static inline __attribute__((always_inline)) void values_j(const int H, const int J, const float *scores,
                                                            const uint16_t *v, int64_t hd, int64_t n, float *acc) {
-    __m256 sum[3][4];
+    __m256 sum[HEADS][4];
     for (int h = 0; h < H; h++)
         for (int j = 0; j < J; j++)
             sum[h][j] = _mm256_setzero_ps();
