@@ -146,7 +146,9 @@ class SmallThinker:
         Loader(self._file, self.config, engine, paged=True, predictor=predictor).load()
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
-        reserve = plan.parts["KV cache"]
+        # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:
+        # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
+        reserve = plan.parts["KV cache"] if self.config.tied else 0
         engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=reserve, sums=sums)
         self._file.drop_cache()
         budget.drop_library_cache()
