@@ -36,10 +36,11 @@ class Shape:
     n_kv_heads: int
     head_dim: int
     d_ffn: int
+    n_experts: int
     n_experts_used: int
 
 
-SHAPES = (Shape("4b", 1536, 12, 2, 128, 768, 4), Shape("21b", 2560, 28, 4, 128, 768, 6))
+SHAPES = (Shape("4b", 1536, 12, 2, 128, 768, 32, 4), Shape("21b", 2560, 28, 4, 128, 768, 64, 6))
 ACTIVE_SHARE = 0.38  # neurons of a chosen expert whose gate is positive (technical report, figures 4-6)
 # Loads side by side and bytes of prefetch ahead: which is fastest differs between machines.
 READ_PATTERNS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
@@ -183,6 +184,9 @@ def cases(shape: Shape) -> list[Case]:
         Case("dot", "router row", 0, d, streamed=False),
         Case("axpy", "d", 0, d, streamed=False),
         Case("to_f16", "key of a head", 0, shape.head_dim, streamed=False),
+        Case("from_f16", "F16 row", 0, d),
+        Case("rope", "a head", 0, shape.head_dim, streamed=False),
+        Case("top_k", "experts", 0, shape.n_experts, shape.n_experts_used, streamed=False),
         Case("activate", "32 neurons", 0, 64, streamed=False),
     ]
 
@@ -326,7 +330,7 @@ def kernel_table(results: Sequence[KernelResult], limits: dict[int, ReadLimit]) 
 def _figure(result: KernelResult, limits: dict[int, ReadLimit]) -> str:
     if result.case.tokens > 1 and result.multiplies_per_call:
         return f"{result.multiplies_per_call / result.nanoseconds:.1f} GMAC/s"
-    if not result.bytes_per_call or result.case.kernel == "dot":
+    if not result.bytes_per_call or result.case.kernel in ("dot", "from_f16"):
         return f"{result.nanoseconds:.0f} ns"
     text = f"{result.bytes_per_second / 1e9:.1f} GB/s"
     if result.streaming and result.threads in limits:

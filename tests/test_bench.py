@@ -28,7 +28,7 @@ from smallthinker_edge.cli import main
 from smallthinker_edge.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = bench.Shape("tiny", 256, 4, 2, 32, 64, 2)
+TINY = bench.Shape("tiny", 256, 4, 2, 32, 64, 8, 2)
 
 
 # What a token reads

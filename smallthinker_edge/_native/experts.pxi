@@ -64,16 +64,19 @@ cdef void add_parts(Call *c, int64_t unit) noexcept nogil:
 cdef void neurons_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t g, const float *xf,
                        Scratch *s) noexcept nogil:
     """The same over GGUF rows in float arithmetic."""
-    cdef int64_t i, n, m = c.list_start[e + 1] - c.list_start[e], d = c.s.d
+    cdef int64_t i, n, fired, m = c.list_start[e + 1] - c.list_start[e], d = c.s.d
     cdef int32_t *slots = c.list_slot + c.list_start[e]
     cdef size_t gate_row = st_row_bytes(layer.gate_type, d), up_row = st_row_bytes(layer.up_type, d)
     cdef const uint8_t *up = blob + c.s.f * gate_row
     cdef const float *x
     for n in range(32 * g, min(32 * g + 32, c.s.f)):
         dequantize(c, layer.gate_type, blob + n * gate_row, d, s.row)
+        fired = 0
         for i in range(m):
             s.gate[i] = c.kernels.dot(s.row, xf + slots[i] // c.s.used * d, d)
-        dequantize(c, layer.up_type, up + n * up_row, d, s.row)
+            fired += not s.gate[i] <= 0
+        if fired:
+            dequantize(c, layer.up_type, up + n * up_row, d, s.row)
         for i in range(m):
             x = xf + slots[i] // c.s.used * d
             c.h[slots[i] * c.s.f + n] = 0 if s.gate[i] <= 0 else s.gate[i] * c.kernels.dot(s.row, x, d)
@@ -89,6 +92,15 @@ cdef void down_packed(Call *c, const uint8_t *blob, int64_t e, int64_t unit) noe
                             c.x + slots[i] // c.s.used * c.s.d_padded + c0 * ST_DOWN_CHUNK)
 
 
+cdef bint silent(Call *c, const int32_t *slots, int64_t m, int64_t n) noexcept nogil:
+    """Whether neuron n fires for none of the tokens."""
+    cdef int64_t i
+    for i in range(m):
+        if c.h[slots[i] * c.s.f + n] != 0:
+            return False
+    return True
+
+
 cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t chunk, Scratch *s) noexcept nogil:
     cdef int64_t i, n, r, m = c.list_start[e + 1] - c.list_start[e], d = c.s.d, f = c.s.f
     cdef int64_t r0 = chunk * GENERIC_CHUNK, r1 = min(r0 + GENERIC_CHUNK, d)
@@ -100,6 +112,8 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
     if c.s.down_transposed:
         row_bytes = st_row_bytes(layer.down_type, d)
         for n in range(f):
+            if silent(c, slots, m, n):
+                continue
             dequantize(c, layer.down_type, down + n * row_bytes + st_row_bytes(layer.down_type, r0), r1 - r0, s.row)
             for i in range(m):
                 h = c.h[slots[i] * f + n]

@@ -169,13 +169,28 @@ cdef void apply_to_f16(const Job *j, const uint8_t *item, int tid) noexcept nogi
     j.k.to_f16(j.x, <uint16_t *>(j.out + tid * j.out_stride), j.cols)
 
 
+cdef void apply_from_f16(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.from_f16(<const uint16_t *>item, j.out + tid * j.out_stride, j.cols)
+
+
+cdef void apply_rope(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """One head of `cols`; the angles do not matter."""
+    j.k.rope(j.out + tid * j.out_stride, j.x, j.x + j.cols // 2, j.cols // 2)
+
+
+cdef void apply_top_k(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """The largest `tokens` of `cols`."""
+    cdef int32_t *keys = <int32_t *>(j.out + tid * j.out_stride)
+    j.k.top_k(j.x, j.cols, j.tokens, keys, keys + j.cols)
+
+
 ctypedef void (*apply_t)(const Job *job, const uint8_t *item, int tid) noexcept nogil
 
 cdef struct Named:
     const char *name
     apply_t apply
 
-cdef Named[15] APPLY
+cdef Named[18] APPLY
 APPLY[0] = Named("read", apply_read)
 APPLY[1] = Named("gemm_q4_0", apply_gemm_q4_0)
 APPLY[2] = Named("gemm_q8_0", apply_gemm_q8_0)
@@ -191,6 +206,9 @@ APPLY[11] = Named("to_f16", apply_to_f16)
 APPLY[12] = Named("gemm_q6_k", apply_gemm_q6_k)
 APPLY[13] = Named("attention_q8", apply_attention_q8)
 APPLY[14] = Named("ffn_q4_0", apply_ffn_q4_0)
+APPLY[15] = Named("from_f16", apply_from_f16)
+APPLY[16] = Named("rope", apply_rope)
+APPLY[17] = Named("top_k", apply_top_k)
 
 
 TILE_TYPES = {"gemm_q4_0": ST_Q4_0, "gemm_q8_0": ST_Q8_0, "gemm_q6_k": ST_Q6_K}
@@ -356,6 +374,7 @@ cdef class Timer:
         need(a.shape[0] >= rows // 32 * <int64_t>ACTIVE_BYTES and streams >= 1 and ahead >= 0)
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
         need(kernel != "ffn_q4_0" or (rows % 32 == 0 and cols % 128 == 0))
+        need(kernel != "top_k" or tokens <= cols)
         need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
         need(kernel != "attention_q8" or (2 * rows <= tokens <= ST_ATTN_CHUNK and cols % 32 == 0))
         picks = kernel in ("rows_q4_0", "ffn_q4_0")
@@ -405,7 +424,7 @@ cdef class Timer:
             return 2 * st_kv_head_bytes(ST_Q8_0, cols)
         if kernel == "attention":
             return 2 * 2 * tokens * cols
-        return 4 * cols if kernel == "dot" else 0
+        return {"dot": 4 * cols, "from_f16": 2 * cols}.get(kernel, 0)
 
     def ffn(self, const uint8_t[::1] data, int64_t d, int64_t f, int64_t used, const float[::1] gate, *, bint whole,
             int64_t first, int64_t tokens):
