@@ -27,6 +27,7 @@ class ModelSource(Protocol):
     def tensors(self) -> dict[str, TensorInfo]: ...
     def data(self, name: str) -> np.ndarray: ...
     def release(self, name: str) -> None: ...
+    def expect_rows(self, name: str) -> None: ...
 
 
 class Loader:
@@ -60,6 +61,7 @@ class Loader:
         else:
             self.engine.set_head(norm, *self._matrix(tensor_name("output")))
             self.gguf.release(tensor_name("output"))
+            self.gguf.expect_rows(embedding)
         for layer in range(self.config.n_layers):
             self._load_layer(layer)
 

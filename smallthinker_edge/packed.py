@@ -152,6 +152,11 @@ class PackedFile:
         if name in self.container.tensors:
             self.container.release(name)
 
+    def expect_rows(self, name: str) -> None:
+        """See GGUFFile.expect_rows."""
+        if name in self.container.tensors:
+            self.container.expect_rows(name)
+
     def close(self) -> None:
         """See GGUFFile.close."""
         self.container.close()

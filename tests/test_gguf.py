@@ -163,6 +163,22 @@ def test_unknown_tensor_is_a_key_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(__import__("mmap"), "MADV_DONTNEED"), reason="no madvise on this platform")
+def test_rows_that_are_expected_bring_nothing_around_them(tmp_path: Path) -> None:
+    raw = RawGGUF().tensor("rows", [1 << 24])
+    raw.data = bytes(range(256)) * (1 << 18)
+    path = raw.write(tmp_path / "rows.gguf")
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    model = GGUFFile(path)
+    model.expect_rows("rows")
+    start = psutil.Process().memory_info().rss
+    assert int(model.data("rows")[:: 1 << 20].sum()) == 0
+    assert psutil.Process().memory_info().rss - start < 4e6
+    with pytest.raises(KeyError):
+        model.expect_rows("absent")
+
+
 def test_release_drops_resident_pages_and_keeps_the_view_valid(tmp_path: Path) -> None:
     raw = RawGGUF().tensor("big", [1 << 24])
     raw.data = bytes(range(256)) * (1 << 18)

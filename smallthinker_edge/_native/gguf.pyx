@@ -741,10 +741,20 @@ class GGUFFile:
         if name is None:
             for part in range(len(self.paths)):
                 mapping = self._mapping(part)
-                self._drop(mapping, 0, len(mapping))
+                self._advise(mapping, mmap.MADV_DONTNEED, 0, len(mapping))
         else:
             info = self.tensors[name]
-            self._drop(self._mapping(info.part), info.offset, info.nbytes)
+            self._advise(self._mapping(info.part), mmap.MADV_DONTNEED, info.offset, info.nbytes)
+
+    def expect_rows(self, name):
+        """Tells the system that single rows of tensor `name` will be read here and there, so that it reads nothing
+        around them: what it reads counts towards a memory limit. A hint.
+
+        Raises KeyError for a name that is not in `tensors`, ValueError after close().
+        """
+        if hasattr(mmap, "MADV_RANDOM"):
+            info = self.tensors[name]
+            self._advise(self._mapping(info.part), mmap.MADV_RANDOM, info.offset, info.nbytes)
 
     def _mapping(self, part):
         if self._mappings is None:
@@ -752,10 +762,10 @@ class GGUFFile:
         return self._mappings[part]
 
     @staticmethod
-    def _drop(mapping, offset, nbytes):
+    def _advise(mapping, advice, offset, nbytes):
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         try:
-            mapping.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+            mapping.madvise(advice, start, offset + nbytes - start)
         except OSError as problem:
             # Only advice: a kernel or file system that does not take it changes nothing but memory use.
             if problem.errno not in (errno.EINVAL, errno.ENOSYS):
