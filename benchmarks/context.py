@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+from report import publish
 
 from smallthinker_edge import Session, SmallThinker
-from smallthinker_edge.bench import foreign_seconds
+from smallthinker_edge.bench import OtherProcesses
 
 
 def fill(session: Session, position: int, rng: np.random.Generator) -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--output", metavar="FILE", help="write the table there too")
     arguments = parser.parse_args()
 
-    busy, started = foreign_seconds(), time.perf_counter()
+    others = OtherProcesses()
     rng = np.random.default_rng(0)
     longest = max([64, *arguments.positions]) + arguments.decode * max([1, *arguments.batches])
     with SmallThinker(arguments.model, threads=arguments.threads) as model:
@@ -74,17 +74,11 @@ def main() -> None:
                     results.setdefault(name, []).append(milliseconds(session, [batch] * 6))
                     session.close()
         stats = model.stats()
-    foreign = (foreign_seconds() - busy) / (time.perf_counter() - started)
     lines = ["| | ms | range of turns |", "|---|---:|---:|"]
     for name, values in results.items():
         lines.append(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f}-{max(values):.1f} |")
-    text = "\n".join(lines) + (
-        f"\n\n{date.today().isoformat()}, {Path(arguments.model).name}, {stats['kernels']}, {stats['threads']} "
-        f"threads; {arguments.repeat} turns. Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.\n"
-    )
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text, encoding="utf-8")
+    about = f"{Path(arguments.model).name}, {stats['kernels']}, {stats['threads']} threads; {arguments.repeat} turns"
+    publish("\n".join(lines), about, others, arguments.output)
 
 
 if __name__ == "__main__":

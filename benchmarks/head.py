@@ -15,14 +15,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import gguf
 import numpy as np
+from report import publish
 
 from smallthinker_edge import Session, SmallThinker
-from smallthinker_edge.bench import foreign_seconds
+from smallthinker_edge.bench import OtherProcesses
 from smallthinker_edge.config import tensor_name
 
 NO_LOGITS, PLAIN, WITH = "no head", "full head, no predictor", "full head, with predictor"
@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows: list[Row] = []
-    busy, started = foreign_seconds(), time.perf_counter()
+    others = OtherProcesses()
     for threshold in (None, "auto", None):
         with SmallThinker(arguments.model, threads=arguments.threads, head_threshold=threshold) as model:
             inner, stats = model.config.lm_head_predictor_size, model.stats()
@@ -118,15 +118,11 @@ def main() -> None:
             shape = -(-arguments.decode // TURN), TURN
             turns = np.random.default_rng(0).integers(0, model.config.vocab_size, shape).astype(np.int32)
             rows += measure(model, arguments.model, arguments.shares, turns)
-    foreign = (foreign_seconds() - busy) / (time.perf_counter() - started)
-    text = (
-        f"{table(rows)}\n\n{date.today().isoformat()}, {Path(arguments.model).name}, inner width {inner}, "
-        f"{stats['kernels']}, {stats['threads']} threads, medians of {turns.size} tokens. "
-        f"Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.\n"
+    about = (
+        f"{Path(arguments.model).name}, inner width {inner}, {stats['kernels']}, {stats['threads']} threads, "
+        f"medians of {turns.size} tokens"
     )
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text, encoding="utf-8")
+    publish(table(rows), about, others, arguments.output)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,14 @@ def refreshed(document: str, results: Path) -> str:
         return f"<!-- {match.group(1)} -->\n{text.strip()}\n<!-- end -->"
 
     return re.sub(r"<!-- (\S+\.(?:json|md)) -->\n.*?<!-- end -->", section, document, flags=re.DOTALL)
+
+
+def publish(table: str, about: str, others: object, output: str | None) -> None:
+    """Prints a table with what was measured and how busy the machine was, and writes it to a file too."""
+    text = f"{table}\n\n{date.today().isoformat()}, {about}. {others}\n"
+    print(text)
+    if output:
+        Path(output).write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
+from report import publish
 from tokenizers import ByteLevelBPETokenizer
 
 from smallthinker_edge import SmallThinker
-from smallthinker_edge.bench import foreign_seconds
+from smallthinker_edge.bench import OtherProcesses
 from smallthinker_edge.demo import COMMANDS, load_commands
 from smallthinker_edge.generation import TextStream, Timings
 
@@ -115,7 +114,7 @@ def main() -> None:
         else:
             kinds = texts(model.config.vocab_size, arguments.tokens)
             cases = {name: dictated(model, text) for name, text in kinds.items()}
-        busy, started = foreign_seconds(), perf_counter()
+        others = OtherProcesses()
         for name, run in cases.items():
             if arguments.only and name not in arguments.only:
                 continue
@@ -125,16 +124,11 @@ def main() -> None:
                 for speculate in (0, arguments.most) if i % 2 else (arguments.most, 0):
                     (guessed if speculate else plain).append(run(speculate))
             lines.append(row(name, plain, guessed))
-        foreign = (foreign_seconds() - busy) / (perf_counter() - started)
         stats = model.stats()
     budget = f", memory={arguments.memory}" if arguments.memory else ""
-    text = "\n".join(lines) + (
-        f"\n\n{date.today().isoformat()}, {Path(arguments.model).name}{budget}, {stats['kernels']}, {stats['threads']} "
-        f"threads; {arguments.repeat} turns. Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.\n"
-    )
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text, encoding="utf-8")
+    name = f"{Path(arguments.model).name}{budget}"
+    about = f"{name}, {stats['kernels']}, {stats['threads']} threads; {arguments.repeat} turns"
+    publish("\n".join(lines), about, others, arguments.output)
 
 
 if __name__ == "__main__":

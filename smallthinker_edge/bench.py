@@ -345,6 +345,21 @@ def foreign_seconds() -> float:
     return float(sum(times) - waiting - own.user - own.system)
 
 
+class OtherProcesses:
+    """What other processes compute from now on."""
+
+    def __init__(self) -> None:
+        self._busy, self._started = foreign_seconds(), time.perf_counter()
+
+    @property
+    def cpus(self) -> float:
+        """How many CPUs they used so far, on average."""
+        return max(0.0, (foreign_seconds() - self._busy) / (time.perf_counter() - self._started))
+
+    def __str__(self) -> str:
+        return f"Other processes used {self.cpus:.2f} CPUs meanwhile."
+
+
 def run_bench(
     what: str,
     *,
@@ -370,7 +385,7 @@ def run_bench(
     memory = arbitrary_weights(streaming_bytes())
     teams = sorted({1, threads or auto_threads()})
     chosen = [shape for shape in SHAPES if shape.name in shapes]
-    busy, started = foreign_seconds(), time.perf_counter()
+    others = OtherProcesses()
     limits = {count: read_limit(count, memory) for count in teams}
     text = [
         f"Memory reads, {count} thread{'s' if count > 1 else ''}: {limit.bytes_per_second / 1e9:.1f} GB/s"
@@ -389,8 +404,8 @@ def run_bench(
             sparsity.plot_sparsity(curves, plot)
     elif what != "memory":
         raise ValueError(f"cannot measure {what!r}")
-    figures["foreign_cpus"] = foreign = (foreign_seconds() - busy) / (time.perf_counter() - started)
-    text.append(f"{date.today().isoformat()}. Other processes used {max(foreign, 0.0):.2f} CPUs meanwhile.")
+    figures["foreign_cpus"] = others.cpus
+    text.append(f"{date.today().isoformat()}. {others}")
     if json_path:
         Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return "\n\n".join(text)

@@ -5,17 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fake_root import tree
 
 from smallthinker_edge import cgroup
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return root
-
 
 V2 = {"sys/fs/cgroup/cgroup.controllers": "cpu memory"}
 

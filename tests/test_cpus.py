@@ -7,17 +7,10 @@ import platform
 from pathlib import Path
 
 import pytest
+from fake_root import tree
 
 from smallthinker_edge import SmallThinker, cpus
 from smallthinker_edge._native import kernels
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return root
 
 
 def cores(name: str, values: list[int]) -> dict[str, str]:

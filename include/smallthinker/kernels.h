@@ -94,6 +94,8 @@ typedef struct st_kernels {
 extern const st_kernels st_kernels_ref;
 /* Fills fired and index from g. */
 void st_neurons_choose(st_neurons *n);
+/* What stood at a stage stands at the next one; the first is free. */
+void st_neurons_advance(st_neurons *stage[4]);
 /* up[32] from the values of the neurons that fired; zero for the others. */
 void st_neurons_spread(const st_neurons *n, const float *value, float *up);
 #if defined(__x86_64__)

@@ -82,6 +82,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
         void (*rope)(float *v, const float *cosine, const float *sine, int64_t half) noexcept nogil
         void (*top_k)(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids) noexcept nogil
     void st_neurons_choose(st_neurons *n)
+    void st_neurons_advance(st_neurons **stage)
     void st_neurons_spread(const st_neurons *n, const float *value, float *up)
 
 cdef extern from "smallthinker/kv.h" nogil:

@@ -200,7 +200,9 @@ cdef class Engine:
         c.nq_head = (s.hd + 127) // 128
         c.q8 = <st_q8x4 *>self.arena.take(2 * n * s.heads * c.nq_head * sizeof(st_q8x4))
         c.rope = <float *>self.arena.take(n * c.rope_half * 8)
-        c.rope_window = <float *>self.arena.take(n * c.rope_half * 8)
+        c.rope_window = c.rope
+        if self.config.rope_theta_swa != self.config.rope_theta and any(self.config.window_layout):
+            c.rope_window = <float *>self.arena.take(n * c.rope_half * 8)
         c.active = <st_active *>self.arena.take(n * s.used * s.groups * sizeof(st_active))
         c.parts = <float *>self.arena.take(s.used * s.ffn_parts * s.d_padded * 4)
         c.h = <float *>self.arena.take(n * s.used * s.f * 4)
@@ -527,7 +529,8 @@ cdef class Engine:
         c.kv_type, c.kv_head_bytes, c.kv_page_bytes = cache.type, cache.head_bytes, cache.page_bytes
         c.kv_full, c.kv_ring, c.ring = cache.full_at, cache.ring_at, cache.ring_blocks
         self.fill_rope(c.rope, self.config.rope_theta, cache.position, n)
-        self.fill_rope(c.rope_window, self.config.rope_theta_swa, cache.position, n)
+        if c.rope_window != c.rope:
+            self.fill_rope(c.rope_window, self.config.rope_theta_swa, cache.position, n)
         c.failed = 0
         c.trace = NULL
         chosen = None

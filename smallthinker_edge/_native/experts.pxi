@@ -1,13 +1,22 @@
 # The forward pass, part: gate, up and down of the chosen experts, sparse where the weights are packed. Included by
 # engine.pyx after forward.pxi, whose structs it fills.
 
+cdef const uint8_t *packed_up(Call *c, const uint8_t *blob) noexcept nogil:
+    """A packed expert's up rows: they follow the gate."""
+    return blob + c.s.groups * 2 * c.s.nb_d * ST_TILE_Q4_0_BYTES
+
+
+cdef const uint8_t *packed_down(Call *c, const uint8_t *blob) noexcept nogil:
+    return packed_up(c, blob) + c.s.f * c.s.nb_d * 18
+
+
 cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, const st_q8x4 *const *xq,
                          Scratch *s) noexcept nogil:
     """Gate of 32 neurons for every token of the expert, then up only where the gate is positive."""
-    cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e], tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
+    cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e]
     cdef int32_t *slots = c.list_slot + c.list_start[e]
     cdef st_neurons *n = s.neurons
-    cdef const uint8_t *rows = blob + c.s.groups * 2 * tile_bytes
+    cdef const uint8_t *rows = packed_up(c, blob)
     cdef float value[32]
     cdef float up[32]
     n.group = g
@@ -24,11 +33,8 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
 
 cdef void ffn_step(Call *c, Scratch *s) noexcept nogil:
     """Moves what is on its way through one token's FFN a stage further; stage 0 is free afterwards."""
-    cdef int64_t i
     c.kernels.ffn_q4_0(c.s.nb_d, c.s.groups, s.xq, s.stage)
-    for i in range(3, 0, -1):
-        s.stage[i] = s.stage[i - 1]
-    s.stage[0] = NULL
+    st_neurons_advance(s.stage)
 
 
 cdef void ffn_part(Call *c, const uint8_t *blob, int64_t i, int64_t part, int64_t *steps, Scratch *s) noexcept nogil:
@@ -43,8 +49,8 @@ cdef void ffn_part(Call *c, const uint8_t *blob, int64_t i, int64_t part, int64_
         n = &s.neurons[steps[0] % 4]
         steps[0] += 1
         n.gate = blob + 2 * g * tile_bytes
-        n.up = blob + c.s.groups * 2 * tile_bytes
-        n.down = n.up + c.s.f * c.s.nb_d * 18
+        n.up = packed_up(c, blob)
+        n.down = packed_down(c, blob)
         n.y, n.group = y, g
         s.stage[0] = n
         ffn_step(c, s)
@@ -86,7 +92,7 @@ cdef void down_packed(Call *c, const uint8_t *blob, int64_t e, int64_t unit) noe
     cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e], groups = c.s.groups
     cdef int64_t c0 = unit * c.s.down_step, c1 = min(c0 + c.s.down_step, (c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
     cdef int32_t *slots = c.list_slot + c.list_start[e]
-    cdef const uint8_t *down = blob + c.s.groups * 2 * c.s.nb_d * ST_TILE_Q4_0_BYTES + c.s.f * c.s.nb_d * 18
+    cdef const uint8_t *down = packed_down(c, blob)
     for i in range(m):
         c.kernels.down_q4_0(down, c.s.d, groups, c0, c1, c.active + slots[i] * groups, c.weight[slots[i]],
                             c.x + slots[i] // c.s.used * c.s.d_padded + c0 * ST_DOWN_CHUNK)

@@ -114,7 +114,7 @@ cdef struct Call:
     int64_t max_chunks
     float *kv             # [2 * kv_heads][n][hd]
     float *rope           # [n][cos, sin][rope_dim/2]
-    float *rope_window    # the same for window layers, whose theta may differ
+    float *rope_window    # the same for window layers; rope itself where theta does not differ
     int64_t rope_half
     st_active *active     # [n*K][groups]
     float *parts          # [K * ffn_parts][d_padded] of one token: what each part of an expert adds, not yet weighted

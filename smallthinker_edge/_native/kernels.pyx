@@ -137,24 +137,21 @@ cdef class Table:
     def ffn(self, const uint8_t[::1] gate, const uint8_t[::1] up, const uint8_t[::1] down, int64_t d, int64_t f,
             const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y):
         """y += what the groups g0..g1 (32 neurons each) of an expert [f] add to the outputs, one step after another."""
-        cdef int64_t g, i, groups = f // 32, nb = d // 32
+        cdef int64_t g, groups = f // 32, nb = d // 32
         cdef st_neurons[4] neurons
         cdef st_neurons *stage[4]
         need(d % 32 == 0 and f % 32 == 0 and 0 <= g0 < g1 <= groups)
         need(gate.shape[0] == <int64_t>st_tile16_bytes(ST_Q4_0, f, d) and up.shape[0] == f * nb * 18)
         need(down.shape[0] == <int64_t>st_down_bytes(d, f) and y.shape[0] >= (d + 127) // 128 * 128)
         need(x.shape[0] >= (d + 127) // 128 * <int64_t>sizeof(st_q8x4))
-        for i in range(4):
-            stage[i] = NULL
+        memset(stage, 0, sizeof(stage))
         for g in range(g0, g1 + 3):
             if g < g1:
                 stage[0] = &neurons[g % 4]
                 stage[0].gate, stage[0].up, stage[0].down = &gate[2 * g * nb * ST_TILE_Q4_0_BYTES], &up[0], &down[0]
                 stage[0].y, stage[0].group = &y[0], g
             self.k.ffn_q4_0(nb, groups, <const st_q8x4 *>&x[0], stage)
-            for i in range(3, 0, -1):
-                stage[i] = stage[i - 1]
-            stage[0] = NULL
+            st_neurons_advance(stage)
 
     def down(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,
              float[::1] y):

@@ -100,7 +100,7 @@ cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, const uint8_t *exp
                    const st_q8x4 *x, float *y, st_neurons *neurons, st_neurons **stage) noexcept nogil:
     """Sends a group of an expert's neurons (gate, up, down: d * f weights each) into the FFN, as the forward pass does;
     expert NULL: none. Only the cost of the computed gate counts: its outputs are replaced by `gate`."""
-    cdef int64_t i, third = d * f * 18 // 32
+    cdef int64_t third = d * f * 18 // 32
     if expert != NULL:
         stage[0] = neurons
         neurons.gate = expert + 2 * group * (d // 32) * ST_TILE_Q4_0_BYTES
@@ -110,9 +110,7 @@ cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, const uint8_t *exp
     if expert != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
         st_neurons_choose(neurons)
-    for i in range(3, 0, -1):
-        stage[i] = stage[i - 1]
-    stage[0] = NULL
+    st_neurons_advance(stage)
 
 
 cdef void apply_ffn_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:

@@ -1,10 +1,13 @@
-/* Operations that need no intrinsics: plain C, included by every table's file, so that the compiler vectorises it for
- * that table's instructions. Nothing here sums, so no rounding depends on the width. */
+/* What needs no intrinsics: plain C, included by every table's file, so that the compiler vectorises it for that
+ * table's instructions. Nothing here sums, so no rounding depends on the width. */
 #ifndef SMALLTHINKER_PLAIN_H
 #define SMALLTHINKER_PLAIN_H
 
 #include <stdint.h>
 #include <string.h>
+
+/* Where part `step` of `steps` of n things begins. */
+static inline int64_t share(int64_t n, int64_t step, int64_t steps) { return n * step / steps; }
 
 static inline void rope(float *v, const float *restrict cosine, const float *restrict sine, int64_t half) {
     float *restrict low = v, *restrict high = v + half;

@@ -148,6 +148,12 @@ void st_neurons_choose(st_neurons *n) {
     }
 }
 
+void st_neurons_advance(st_neurons *stage[4]) {
+    for (int i = 3; i > 0; i--)
+        stage[i] = stage[i - 1];
+    stage[0] = NULL;
+}
+
 void st_neurons_spread(const st_neurons *n, const float *value, float *up) {
     memset(up, 0, 32 * sizeof *up);
     for (int64_t i = 0; i < n->fired; i++)

@@ -17,6 +17,8 @@
  * ahead. The distance of one step is reasoned, not measured: no board was at hand. */
 #include "common.h"
 
+#include "../plain.h"
+
 #include <string.h>
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -322,9 +324,6 @@ GEMM(GEMM_Q4_0, q4_0, ST_TILE_Q4_0_BYTES)
 GEMM(GEMM_Q8_0, q8_0, ST_TILE_Q8_0_BYTES)
 
 enum { GATE_STEP = 8 }; /* blocks of a gate tile between parts of up; whole st_q8x4 */
-
-/* Where part `step` of `steps` of n things begins. */
-static inline int64_t share(int64_t n, int64_t step, int64_t steps) { return n * step / steps; }
 
 static inline void prefetch_bytes(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64)

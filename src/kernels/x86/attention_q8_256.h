@@ -84,20 +84,11 @@ static void values_q8(const uint8_t *lines, const int16_t *w0, const int16_t *w1
     }
 }
 
-static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
-    int64_t t0 = p0 / ST_TILE_ROWS;
-    int16_t *w = (int16_t *)(scores + G * ST_ATTN_CHUNK);
-    gemm_q8_0(k, ST_ATTN_CHUNK, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G,
-              scores + t0 * ST_TILE_ROWS, ST_ATTN_CHUNK);
-    for (int64_t h = 0; h < G; h++)
-        l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
-    for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
-        float by = weights_q8(v, scores, G, p0, p1, w) / 32767;
-        for (int64_t h = 0; h < G; h += 2) {
-            int64_t other = h + 1 < G ? h + 1 : h;
-            values_q8(v + 2 * ST_ATTN_CHUNK, w + h * ST_ATTN_CHUNK, w + other * ST_ATTN_CHUNK, p0, p1, by,
-                      acc + h * hd + b * ST_BLOCK, acc + other * hd + b * ST_BLOCK);
-        }
+/* Sums of one block for all heads, two at a time. */
+static void values_q8_all(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
+                          float *acc, int64_t hd) {
+    for (int64_t h = 0; h < G; h += 2) {
+        int64_t other = h + 1 < G ? h + 1 : h;
+        values_q8(lines, w + h * ST_ATTN_CHUNK, w + other * ST_ATTN_CHUNK, p0, p1, by, acc + h * hd, acc + other * hd);
     }
 }

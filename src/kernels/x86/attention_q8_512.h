@@ -86,29 +86,18 @@ static float weights_q8(const uint8_t *scales, const float *scores, int64_t G, i
     return top;
 }
 
-static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
-    int64_t t0 = p0 / ST_TILE_ROWS;
-    int16_t *w = (int16_t *)(scores + G * ST_ATTN_CHUNK);
-    gemm_q8_0(k, ST_ATTN_CHUNK, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G,
-              scores + t0 * ST_TILE_ROWS, ST_ATTN_CHUNK);
-    for (int64_t h = 0; h < G; h++)
-        l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
-    for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
-        float by = weights_q8(v, scores, G, p0, p1, w) / 32767;
-        const uint8_t *lines = v + 2 * ST_ATTN_CHUNK;
-        for (int64_t h = 0, step; h < G; h += step) {
-            const int16_t *wh = w + h * ST_ATTN_CHUNK;
-            float *out = acc + h * hd + b * ST_BLOCK;
-            step = G - h < Q8_HEADS ? G - h : G - h == Q8_HEADS + 1 ? 4 : Q8_HEADS; /* seven as four and three */
-            switch (step) {
-            case 6: values_q8_x6(lines, wh, p0, p1, by, out, hd); break;
-            case 5: values_q8_x5(lines, wh, p0, p1, by, out, hd); break;
-            case 4: values_q8_x4(lines, wh, p0, p1, by, out, hd); break;
-            case 3: values_q8_x3(lines, wh, p0, p1, by, out, hd); break;
-            case 2: values_q8_x2(lines, wh, p0, p1, by, out, hd); break;
-            default: values_q8_x1(lines, wh, p0, p1, by, out, hd); break;
-            }
+/* Sums of one block for all heads, up to Q8_HEADS at a time. */
+static void values_q8_all(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
+                          float *acc, int64_t hd) {
+    for (int64_t h = 0, step; h < G; h += step, w += step * ST_ATTN_CHUNK, acc += step * hd) {
+        step = G - h < Q8_HEADS ? G - h : G - h == Q8_HEADS + 1 ? 4 : Q8_HEADS; /* seven as four and three */
+        switch (step) {
+        case 6: values_q8_x6(lines, w, p0, p1, by, acc, hd); break;
+        case 5: values_q8_x5(lines, w, p0, p1, by, acc, hd); break;
+        case 4: values_q8_x4(lines, w, p0, p1, by, acc, hd); break;
+        case 3: values_q8_x3(lines, w, p0, p1, by, acc, hd); break;
+        case 2: values_q8_x2(lines, w, p0, p1, by, acc, hd); break;
+        default: values_q8_x1(lines, w, p0, p1, by, acc, hd); break;
         }
     }
 }

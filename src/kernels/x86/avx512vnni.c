@@ -365,13 +365,13 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
     return _mm512_reduce_add_ps(sum);
 }
 
+#include "attention_q8_512.h"
+
 #define VECTOR __m512
 #define TILE_VECTORS 1
 #define SCORES 4
 #define ACTIVATE st_avx2_activate
 #include "drivers.h"
-
-#include "attention_q8_512.h"
 
 static float dot(const float *a, const float *b, int64_t n) {
     __m512 s0 = _mm512_setzero_ps(), s1 = s0;

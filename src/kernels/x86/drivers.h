@@ -7,7 +7,8 @@
  *   add_weighted(weight, total, y)           y += weight * total of 128 outputs
  *   ACTIVATE                                 the activate of the table
  *   SCORES, scores_h(H, ...), values_h(H, ...)  attention for up to HEADS heads; SCORES positions at a time
- *   softmax_chunk(s, n, max) */
+ *   softmax_chunk(s, n, max)
+ *   softmax_q8, weights_q8, values_q8_all    attention_q8_256.h, attention_q8_512.h */
 
 static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
     for (int64_t k = 0; k < n; k += 2) {
@@ -84,8 +85,7 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
             }
             for (int64_t i = share(chunks, step, steps); i < share(chunks, step + 1, steps); i++) {
                 const uint8_t *lines = down->down + ((size_t)groups * 4 + 32 * (size_t)down->group) * line + 64 * i;
-                for (int k = 0; k < 4 * down->active.quads; k++)
-                    _mm_prefetch((const char *)lines + line * down->active.index[k] + 64, _MM_HINT_T0);
+                prefetch_neurons(lines + 64, line, 1, &down->active, 0);
                 down_chunk(lines, line, down->down + (size_t)down->group * line * 4 + 256 * i, &down->active,
                            down->y + i * ST_DOWN_CHUNK);
             }
@@ -131,4 +131,18 @@ static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, 
 #define STEP(H) values_h(H, scores + h * ST_ATTN_CHUNK, v, hd, n, acc + h * hd)
     EACH_GROUP(G, STEP)
 #undef STEP
+}
+
+static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
+    int64_t t0 = p0 / ST_TILE_ROWS;
+    int16_t *w = (int16_t *)(scores + G * ST_ATTN_CHUNK);
+    gemm_q8_0(k, ST_ATTN_CHUNK, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G,
+              scores + t0 * ST_TILE_ROWS, ST_ATTN_CHUNK);
+    for (int64_t h = 0; h < G; h++)
+        l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
+    for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
+        float by = weights_q8(v, scores, G, p0, p1, w) / 32767;
+        values_q8_all(v + 2 * ST_ATTN_CHUNK, w, G, p0, p1, by, acc + b * ST_BLOCK, hd);
+    }
 }

@@ -39,7 +39,4 @@ static inline void prefetch_near(const uint8_t *p, int64_t bytes) {
         _mm_prefetch((const char *)p + i, _MM_HINT_T0);
 }
 
-/* Where part `step` of `steps` of n things begins. */
-static inline int64_t share(int64_t n, int64_t step, int64_t steps) { return n * step / steps; }
-
 #endif

@@ -483,13 +483,13 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
     return sum8(sum);
 }
 
+#include "attention_q8_256.h"
+
 #define VECTOR __m256
 #define TILE_VECTORS 2
 #define SCORES 4
 #define ACTIVATE activate
 #include "drivers.h"
-
-#include "attention_q8_256.h"
 
 static float dot(const float *a, const float *b, int64_t n) {
     __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
