@@ -341,14 +341,18 @@ class SmallThinker:
         hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
         used. head_share: share of the LM head's rows that a predictor has let through so far. wasted_bytes: read
         ahead in vain. stall_seconds: time compute threads waited, summed over them;
-        disk_seconds: time with a read under way. peak_bytes: the process's own high-water mark. On boards that tell
-        it, the temperature and what throttles the processor: see heat.readings.
+        disk_seconds: time with a read under way. tail_seconds: time from a token's (or a prompt chunk's) last expert in
+        memory to its logits, when no read of the next token can be named yet. stall_share: share of decode_seconds that
+        a disk which never idles would save; stall_share_within_tokens, never larger: what a perfect overlap of
+        computing and reading within each token would save (see stall_share()). peak_bytes: the process's own
+        high-water mark. On boards that tell it, the temperature and what throttles the processor: see heat.readings.
         """
         engine = self._open_engine()
         paging = engine.pager_stats() or {}
         if paging:
-            decode, stall, disk = paging["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"]
-            paging["stall_share"] = stall_share(decode, stall, disk, engine.threads)
+            times = paging["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"], engine.threads
+            paging["stall_share"] = stall_share(*times)
+            paging["stall_share_within_tokens"] = stall_share(*times, tail=paging["tail_seconds"])
         return {
             "model_bytes": engine.bytes,
             **budget.process_memory(),
@@ -382,13 +386,20 @@ class SmallThinker:
         return self._engine
 
 
-def stall_share(decode: float, stall: float, disk: float, threads: int) -> float:
+def stall_share(decode: float, stall: float, disk: float, threads: int, tail: float = 0.0) -> float:
     """Share of decode time spent waiting for reads that a perfect overlap of computing and reading would have hidden.
 
     With such an overlap decoding takes as long as the longer of computing (decode less the threads' mean stall) and
     reading. Arguments as in SmallThinker.stats(), in seconds, or differences of two of them.
+
+    Without `tail`: reading may go on at any time, also across tokens. That is a bound and no more: the experts of a
+    token cannot be named before the token is known. With tail=tail_seconds the disk idles at the end of each token, as
+    it must, and only the rest of the computing can hide reads.
     """
-    return max(0.0, 1 - max(decode - stall / threads, disk) / decode) if decode > 0 else 0.0
+    if decode <= 0:
+        return 0.0
+    computing = decode - stall / threads
+    return max(0.0, 1 - (max(computing - tail, disk) + tail) / decode)
 
 
 def plan_memory(

@@ -49,6 +49,7 @@ struct st_pager {
     double now;
     int wanted_reads, reads; /* in progress: of wanted experts, and of all */
     int64_t reads_since;     /* when `reads` left zero */
+    int64_t arrived;         /* when the last wanted expert came, or was asked for where it was there */
     int stop;
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
@@ -178,6 +179,8 @@ static int must_give_way(const st_pager *pager, const struct expert *expert) {
 static void finish_read(st_pager *pager, struct expert *expert) {
     if (--pager->reads == 0)
         pager->stats.disk_ns += nanoseconds() - pager->reads_since;
+    if (expert->pins > 0)
+        pager->arrived = nanoseconds();
     if (expert->done == pager->config.bytes)
         atomic_store(&expert->state, READY);
     else if (expert->pins > 0)
@@ -348,6 +351,7 @@ void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int
     int queued = 0;
     pthread_mutex_lock(&pager->mutex);
     pager->now = now;
+    pager->arrived = nanoseconds();
     for (int64_t i = 0; i < n; i++) /* pin all first, so that none evicts another of the same call */
         pager->pinned += pager->experts[ids[i]].pins++ == 0;
     for (int64_t i = 0; i < n; i++) {
@@ -436,6 +440,13 @@ void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n) {
             free_slot(pager, expert, ABSENT);
     }
     pthread_mutex_unlock(&pager->mutex);
+}
+
+int64_t st_pager_since_arrival(st_pager *pager) {
+    pthread_mutex_lock(&pager->mutex);
+    int64_t arrived = pager->arrived;
+    pthread_mutex_unlock(&pager->mutex);
+    return nanoseconds() - arrived;
 }
 
 /* Empties a slot that is no longer used. */

@@ -254,17 +254,36 @@ def test_what_was_packed_from_a_split_model_is_not_unpacked(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("decode", "stall", "disk", "share"),
+    ("decode", "stall", "disk", "tail", "share"),
     [
-        (10, 0, 3, 0.0),  # nothing waited: computing took it all
-        (10, 8, 6, 0.4),  # two threads waited 4 s each: 6 s of computing and 6 s of reading fit into 6 s
-        (10, 8, 9, 0.1),  # the disk was busy nine tenths of the time: only a tenth could be hidden
-        (10, 4, 1, 0.2),
-        (0, 0, 0, 0.0),
+        (10, 0, 3, 0, 0.0),  # nothing waited: computing took it all
+        (10, 8, 6, 0, 0.4),  # two threads waited 4 s each: 6 s of computing and 6 s of reading fit into 6 s
+        (10, 8, 9, 0, 0.1),  # the disk was busy nine tenths of the time: only a tenth could be hidden
+        (10, 4, 1, 0, 0.2),
+        (10, 8, 6, 2, 0.2),  # 2 of the 6 s of computing come after all reading: 6 s of reading beside 4, then 2
+        (10, 8, 3, 2, 0.4),  # reading fits beside the other 4
+        (10, 8, 8, 2, 0.0),  # the disk was busy whenever it could be
+        (0, 0, 0, 0, 0.0),
     ],
 )
-def test_stall_share_is_what_a_perfect_overlap_would_save(decode: int, stall: int, disk: int, share: float) -> None:
-    assert stall_share(decode, stall, disk, 2) == pytest.approx(share)
+def test_stall_share_is_what_a_perfect_overlap_would_save(
+    decode: int, stall: int, disk: int, tail: int, share: float
+) -> None:
+    assert stall_share(decode, stall, disk, 2, tail) == pytest.approx(share)
+
+
+def test_the_share_within_tokens_leaves_out_what_follows_a_tokens_last_expert(
+    stpk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_slots(monkeypatch, 20)
+    with SmallThinker(stpk, threads=2) as model, model.session() as session:
+        for token in TOKENS:
+            session.decode([token])
+        stats = model.stats()
+    decode, stall, disk, tail = (float(str(stats[f"{n}_seconds"])) for n in ("decode", "stall", "disk", "tail"))
+    assert 0 < tail < decode - stall / 2
+    assert stats["stall_share_within_tokens"] == stall_share(decode, stall, disk, 2, tail)
+    assert float(str(stats["stall_share_within_tokens"])) <= float(str(stats["stall_share"]))
 
 
 def test_packing_twice_is_refused(stpk: str, tmp_path: Path) -> None:

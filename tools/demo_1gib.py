@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNTS = ("hits", "ahead_hits", "misses", "read_bytes", "decode_seconds", "stall_seconds", "disk_seconds")
+TIMES = ("decode_seconds", "stall_seconds", "disk_seconds", "tail_seconds")
+COUNTS = ("hits", "ahead_hits", "misses", "read_bytes", *TIMES)
 LLAMA_SECONDS = 60  # below 0.1 tokens/s there is nothing to wait for
 
 
@@ -69,9 +70,12 @@ def run_ours(path: str, memory: str, tokens: int, prompt: int = 0) -> None:
             seconds, after = time.perf_counter() - begun, model.stats()
             change = {key: after[key] - before[key] for key in COUNTS}  # type: ignore[operator]
             rate = change["hits"] / (change["hits"] + change["ahead_hits"] + change["misses"])
-            stall = stall_share(*(change[key] for key in COUNTS[4:]), int(str(after["threads"])))
+            decode, wait, disk, tail = (change[key] for key in TIMES)
+            threads = int(str(after["threads"]))
+            stall, within = stall_share(decode, wait, disk, threads), stall_share(decode, wait, disk, threads, tail)
             speed = f"{tokens // 4 / seconds:.1f} tokens/s, hit rate {rate:.3f}, {after['slots']} slots"
-            print(f"{speed}, read {change['read_bytes'] / seconds / 1e9:.2f} GB/s, stall {stall:.1%}", flush=True)
+            reads = f"read {change['read_bytes'] / seconds / 1e9:.2f} GB/s, disk busy {disk / seconds:.0%}"
+            print(f"{speed}, {reads}, stall {stall:.1%}, within tokens {within:.1%}", flush=True)
 
 
 def run_llama(path: str, tokens: int) -> None:

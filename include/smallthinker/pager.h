@@ -58,6 +58,8 @@ int st_pager_progress(st_pager *pager, int32_t id);
 const uint8_t *st_pager_take(st_pager *pager, int32_t id);
 /* Unpins what want pinned. A failed expert may be wanted again. */
 void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n);
+/* Nanoseconds since the last wanted expert came: since want where all were there already. */
+int64_t st_pager_since_arrival(st_pager *pager);
 
 /* Uses only the first `slots` of the config's slots from now on; what the others held is moved into a place of the
  * first ones whose expert was used less, or given up, and their memory is not touched again until a later call includes

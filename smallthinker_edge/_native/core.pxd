@@ -152,6 +152,7 @@ cdef extern from "smallthinker/pager.h" nogil:
     int st_pager_progress(st_pager *pager, int32_t id)
     const uint8_t *st_pager_take(st_pager *pager, int32_t id)
     void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n)
+    int64_t st_pager_since_arrival(st_pager *pager)
     void st_pager_resize(st_pager *pager, int64_t slots)
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)

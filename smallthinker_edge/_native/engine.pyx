@@ -121,6 +121,7 @@ cdef class Engine:
     cdef size_t lent, kv_in_use     # bytes set aside for keys and values, and those of all KVBlocks
     cdef uint8_t *slot_memory
     cdef int64_t decode_ns          # spent in decode()
+    cdef int64_t tail_ns            # of that, after the last layer's last expert was in memory
     cdef size_t slot_bytes
     cdef list keep
     cdef readonly int threads
@@ -451,7 +452,7 @@ cdef class Engine:
             "ahead_reads": stats.ahead_reads, "evictions": stats.evictions,
             "read_bytes": stats.bytes_read, "wasted_bytes": stats.bytes_wasted, "read_errors": stats.read_errors,
             "decode_seconds": self.decode_ns / 1e9, "stall_seconds": stats.stall_ns / 1e9,
-            "disk_seconds": stats.disk_ns / 1e9,
+            "disk_seconds": stats.disk_ns / 1e9, "tail_seconds": self.tail_ns / 1e9,
             "direct_io": bool(st_reader_direct(self.reader)),
         }
 
@@ -542,6 +543,7 @@ cdef class Engine:
         with nogil:
             st_team_run(c.team, forward, c, n)
             if c.pager != NULL:
+                self.tail_ns += st_pager_since_arrival(c.pager)
                 st_pager_release(c.pager, c.held, c.n_held)
                 c.n_held = 0
                 if c.failed:
