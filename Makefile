@@ -15,6 +15,7 @@ NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd
 
 # make bench: the model, and Pythons that have llama-cpp-python. Without them it is built into environments of its own,
 # for this machine (native) and without AVX-512, which takes some minutes. BENCH passes options to compare.py.
+# make demo-1gib builds nothing, and shows llama.cpp where LLAMA_PYTHON is there.
 MODEL ?= smallthinker_edge/data/demo.gguf
 LLAMA_PYTHON ?= .venv-llama/bin/python
 LLAMA_AVX2_PYTHON ?= .venv-llama-avx2/bin/python
@@ -36,7 +37,7 @@ demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 	@$(BIN)/python -m smallthinker_edge demo
 
 demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL_4B=file.gguf; default: synthetic)
-	@$(BIN)/python tools/demo_1gib.py $(MODEL_4B)
+	@$(BIN)/python tools/demo_1gib.py $(MODEL_4B) $(addprefix --llama-python ,$(wildcard $(LLAMA_PYTHON)))
 
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
