@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
-TEST_C_FILES := $(wildcard tests/native/*.c tools/*.c)
+TEST_C_FILES := $(wildcard tests/native/*.[ch] tools/*.c)
 NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
 
 # make bench: the model, and Pythons that have llama-cpp-python. Without them it is built into environments of its own,
@@ -27,7 +27,7 @@ print(next(line.partition(";")[0] for line in requires("smallthinker_edge") if "
 endef
 export BENCH_EXTRA
 
-.PHONY: help demo demo-1gib test test-sanitize test-arm wheels lint bench bench-avx2 bench-context bench-head bench-speculation bench-docs \
+.PHONY: help demo demo-1gib test test-sanitize test-soak test-arm wheels lint bench bench-avx2 bench-context bench-head bench-speculation bench-docs \
   build install clean
 
 help: ## Show this list
@@ -42,8 +42,11 @@ demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
 
-test-sanitize: $(VENV)/dev ## Run the pager's stress test under the thread, address and undefined-behaviour sanitizers
-	@timeout 900 $(BIN)/python -m pytest -q -rs tests/test_pager.py $(ARGS)
+test-sanitize: $(VENV)/dev ## Run pager, reader and thread team under the thread, address and undefined-behaviour sanitizers
+	@timeout 900 $(BIN)/python -m pytest -q -rs tests/test_native.py $(ARGS)
+
+test-soak: $(VENV)/dev ## Run a million tokens through sessions that come and go, in constant memory (minutes)
+	@SOAK_TOKENS=1000000 timeout 1800 $(BIN)/python -m pytest -q tests/test_soak.py $(ARGS)
 
 test-arm: $(VENV)/wheels ## Test the ARM wheels under qemu (skips where qemu or the network is missing)
 	@$(BIN)/python tools/test_arm.py $(ARGS)

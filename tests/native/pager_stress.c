@@ -1,25 +1,18 @@
 /* Random wants, reads ahead, takes and releases against a slow and faulty fake reader, checked byte by byte. Run by
- * tests/test_pager.py, plain and under sanitizers. Prints "ok" or dies. */
+ * tests/test_native.py, plain and under sanitizers. Prints "ok" or dies. */
 #include "smallthinker/crc32.h"
 #include "smallthinker/pager.h"
 
+#include "check.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { EXPERTS = 96, SLOTS = 20, BYTES = 16384, PIECE = 4096, ROUNDS = 800, MOST = 12, AHEAD = 10, TAKERS = 3 };
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "line %d: %s\n", __LINE__, #condition);                                                    \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static atomic_int reads, faults;
 static atomic_llong bytes; /* of reads that did not fail */
