@@ -44,7 +44,8 @@ def packed(model: Path) -> Path:
 
 def capped(memory: str, python: str, *worker: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / "capped.py"), "--memory", memory, "--drop-caches", "--"]
-    subprocess.run([*command, python, __file__, *worker], check=False)
+    if subprocess.run([*command, python, __file__, *worker], check=False).returncode:
+        print("It did not get to its end under this limit.")
 
 
 def run_ours(path: str, memory: str, tokens: int, prompt: int = 0) -> None:
@@ -111,8 +112,9 @@ def main() -> None:
 
     model = arguments.model or synthetic_model()
     options = ["--memory", arguments.memory, "--tokens", str(arguments.tokens), "--prompt", str(arguments.prompt)]
+    file = packed(model)
     print(f"\nsmallthinker_edge, {arguments.memory}:", flush=True)
-    capped(arguments.memory, sys.executable, str(packed(model)), *options, "--worker", "ours")
+    capped(arguments.memory, sys.executable, str(file), *options, "--worker", "ours")
     llama = arguments.llama_python or (sys.executable if importlib.util.find_spec("llama_cpp") else None)
     if llama is None:
         print("\nllama.cpp: not installed here (--llama-python PYTHON names one that has llama-cpp-python)")
