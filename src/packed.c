@@ -249,6 +249,32 @@ void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
     }
 }
 
+/* A block's nibble bytes hold outputs j and 16 + j, as the bytes of a line do: four of them move together. */
+static size_t transposed_place(int64_t b, int four) { return (size_t)(b / 4 * 64 + 16 * four + b % 4 * 4); }
+
+void st_pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    size_t line = down_line_bytes(d);
+    uint8_t *scales = dst, *lines = dst + (size_t)f / ST_BLOCK * line * 4;
+    memset(dst, 0, st_down_bytes(d, f));
+    for (int64_t n = 0; n < f; n++, scales += line / 8, lines += line)
+        for (int64_t b = 0; b < d / ST_BLOCK; b++, src += Q4_0_BYTES) {
+            memcpy(scales + 2 * b, src, 2);
+            for (int four = 0; four < 4; four++)
+                memcpy(lines + transposed_place(b, four), src + 2 + 4 * four, 4);
+        }
+}
+
+void st_unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    size_t line = down_line_bytes(d);
+    const uint8_t *scales = src, *lines = src + (size_t)f / ST_BLOCK * line * 4;
+    for (int64_t n = 0; n < f; n++, scales += line / 8, lines += line)
+        for (int64_t b = 0; b < d / ST_BLOCK; b++, dst += Q4_0_BYTES) {
+            memcpy(dst, scales + 2 * b, 2);
+            for (int four = 0; four < 4; four++)
+                memcpy(dst + 2 + 4 * four, lines + transposed_place(b, four), 4);
+        }
+}
+
 static void dequantize_q6_k(const uint8_t *row, int64_t cols, float *out) {
     /* 256 weights: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, fp16 super-scale. */
     for (int64_t b = 0; b < cols / ST_SUPER; b++, row += Q6_K_BYTES) {

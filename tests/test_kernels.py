@@ -12,7 +12,7 @@ from gguf import quants
 from gguf_files import quantize_q6_k
 
 from smallthinker_edge._native import kernels
-from smallthinker_edge._native.kernels import ACTIVE, Q8X4_BYTES, Table
+from smallthinker_edge._native.kernels import ACTIVE, FIRED, Q8X4_BYTES, Table
 
 TYPES = {2: T.Q4_0, 8: T.Q8_0, 14: T.Q6_K}
 GUARD = 64
@@ -220,6 +220,79 @@ def test_down_adds_the_weighted_product(name: str, d: int, f: int, silent: float
         assert_close(got, 0.37 * (rows @ h) + start[: len(rows)], magnitude)
 
 
+def fired(g: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return np.array(
+        [kernels.multiply(a, b) for a, b in zip(g.reshape(-1, 32), up.reshape(-1, 32), strict=True)],
+        FIRED,
+    )
+
+
+def transposed_values(raw: np.ndarray, h: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """(exact, rounded) sums [f / 32][d] of h [f] times GGUF rows [f][d]; rounded: what bytes are multiplied by, the
+    products of h and a row's scales, which share their own scale among 32 neurons, is rounded first."""
+    blocks = raw.reshape(len(h), d // 32, 18)
+    scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)[..., 0]
+    codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).astype(np.float64) - 8
+    exact = (h[:, None] * scale).astype(np.float32).reshape(-1, 32, d // 32)
+    top = np.abs(exact).max(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(top > 0, np.float32(127) / top, np.float32(0)).astype(np.float32)
+        q = np.rint(exact * inverse)
+    rounded = np.where(np.abs(q) <= 127, q, 0) * (top / np.float32(127)).astype(np.float64)
+    groups = codes.reshape(-1, 32, d // 32, 32)
+    return tuple(np.einsum("gnb,gnbi->gbi", w.astype(np.float64), groups).reshape(-1, d) for w in (exact, rounded))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "0.6 silent", "0.97 silent", "silent"])
+@pytest.mark.parametrize(("d", "f"), [(128, 32), (256, 96), (224, 768), (1824, 64), (32, 32)])
+def test_down_transposed_adds_the_weighted_product(name: str, d: int, f: int, kind: str) -> None:
+    raw = weights(2, f, d, extreme=kind == "extreme")[0]
+    packed = kernels.pack_down(raw, d, f, True)
+    g, up = np.abs(inputs(kind, (f,), 3)), inputs(kind, (f,), 4)
+    silent = {"0.6 silent": 0.6, "0.97 silent": 0.97, "silent": 1.0}.get(kind, 0.0)
+    g[np.random.default_rng(2).random(f) < silent] *= -1
+    h = np.where(g > 0, g * up, 0).astype(np.float32)
+    exact, rounded = transposed_values(raw, h, d)
+    chunks = (d + 127) // 128
+    for c0, c1 in {(0, chunks), (chunks - 1, chunks), (0, 1), (chunks // 2, chunks)}:
+        y = Guarded(128 * (c1 - c0))
+        start = inputs("normal", (128 * (c1 - c0),), 5)
+        y.inner[:] = start
+        Table(name).down_transposed(packed, d, f, c0, c1, fired(g, up), 0.37, y.inner)
+        part = slice(128 * c0, min(128 * c1, d))
+        count = part.stop - part.start
+        got = y.check()[:count]
+        # Eight times: the largest nibble. Half a step of rounding each is not all at once of one sign.
+        magnitude = 0.37 * np.abs(rounded[:, part]).sum(0) + np.abs(start[:count])
+        assert_close(got, 0.37 * rounded[:, part].sum(0) + start[:count], magnitude)
+        assert np.array_equal(y.check()[count:], start[count:])
+        if silent < 0.9 and kind != "zeros":
+            error = np.linalg.norm(got - start[:count] - 0.37 * exact[:, part].sum(0))
+            assert error <= 0.02 * np.linalg.norm(0.37 * exact[:, part].sum(0)) + 1e-6 * np.linalg.norm(start)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_down_transposed_carries_what_is_no_number(name: str, bad: float) -> None:
+    d, f = 160, 64
+    g, up = np.ones(f, np.float32), inputs("normal", (f,), 4)
+    up[40] = bad
+    y = np.zeros(256, np.float32)
+    Table(name).down_transposed(kernels.pack_down(weights(2, f, d)[0], d, f, True), d, f, 0, 2, fired(g, up), 1, y)
+    assert not np.isfinite(y[:d]).any()
+    g[40] = np.nan
+    assert np.isnan(fired(g, up)["h"]).sum() == 1
+
+
+def test_down_transposed_is_that_of_plain_c(name: str) -> None:
+    """But for the order in which floats are added."""
+    d, f = 352, 32
+    packed = kernels.pack_down(weights(2, f, d)[0], d, f, True)
+    active, y = fired(inputs("normal", (f,), 1), inputs("normal", (f,), 2)), np.zeros((2, 384), np.float32)
+    for table, out in zip((name, "ref"), y, strict=True):
+        Table(table).down_transposed(packed, d, f, 0, 3, active, 1, out)
+    assert np.array_equal(*y)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 7])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_attention_is_softmax_over_the_chunk(name: str, heads: int, head_dim: int) -> None:
@@ -407,3 +480,5 @@ def test_layouts_are_permutations(name: str, rows: int, cols: int) -> None:
     raw = weights(2, rows, cols)[0]
     assert np.array_equal(kernels.pack_rows(kernels.pack_rows(raw, rows, cols), rows, cols, True), raw)
     assert np.array_equal(kernels.unpack_down(kernels.pack_down(raw, rows, cols), rows, cols), raw)
+    raw = weights(2, 64, cols)[0]
+    assert np.array_equal(kernels.unpack_down(kernels.pack_down(raw, cols, 64, True), cols, 64, True), raw)

@@ -57,6 +57,11 @@ typedef struct st_kernels {
     void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
                       float weight, float *y);
 
+    /* The same over Down transposed. For every block b of 32 outputs, the products h[k] * scale[index[k]][b] of a group
+     * are rounded to bytes q[k] by the rule of quantize, and their sum with the nibbles is taken times their scale. */
+    void (*down_transposed_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                                 const st_fired *a, float weight, float *y);
+
     /* g[32] (gate, before relu) and up[32] (read only where g > 0) -> the 32 neurons' st_active. */
     void (*activate)(const float *g, const float *up, st_active *out);
 
@@ -98,6 +103,8 @@ void st_neurons_choose(st_neurons *n);
 void st_neurons_advance(st_neurons *stage[4]);
 /* up[32] from the values of the neurons that fired; zero for the others. */
 void st_neurons_spread(const st_neurons *n, const float *value, float *up);
+/* Gate times up of the neurons that fired, for a transposed down. */
+void st_neurons_multiply(const st_neurons *n, const float *value, st_fired *out);
 #if defined(__x86_64__)
 extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
 #elif defined(__aarch64__)

@@ -43,7 +43,10 @@ typedef enum st_type {
  * every neuron, 64 for each chunk of 128 outputs: byte 16*L + 4*v + k of a chunk holds its output 32*v + 4*L + k in
  * the low nibble and output 32*v + 16 + 4*L + k in the high one. The lane order is what interleaving four neurons byte
  * by byte leaves in vector registers of any width. A neuron's row is contiguous because skipping the silent ones
- * then reads long runs: measured on DRAM, 38 % of the rows, two threads: 18 GB/s in runs of 64 bytes, 25 in 384. */
+ * then reads long runs: measured on DRAM, 38 % of the rows, two threads: 18 GB/s in runs of 64 bytes, 25 in 384.
+ *
+ * Down transposed, Q4_0, of files that quantise a neuron's down along the outputs: as large, and the nibbles stand as in
+ * Down; but the scales are uint16 scale[f][dp/32], a neuron's own. */
 
 /* Activations, Q8_0: 128 columns. q[0][b][i] is column 32*b + i, q[1][b][i] column 32*b + 16 + i.
  * corr[4*b] = -8 * (sum of block b), the other corr are 0; scale[4*b .. 4*b+3] all hold the block's scale.
@@ -65,11 +68,20 @@ typedef struct st_active {
     int32_t count; /* neurons whose gate was positive */
 } st_active;
 
+/* The output of 32 neurons of one expert for one token where down is transposed: only those that are not zero, four at
+ * a time (padded with the last index and 0). Each block of 32 outputs takes these times its own scales, and quantises
+ * the products: so every kernel has integers to multiply in either layout. */
+typedef struct st_fired {
+    float h[32];
+    uint8_t index[32];
+    int32_t quads; /* used entries / 4, rounded up */
+} st_fired;
+
 /* Bytes of one GGUF row of cols elements; 0 where cols does not fit the type's block or the type is unknown. */
 size_t st_row_bytes(int type, int64_t cols);
 /* Bytes of a packed matrix; 0 where the type has no such layout or the shape does not fit. */
 size_t st_tile16_bytes(int type, int64_t rows, int64_t cols);
-size_t st_down_bytes(int64_t d, int64_t f);
+size_t st_down_bytes(int64_t d, int64_t f); /* transposed as well */
 
 /* Permutations; src and dst must not overlap. Tiles t0..t1 of a matrix (16 rows each). */
 void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1);
@@ -78,6 +90,9 @@ void st_pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *
 void st_unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
 void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
 void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
+/* GGUF rows [f][d]. */
+void st_pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
+void st_unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
 
 /* One GGUF row of cols elements (any type above) as floats. */
 void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out);

@@ -26,6 +26,10 @@ cdef extern from "smallthinker/packed.h" nogil:
         int32_t quads
         float scale
         int32_t count
+    ctypedef struct st_fired:
+        float h[32]
+        uint8_t index[32]
+        int32_t quads
     size_t st_row_bytes(int type, int64_t cols)
     size_t st_tile16_bytes(int type, int64_t rows, int64_t cols)
     size_t st_down_bytes(int64_t d, int64_t f)
@@ -35,6 +39,8 @@ cdef extern from "smallthinker/packed.h" nogil:
     void st_unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
     void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
     void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
+    void st_pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
+    void st_unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
     void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out)
     void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out)
     float st_f16_to_f32(uint16_t h)
@@ -68,6 +74,8 @@ cdef extern from "smallthinker/kernels.h" nogil:
         void (*ffn_q4_0)(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const *stage) noexcept nogil
         void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
                           float weight, float *y) noexcept nogil
+        void (*down_transposed_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                                     const st_fired *a, float weight, float *y) noexcept nogil
         void (*activate)(const float *g, const float *up, st_active *out) noexcept nogil
         void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                           float scale, float *scores, float *acc, float *m, float *l) noexcept nogil
@@ -84,6 +92,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
     void st_neurons_choose(st_neurons *n)
     void st_neurons_advance(st_neurons **stage)
     void st_neurons_spread(const st_neurons *n, const float *value, float *up)
+    void st_neurons_multiply(const st_neurons *n, const float *value, st_fired *out)
 
 cdef extern from "smallthinker/kv.h" nogil:
     size_t st_kv_head_bytes(int type, int64_t hd)

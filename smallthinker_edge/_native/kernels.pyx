@@ -18,6 +18,7 @@ ACTIVE_BYTES = sizeof(st_active)
 FFN_PART = ST_FFN_PART  # groups of 32 neurons whose down is summed before it is weighted
 ACTIVE = np.dtype([("h", "i1", 32), ("index", "u1", 32), ("corr", "i4"), ("quads", "i4"), ("scale", "f4"),
                    ("count", "i4")])
+FIRED = np.dtype([("h", "f4", 32), ("index", "u1", 32), ("quads", "i4")])
 
 include "timing.pxi"
 
@@ -75,22 +76,47 @@ def pack_rows(const uint8_t[::1] src, int64_t rows, int64_t cols, bint back=Fals
     return out
 
 
-def pack_down(const uint8_t[::1] src, int64_t d, int64_t f):
-    """GGUF rows [d][f] of Q4_0 to the Down layout."""
-    need(src.shape[0] == d * <int64_t>st_row_bytes(ST_Q4_0, f))
+def pack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
+    """GGUF rows [d][f] of Q4_0 to the Down layout; transposed: rows [f][d] to Down transposed."""
+    need(d % 32 == 0 or not transposed)
+    need(src.shape[0] == d * f // 32 * 18 and st_down_bytes(d, f) > 0)
     out = np.empty(st_down_bytes(d, f), np.uint8)
     cdef uint8_t[::1] dst = out
-    st_pack_down_q4_0(&src[0], d, f, &dst[0])
+    if transposed:
+        st_pack_down_transposed_q4_0(&src[0], d, f, &dst[0])
+    else:
+        st_pack_down_q4_0(&src[0], d, f, &dst[0])
     return out
 
 
-def unpack_down(const uint8_t[::1] src, int64_t d, int64_t f):
-    """The Down layout back to GGUF rows."""
-    need(src.shape[0] == <int64_t>st_down_bytes(d, f))
-    out = np.empty(d * st_row_bytes(ST_Q4_0, f), np.uint8)
+def unpack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
+    """The Down layout, or Down transposed, back to GGUF rows."""
+    need(d % 32 == 0 or not transposed)
+    need(src.shape[0] == <int64_t>st_down_bytes(d, f) > 0)
+    out = np.empty(d * f // 32 * 18, np.uint8)
     cdef uint8_t[::1] dst = out
-    st_unpack_down_q4_0(&src[0], d, f, &dst[0])
+    if transposed:
+        st_unpack_down_transposed_q4_0(&src[0], d, f, &dst[0])
+    else:
+        st_unpack_down_q4_0(&src[0], d, f, &dst[0])
     return out
+
+
+def multiply(const float[::1] g, const float[::1] up):
+    """Gate and up of 32 neurons -> one entry of dtype FIRED, as the FFN makes it for a transposed down."""
+    cdef st_neurons n
+    cdef float[32] value
+    cdef int64_t i
+    need(g.shape[0] == 32 and up.shape[0] == 32)
+    n.group = 0
+    memcpy(n.g, &g[0], sizeof(n.g))
+    st_neurons_choose(&n)
+    for i in range(n.fired):
+        value[i] = up[n.index[i]]
+    out = np.zeros(sizeof(st_fired), np.uint8)
+    cdef uint8_t[::1] o = out
+    st_neurons_multiply(&n, value, <st_fired *>&o[0])
+    return out.view(FIRED)[0]
 
 
 cdef class Table:
@@ -160,6 +186,14 @@ cdef class Table:
         need(w.shape[0] == <int64_t>st_down_bytes(d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
         self.k.down_q4_0(&w[0], d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
+
+    def down_transposed(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, fired, float weight,
+                        float[::1] y):
+        """The same over Down transposed; fired: f / 32 entries of dtype FIRED."""
+        cdef const uint8_t[::1] a = fired.view(np.uint8)
+        need(w.shape[0] == <int64_t>st_down_bytes(d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
+        need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_fired) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
+        self.k.down_transposed_q4_0(&w[0], d, f // 32, c0, c1, <const st_fired *>&a[0], weight, &y[0])
 
     def activate(self, const float[::1] g, const float[::1] up):
         """-> one entry of dtype ACTIVE."""

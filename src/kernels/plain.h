@@ -6,6 +6,14 @@
 #include <stdint.h>
 #include <string.h>
 
+/* What 16 blocks of 32 outputs each multiply the nibbles of a group's neurons by, where down is transposed: for the
+ * blocks, four neurons' bytes by four, their -8 * sum, and the scale of the products. */
+typedef struct block_weights {
+    int8_t h[8][16][4];
+    int32_t corr[16];
+    float scale[16];
+} block_weights;
+
 /* Where part `step` of `steps` of n things begins. */
 static inline int64_t share(int64_t n, int64_t step, int64_t steps) { return n * step / steps; }
 

@@ -160,6 +160,21 @@ void st_neurons_spread(const st_neurons *n, const float *value, float *up) {
         up[n->index[i] - 32 * n->group] = value[i];
 }
 
+void st_neurons_multiply(const st_neurons *n, const float *value, st_fired *out) {
+    int used = 0;
+    for (int64_t i = 0; i < n->fired; i++) {
+        int32_t index = n->index[i] - (int32_t)(32 * n->group);
+        out->h[used] = n->g[index] * value[i];
+        out->index[used] = (uint8_t)index;
+        used += out->h[used] != 0;
+    }
+    out->quads = (used + 3) / 4;
+    for (int i = used; i < 4 * out->quads; i++) {
+        out->h[i] = 0;
+        out->index[i] = out->index[used - 1];
+    }
+}
+
 /* What outputs o of Down get from the 32 neurons of group g. */
 static float down_group(const uint8_t *down, int64_t padded, int64_t groups, int64_t g, int64_t o, const st_active *a) {
     const uint8_t *lines = down + groups * padded * 2;
@@ -180,6 +195,50 @@ static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0
                 if (a[g].quads)
                     sum += down_group(down, padded, groups, g, o, a + g);
             y[o - c0 * ST_DOWN_CHUNK] += weight * sum;
+        }
+}
+
+/* Byte k of what block b of 32 outputs multiplies the nibbles of neuron a->index[k] by; scales: of a group's first
+ * neuron; stride: from one neuron's to the next. Returns the scale of the bytes. */
+static float weigh_block(const uint8_t *scales, int64_t stride, int64_t b, const st_fired *a, int q[32]) {
+    float product[32], amax = 0;
+    for (int k = 0; k < 4 * a->quads; k++) {
+        product[k] = a->h[k] * u16_f32(scales + a->index[k] * stride + 2 * b);
+        amax = product[k] != product[k] || fabsf(product[k]) > amax ? fabsf(product[k]) : amax;
+    }
+    for (int k = 0; k < 4 * a->quads; k++) {
+        float v = nearbyintf(product[k] * (amax > 0 ? 127 / amax : 0));
+        q[k] = v >= -127 && v <= 127 ? (int)v : 0;
+    }
+    return amax / 127;
+}
+
+/* What the 32 outputs of block b get from the 32 neurons of group g, added to y. */
+static void transposed_group(const uint8_t *down, int64_t padded, int64_t groups, int64_t g, int64_t b,
+                             const st_fired *a, float *y) {
+    int64_t line = padded / 2;
+    const uint8_t *lines = down + (groups * 4 + g * 32) * line + b / 4 * 64 + b % 4 * 4;
+    int q[32];
+    float scale = weigh_block(down + g * line * 4, line / 8, b, a, q);
+    for (int i = 0; i < ST_BLOCK; i++) {
+        int dot = 0;
+        for (int k = 0; k < 4 * a->quads; k++)
+            dot += q[k] * ((lines[a->index[k] * line + i % 16 / 4 * 16 + i % 4] >> (i / 16 * 4) & 15) - 8);
+        y[i] += (float)dot * scale;
+    }
+}
+
+static void down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                                 const st_fired *a, float weight, float *y) {
+    int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
+    for (int64_t b = 4 * c0; b < 4 * c1; b++, y += ST_BLOCK)
+        for (int64_t part = 0; part < groups; part += ST_FFN_PART) {
+            float sum[ST_BLOCK] = {0};
+            for (int64_t g = part; g < part + ST_FFN_PART && g < groups; g++)
+                if (a[g].quads)
+                    transposed_group(down, padded, groups, g, b, a + g, sum);
+            for (int i = 0; i < ST_BLOCK; i++)
+                y[i] += weight * sum[i];
         }
 }
 
@@ -301,6 +360,7 @@ const st_kernels st_kernels_ref = {
     .rows_q4_0 = rows_q4_0,
     .ffn_q4_0 = ffn_q4_0,
     .down_q4_0 = down_q4_0,
+    .down_transposed_q4_0 = down_transposed_q4_0,
     .activate = activate,
     .attention = attention,
     .attention_q8 = attention_q8,

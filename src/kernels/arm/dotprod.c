@@ -41,6 +41,7 @@ typedef int32x4_t sum8;
 #define ROWS_Q4_0 st_dotprod_rows_q4_0
 #define FFN_Q4_0 st_dotprod_ffn_q4_0
 #define DOWN_Q4_0 st_dotprod_down_q4_0
+#define DOWN_TRANSPOSED_Q4_0 st_dotprod_down_transposed_q4_0
 #include "matrix.h"
 
 static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
@@ -57,6 +58,7 @@ const st_kernels st_kernels_dotprod = {
     .rows_q4_0 = st_dotprod_rows_q4_0,
     .ffn_q4_0 = st_dotprod_ffn_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,
+    .down_transposed_q4_0 = st_dotprod_down_transposed_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,
     .attention_q8 = attention_q8,

@@ -127,6 +127,7 @@ const st_kernels st_kernels_i8mm = {
     .rows_q4_0 = st_dotprod_rows_q4_0,
     .ffn_q4_0 = st_dotprod_ffn_q4_0,
     .down_q4_0 = st_dotprod_down_q4_0,
+    .down_transposed_q4_0 = st_dotprod_down_transposed_q4_0,
     .activate = st_neon_activate,
     .attention = st_neon_attention,
     .attention_q8 = attention_q8,

@@ -1,6 +1,6 @@
 /* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
- * GEMM_Q4_0, GEMM_Q8_0, GEMM_Q6_K, ROWS_Q4_0, DOWN_Q4_0, FFN_Q4_0), says how many TOKENS share one unpacking of
- * the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
+ * GEMM_Q4_0, GEMM_Q8_0, GEMM_Q6_K, ROWS_Q4_0, DOWN_Q4_0, DOWN_TRANSPOSED_Q4_0, FFN_Q4_0), says how many TOKENS share
+ * one unpacking of the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
  *   columns, load_columns(q, lane)     32 quantised columns of one token
  *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
  *   FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j] * (column 4 * i + j of x)
@@ -237,40 +237,48 @@ MATRIX_LINKAGE void ROWS_Q4_0(const uint8_t *w, int64_t nb, const int32_t *index
     }
 }
 
-/* Lane L (16 bytes) of the lines of one group's active neurons: sums of 2 x 4 x 4 outputs, [2 * v + high]. */
-ALWAYS_INLINE void down_group(const uint8_t *lines, size_t line, const st_active *a, int32x4_t start,
-                              int32x4_t out[8]) {
+/* Lane L (16 bytes) of the lines of one group's active neurons: sums of 2 x 4 x 4 outputs, [2 * v + high], which begin
+ * at start[v]. h: what the nibbles of a quad's four neurons are multiplied by in outputs 32 * v .. 32 * v + 31 stands at
+ * per_quad * quad + per_block * v. */
+ALWAYS_INLINE void down_sums(const uint8_t *lines, size_t line, const uint8_t *index, int quads, const int8_t *h,
+                             int per_quad, int per_block, const int32x4_t start[4], int32x4_t out[8]) {
     const uint8x16_t nibble = vdupq_n_u8(15);
     sum4 sum[8];
     for (int i = 0; i < 8; i++)
-        sum[i] = EMPTY(start);
-    for (int k = 0; k < a->quads; k++) {
-        const uint8_t *index = a->index + 4 * k;
+        sum[i] = EMPTY(start[i / 2]);
+    for (; quads > 0; quads--, index += 4, h += per_quad) {
         uint8x16_t l0 = vld1q_u8(lines + line * index[0]), l1 = vld1q_u8(lines + line * index[1]);
         uint8x16_t l2 = vld1q_u8(lines + line * index[2]), l3 = vld1q_u8(lines + line * index[3]);
         uint16x8_t a0 = vreinterpretq_u16_u8(vzip1q_u8(l0, l1)), a1 = vreinterpretq_u16_u8(vzip2q_u8(l0, l1));
         uint16x8_t b0 = vreinterpretq_u16_u8(vzip1q_u8(l2, l3)), b1 = vreinterpretq_u16_u8(vzip2q_u8(l2, l3));
         uint16x8_t v[4] = {vzip1q_u16(a0, b0), vzip2q_u16(a0, b0), vzip1q_u16(a1, b1), vzip2q_u16(a1, b1)};
-        int8x16_t h = vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)a->h + k));
         for (int i = 0; i < 4; i++) {
+            int8x16_t four = vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)(h + i * per_block)));
             uint8x16_t w = vreinterpretq_u8_u16(v[i]);
             int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, nibble)), high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
-            sum[2 * i] = NEXT_SAME(sum[2 * i], low, h);
-            sum[2 * i + 1] = NEXT_SAME(sum[2 * i + 1], high, h);
+            sum[2 * i] = NEXT_SAME(sum[2 * i], low, four);
+            sum[2 * i + 1] = NEXT_SAME(sum[2 * i + 1], high, four);
         }
     }
     for (int i = 0; i < 8; i++)
-        out[i] = total4(sum[i], start);
+        out[i] = total4(sum[i], start[i / 2]);
 }
 
 /* 16 bytes (lane) of a chunk's 64: 32 outputs of one group, total[8] += scale * (sum over the active neurons). */
 ALWAYS_INLINE void down_lane(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int lane,
                              float32x4_t total[8]) {
-    int32x4_t dot[8];
-    down_group(lines + 16 * lane, line, a, vdupq_n_s32(a->corr), dot);
+    int32x4_t dot[8], start = vdupq_n_s32(a->corr), starts[4] = {start, start, start, start};
+    down_sums(lines + 16 * lane, line, a->index, a->quads, a->h, 4, 0, starts, dot);
     for (int i = 0; i < 8; i++)
         total[i] =
             vfmaq_f32(total[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(load_f16x4(scales + 8 * lane + 32 * i), a->scale));
+}
+
+/* The rows of a group's active neurons, n chunks of 64 bytes of each. */
+static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n, const uint8_t *index, int quads) {
+    for (int k = 0; k < 4 * quads; k++)
+        for (int64_t i = 0; i < n; i++)
+            __builtin_prefetch(lines + line * index[k] + 64 * i);
 }
 
 /* 128 outputs; rows of `line` bytes a neuron, of which n chunks are asked for ahead. */
@@ -282,9 +290,7 @@ static void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales,
             if (g % ST_FFN_PART == 0)
                 memset(total, 0, sizeof total);
             if (lane == 0 && g + 1 < groups)
-                for (int k = 0; k < 4 * a[g + 1].quads; k++)
-                    for (int64_t i = 0; i < n; i++)
-                        __builtin_prefetch(lines + line * (size_t)(32 * (g + 1) + a[g + 1].index[k]) + 64 * i);
+                prefetch_neurons(lines + line * 32 * (size_t)(g + 1), line, n, a[g + 1].index, a[g + 1].quads);
             if (a[g].quads)
                 down_lane(lines + line * 32 * (size_t)g, line, scales + (size_t)g * line * 4, a + g, lane, total);
             if ((g + 1) % ST_FFN_PART == 0 || g + 1 == groups)
@@ -303,6 +309,70 @@ MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *down, int64_t d, int64_t groups, in
     for (int64_t c = c0; c < c1; c++)
         down_chunk(lines + c * 64, line, down + c * ST_DOWN_CHUNK * 2, groups, c == c0 ? c1 - c0 : 0, a, weight,
                    y + (c - c0) * ST_DOWN_CHUNK);
+}
+
+/* Where down is transposed, the first 4 blocks of w; scales: theirs of the group's first neuron, `stride` bytes a neuron.
+ * The absolute values order as integers, NaN above all. */
+static void weigh_blocks4(const uint8_t *scales, size_t stride, const st_fired *a, block_weights *w) {
+    float32x4_t product[32];
+    int32x4_t top = vdupq_n_s32(0), sum = top;
+    for (int k = 0; k < 4 * a->quads; k++) {
+        product[k] = vmulq_n_f32(load_f16x4(scales + stride * a->index[k]), a->h[k]);
+        top = vmaxq_s32(top, vreinterpretq_s32_f32(vabsq_f32(product[k])));
+    }
+    float32x4_t amax = vreinterpretq_f32_s32(top), most = vdupq_n_f32(127);
+    uint32x4_t some = vcgtq_f32(amax, vdupq_n_f32(0));
+    float32x4_t inverse = vreinterpretq_f32_u32(vandq_u32(some, vreinterpretq_u32_f32(vdivq_f32(most, amax))));
+    for (int k = 0; k < 4 * a->quads; k += 4) {
+        int32x4_t four = vdupq_n_s32(0);
+        for (int j = 0; j < 4; j++) {
+            float32x4_t v = vmulq_f32(product[k + j], inverse);
+            int32x4_t ok = vreinterpretq_s32_u32(vcaltq_f32(v, vdupq_n_f32(127.25f)));
+            int32x4_t q = vandq_s32(vcvtnq_s32_f32(v), ok);
+            sum = vaddq_s32(sum, q);
+            four = vorrq_s32(vshlq_s32(vandq_s32(q, vdupq_n_s32(255)), vdupq_n_s32(8 * j)), four);
+        }
+        vst1q_s32((int32_t *)w->h[k / 4], four);
+    }
+    vst1q_s32(w->corr, vnegq_s32(vshlq_n_s32(sum, 3)));
+    vst1q_f32(w->scale, vdivq_f32(amax, most));
+}
+
+/* 128 outputs of one group where down is transposed, added to y. lines, scales: of the chunk, of the first neuron. */
+static void transposed_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_fired *a, float *y) {
+    block_weights w;
+    int32x4_t start[4];
+    weigh_blocks4(scales, line / 8, a, &w);
+    for (int v = 0; v < 4; v++)
+        start[v] = vdupq_n_s32(w.corr[v]);
+    for (int lane = 0; lane < 4; lane++) {
+        int32x4_t dot[8];
+        down_sums(lines + 16 * lane, line, a->index, a->quads, w.h[0][0], sizeof w.h[0], 4, start, dot);
+        for (int i = 0; i < 8; i++) {
+            float *out = y + 16 * i + 4 * lane;
+            vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), vcvtq_f32_s32(dot[i]), w.scale[i / 2]));
+        }
+    }
+}
+
+MATRIX_LINKAGE void DOWN_TRANSPOSED_Q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                                         const st_fired *a, float weight, float *y) {
+    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    for (int64_t c = c0; c < c1; c++, y += ST_DOWN_CHUNK) {
+        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64;
+        float total[ST_DOWN_CHUNK];
+        for (int64_t g = 0; g < groups; g++, lines += 32 * line) {
+            if (g % ST_FFN_PART == 0)
+                memset(total, 0, sizeof total);
+            if (c == c0 && g + 1 < groups)
+                prefetch_neurons(lines + 32 * line, line, c1 - c0, a[g + 1].index, a[g + 1].quads);
+            if (a[g].quads)
+                transposed_chunk(lines, line, down + (size_t)g * line * 4 + 8 * c, a + g, total);
+            if ((g + 1) % ST_FFN_PART == 0 || g + 1 == groups)
+                for (int i = 0; i < ST_DOWN_CHUNK; i += 4)
+                    vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(total + i), weight));
+        }
+    }
 }
 
 /* 128 outputs of the 32 neurons n, added to their y. */

@@ -252,32 +252,84 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
         out[r] = _mm512_reduce_add_ps(sum[r]);
 }
 
-/* 128 outputs of one group of 32 neurons: y += scale * (sum over the active neurons). */
-static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
+/* 128 outputs of one group of 32 neurons, added to sum[8]. h: what the nibbles of a quad's four neurons are multiplied
+ * by in outputs 32 * v .. 32 * v + 31 stands at per_quad * quad + per_block * v. */
+static inline __attribute__((always_inline)) void down_sums(const uint8_t *lines, size_t line, const uint8_t *index,
+                                                            int quads, const int8_t *h, int per_quad, int per_block,
+                                                            __m512i sum[8]) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    __m512i sum[8];
-    for (int i = 0; i < 8; i++)
-        sum[i] = _mm512_set1_epi32(a->corr);
-    for (int k = 0; k < 4 * a->quads; k += 4) {
-        const uint8_t *index = a->index + k;
+    for (; quads > 0; quads--, index += 4, h += per_quad) {
         __m512i l0 = load512(lines + line * index[0]), l1 = load512(lines + line * index[1]);
         __m512i l2 = load512(lines + line * index[2]), l3 = load512(lines + line * index[3]);
         __m512i a0 = _mm512_unpacklo_epi8(l0, l1), a1 = _mm512_unpackhi_epi8(l0, l1);
         __m512i b0 = _mm512_unpacklo_epi8(l2, l3), b1 = _mm512_unpackhi_epi8(l2, l3);
         __m512i v[4] = {_mm512_unpacklo_epi16(a0, b0), _mm512_unpackhi_epi16(a0, b0), _mm512_unpacklo_epi16(a1, b1),
                         _mm512_unpackhi_epi16(a1, b1)};
-        __m512i h = broadcast4(a->h + k);
         for (int i = 0; i < 4; i++) {
-            sum[2 * i] = _mm512_dpbusd_epi32(sum[2 * i], _mm512_and_si512(v[i], nibble), h);
+            __m512i four = broadcast4(h + i * per_block);
+            sum[2 * i] = _mm512_dpbusd_epi32(sum[2 * i], _mm512_and_si512(v[i], nibble), four);
             sum[2 * i + 1] =
-                _mm512_dpbusd_epi32(sum[2 * i + 1], _mm512_and_si512(_mm512_srli_epi16(v[i], 4), nibble), h);
+                _mm512_dpbusd_epi32(sum[2 * i + 1], _mm512_and_si512(_mm512_srli_epi16(v[i], 4), nibble), four);
         }
     }
-    for (int i = 0; i < 8; i++) {
-        __m512 d = _mm512_mul_ps(load_f16x16(scales + 32 * i), _mm512_set1_ps(a->scale));
-        __m512 total = _mm512_loadu_ps(y + 16 * i);
-        _mm512_storeu_ps(y + 16 * i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), d, total));
+}
+
+static inline void add_scaled(__m512i sum, __m512 scale, float *y) {
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(y)));
+}
+
+/* 128 outputs of one group of 32 neurons: y += scale * (sum over the active neurons). */
+static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
+    __m512i sum[8];
+    for (int i = 0; i < 8; i++)
+        sum[i] = _mm512_set1_epi32(a->corr);
+    down_sums(lines, line, a->index, a->quads, a->h, 4, 0, sum);
+    for (int i = 0; i < 8; i++)
+        add_scaled(sum[i], _mm512_mul_ps(load_f16x16(scales + 32 * i), _mm512_set1_ps(a->scale)), y + 16 * i);
+}
+
+/* The same over Down transposed. w: of the chunk's first block on. */
+static inline void transposed_chunk(const uint8_t *lines, size_t line, const st_fired *a, const block_weights *w,
+                                    int first, float *y) {
+    __m512i sum[8];
+    for (int i = 0; i < 8; i++)
+        sum[i] = _mm512_set1_epi32(w->corr[first + i / 2]);
+    down_sums(lines, line, a->index, a->quads, w->h[0][first], sizeof w->h[0], 4, sum);
+    for (int i = 0; i < 8; i++)
+        add_scaled(sum[i], _mm512_set1_ps(w->scale[first + i / 2]), y + 16 * i);
+}
+
+/* The weights of the first `count` blocks, at most 16. scales: of the group's first neuron, `stride` bytes a neuron.
+ * The absolute values order as integers, NaN above all. */
+static inline void weigh_blocks(const uint8_t *scales, size_t stride, int64_t count, const st_fired *a,
+                                block_weights *w) {
+    const __m512i absolute = _mm512_set1_epi32(0x7fffffff), byte = _mm512_set1_epi32(255);
+    const __mmask16 mask = first_lanes(count);
+    __m512 product[32];
+    __m512i top = _mm512_setzero_si512(), sum = top;
+    for (int k = 0; k < 4 * a->quads; k++) {
+        __m256i d = _mm256_maskz_loadu_epi16(mask, scales + stride * a->index[k]);
+        product[k] = _mm512_mul_ps(_mm512_cvtph_ps(d), _mm512_set1_ps(a->h[k]));
+        top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(product[k]), absolute));
     }
+    __m512 amax = _mm512_castsi512_ps(top);
+    __mmask16 some = _mm512_cmp_ps_mask(amax, _mm512_setzero_ps(), _CMP_GT_OQ);
+    __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127), amax);
+    for (int k = 0; k < 4 * a->quads; k += 4) {
+        __m512i q[4];
+        for (int j = 0; j < 4; j++) {
+            __m512 v = _mm512_mul_ps(product[k + j], inverse);
+            __mmask16 ok = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(127.25f), _CMP_LT_OQ);
+            q[j] = _mm512_maskz_cvtps_epi32(ok, v);
+        }
+        __m512i low = _mm512_or_si512(_mm512_and_si512(q[0], byte), _mm512_slli_epi32(_mm512_and_si512(q[1], byte), 8));
+        __m512i high = _mm512_or_si512(_mm512_and_si512(q[2], byte), _mm512_slli_epi32(q[3], 8));
+        __m512i four = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(8), four);
+        _mm512_storeu_si512(w->h[k / 4], four);
+    }
+    _mm512_storeu_si512(w->corr, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    _mm512_storeu_ps(w->scale, _mm512_div_ps(amax, _mm512_set1_ps(127)));
 }
 
 static inline void add_weighted(float weight, const float *total, float *y) {
@@ -396,6 +448,7 @@ const st_kernels st_kernels_avx512vnni = {
     .rows_q4_0 = rows_q4_0,
     .ffn_q4_0 = ffn_q4_0,
     .down_q4_0 = down_q4_0,
+    .down_transposed_q4_0 = down_transposed_q4_0,
     .activate = st_avx2_activate,
     .attention = attention,
     .attention_q8 = attention_q8,

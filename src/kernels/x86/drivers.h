@@ -4,6 +4,8 @@
  *   store_rows(sum, count, y)                the first `count` rows of a tile
  *   rows_r(R, rows, nb, x, out)              one or two rows
  *   down_chunk(lines, line, scales, a, y)    128 outputs of 32 neurons, added to y
+ *   weigh_blocks(scales, stride, count, a, w), transposed_chunk(lines, line, a, w, first, y)
+ *                                            the same where down is transposed: weights of 16 blocks; 128 outputs
  *   add_weighted(weight, total, y)           y += weight * total of 128 outputs
  *   ACTIVATE                                 the activate of the table
  *   SCORES, scores_h(H, ...), values_h(H, ...)  attention for up to HEADS heads; SCORES positions at a time
@@ -20,30 +22,61 @@ static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_
     }
 }
 
-/* By group, so that a neuron's whole run of bytes is used when it comes. */
-static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                      float weight, float *y) {
+/* 128 outputs of one group, added to y. fired is NULL where down is not transposed; otherwise w holds the weights of this
+ * chunk, which are made here for four chunks at a time: i counts the chunks from the first that is computed. */
+static inline __attribute__((always_inline)) void group_chunk(const uint8_t *down, int64_t groups, size_t line,
+                                                              int64_t g, int64_t chunk, const st_active *active,
+                                                              const st_fired *fired, int64_t i, block_weights *w,
+                                                              float *y) {
+    const uint8_t *lines = down + ((size_t)groups * 4 + 32 * (size_t)g) * line + 64 * chunk;
+    const uint8_t *scales = down + (size_t)g * line * 4;
+    if (!fired) {
+        down_chunk(lines, line, scales + 256 * chunk, active, y);
+        return;
+    }
+    if (i % 4 == 0)
+        weigh_blocks(scales + 8 * chunk, line / 8, (int64_t)line / 16 - 4 * chunk, fired, w);
+    transposed_chunk(lines, line, fired, w, (int)(i % 4) * 4, y);
+}
+
+/* Down in either layout: active, or fired, is NULL. By group, so that a neuron's whole run of bytes is used when it
+ * comes. */
+static inline __attribute__((always_inline)) void down_chunks(const uint8_t *down, int64_t d, int64_t groups,
+                                                              int64_t c0, int64_t c1, const st_active *active,
+                                                              const st_fired *fired, float weight, float *y) {
     size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
     for (int64_t c = c0; c < c1; c += DOWN_CHUNKS, y += DOWN_CHUNKS * ST_DOWN_CHUNK) {
         int64_t n = c1 - c < DOWN_CHUNKS ? c1 - c : DOWN_CHUNKS;
-        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64, *scales = down + c * ST_DOWN_CHUNK * 2;
+        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64;
         float total[DOWN_CHUNKS * ST_DOWN_CHUNK];
+        block_weights w;
         for (int64_t g = 0; g < groups; g++) {
             if (g % ST_FFN_PART == 0)
                 memset(total, 0, (size_t)n * ST_DOWN_CHUNK * sizeof *total);
             for (int64_t i = 0; i < n; i++) {
-                const uint8_t *first = lines + 32 * line * (size_t)g;
                 if (g + 2 < groups)
-                    prefetch_neurons(first + 64 * line, line, n, a + g + 2, i);
-                if (a[g].quads)
-                    down_chunk(first + 64 * i, line, scales + (size_t)g * line * 4 + 256 * i, a + g,
-                               total + i * ST_DOWN_CHUNK);
+                    prefetch_neurons(lines + 32 * line * (size_t)(g + 2), line, n,
+                                     active ? active[g + 2].index : fired[g + 2].index,
+                                     active ? active[g + 2].quads : fired[g + 2].quads, i);
+                if (active ? active[g].quads : fired[g].quads)
+                    group_chunk(down, groups, line, g, c + i, active ? active + g : NULL, fired ? fired + g : NULL, i,
+                                &w, total + i * ST_DOWN_CHUNK);
             }
             if ((g + 1) % ST_FFN_PART == 0 || g + 1 == groups)
                 for (int64_t i = 0; i < n; i++)
                     add_weighted(weight, total + i * ST_DOWN_CHUNK, y + i * ST_DOWN_CHUNK);
         }
     }
+}
+
+static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                      float weight, float *y) {
+    down_chunks(down, d, groups, c0, c1, a, NULL, weight, y);
+}
+
+static void down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                                 const st_fired *a, float weight, float *y) {
+    down_chunks(down, d, groups, c0, c1, NULL, a, weight, y);
 }
 
 /* Share `step` of `steps` of what stage[1] of ffn_q4_0 will need: up's rows and down's of the neurons that fire, and
@@ -85,7 +118,7 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
             }
             for (int64_t i = share(chunks, step, steps); i < share(chunks, step + 1, steps); i++) {
                 const uint8_t *lines = down->down + ((size_t)groups * 4 + 32 * (size_t)down->group) * line + 64 * i;
-                prefetch_neurons(lines + 64, line, 1, &down->active, 0);
+                prefetch_neurons(lines + 64, line, 1, down->active.index, down->active.quads, 0);
                 down_chunk(lines, line, down->down + (size_t)down->group * line * 4 + 256 * i, &down->active,
                            down->y + i * ST_DOWN_CHUNK);
             }

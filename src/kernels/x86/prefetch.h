@@ -21,11 +21,13 @@ static inline void prefetch_ahead(const uint8_t *p, int bytes) {
 }
 
 /* Share i of n of the down rows of a group's active neurons, n chunks of each. lines: the group's first row; line:
- * bytes of a row. A share at a time, between computations: a burst would fill the reorder buffer and stall them. */
-static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n, const st_active *a, int64_t i) {
-    for (int64_t k = 4 * a->quads * i / n; k < 4 * a->quads * (i + 1) / n; k++)
+ * bytes of a row; index[4 * quads]. A share at a time, between computations: a burst would fill the reorder buffer and
+ * stall them. */
+static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n, const uint8_t *index, int quads,
+                                    int64_t i) {
+    for (int64_t k = 4 * quads * i / n; k < 4 * quads * (i + 1) / n; k++)
         for (int64_t j = 0; j < n; j++)
-            _mm_prefetch((const char *)lines + line * a->index[k] + 64 * j, _MM_HINT_T0);
+            _mm_prefetch((const char *)lines + line * index[k] + 64 * j, _MM_HINT_T0);
 }
 
 /* Bytes that may start and end anywhere in a cache line, into the second-level cache or into the first. */

@@ -331,41 +331,101 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
         out[r] = sum8(sum[r]);
 }
 
-/* Half (lanes 2*half, 2*half + 1) of 128 outputs of one group of 32 neurons: y += scale * (sum over the active
- * neurons) for outputs 16 * i + 8 * half and the seven after it. */
-static inline void down_half(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int half,
-                             float *y) {
+/* Half (32 bytes of the lines) of 128 outputs of one group of 32 neurons: out[i] are the sums of outputs 16 * i + 8 *
+ * half and the seven after it. h: what the nibbles of a quad's four neurons are multiplied by in outputs 32 * v .. 32 *
+ * v + 31 stands at per_quad * quad + per_block * v. */
+static inline __attribute__((always_inline)) void down_sums(const uint8_t *lines, size_t line, const uint8_t *index,
+                                                            int quads, const int8_t *h, int per_quad, int per_block,
+                                                            __m256i out[8]) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i sum[8];
-    lines += 32 * half;
-    scales += 16 * half;
     for (int i = 0; i < 8; i++)
         sum[i] = _mm256_setzero_si256();
-    for (int k = 0; k < 4 * a->quads; k += 4) {
-        const uint8_t *index = a->index + k;
+    for (; quads > 0; quads--, index += 4, h += per_quad) {
         __m256i l0 = load256(lines + line * index[0]), l1 = load256(lines + line * index[1]);
         __m256i l2 = load256(lines + line * index[2]), l3 = load256(lines + line * index[3]);
         __m256i a0 = _mm256_unpacklo_epi8(l0, l1), a1 = _mm256_unpackhi_epi8(l0, l1);
         __m256i b0 = _mm256_unpacklo_epi8(l2, l3), b1 = _mm256_unpackhi_epi8(l2, l3);
         __m256i v[4] = {_mm256_unpacklo_epi16(a0, b0), _mm256_unpackhi_epi16(a0, b0), _mm256_unpacklo_epi16(a1, b1),
                         _mm256_unpackhi_epi16(a1, b1)};
-        __m256i h = broadcast4(a->h + k);
         for (int i = 0; i < 4; i++) {
-            sum[2 * i] = DOT(sum[2 * i], _mm256_and_si256(v[i], nibble), h);
-            sum[2 * i + 1] = DOT(sum[2 * i + 1], _mm256_and_si256(_mm256_srli_epi16(v[i], 4), nibble), h);
+            __m256i four = broadcast4(h + i * per_block);
+            sum[2 * i] = DOT(sum[2 * i], _mm256_and_si256(v[i], nibble), four);
+            sum[2 * i + 1] = DOT(sum[2 * i + 1], _mm256_and_si256(_mm256_srli_epi16(v[i], 4), nibble), four);
         }
     }
-    for (int i = 0; i < 8; i++) {
-        __m256i s = _mm256_add_epi32(TO_I32(sum[i]), _mm256_set1_epi32(a->corr));
-        __m256 d = _mm256_mul_ps(load_f16x8(scales + 32 * i), _mm256_set1_ps(a->scale));
-        float *out = y + 16 * i + 8 * half;
-        _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, _mm256_loadu_ps(out)));
+    for (int i = 0; i < 8; i++)
+        out[i] = TO_I32(sum[i]);
+}
+
+static inline void add_scaled(__m256i sum, int32_t start, __m256 scale, float *y) {
+    sum = _mm256_add_epi32(sum, _mm256_set1_epi32(start));
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(y)));
+}
+
+/* 128 outputs of one group of 32 neurons: y += scale * (sum over the active neurons). */
+static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
+    for (int half = 0; half < 2; half++, lines += 32, scales += 16, y += 8) {
+        __m256i sum[8];
+        down_sums(lines, line, a->index, a->quads, a->h, 4, 0, sum);
+        for (int i = 0; i < 8; i++)
+            add_scaled(sum[i], a->corr, _mm256_mul_ps(load_f16x8(scales + 32 * i), _mm256_set1_ps(a->scale)),
+                       y + 16 * i);
     }
 }
 
-static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
-    down_half(lines, line, scales, a, 0, y);
-    down_half(lines, line, scales, a, 1, y);
+/* The same over Down transposed. w: of the chunk's first block on. */
+static inline void transposed_chunk(const uint8_t *lines, size_t line, const st_fired *a, const block_weights *w,
+                                    int first, float *y) {
+    for (int half = 0; half < 2; half++, lines += 32, y += 8) {
+        __m256i sum[8];
+        down_sums(lines, line, a->index, a->quads, w->h[0][first], sizeof w->h[0], 4, sum);
+        for (int i = 0; i < 8; i++)
+            add_scaled(sum[i], w->corr[first + i / 2], _mm256_set1_ps(w->scale[first + i / 2]), y + 16 * i);
+    }
+}
+
+/* Weights of 8 blocks, or of the 4 that are left, in lanes `lane` and following of w. The absolute values order as
+ * integers, NaN above all. */
+static inline void weigh_blocks8(const uint8_t *scales, size_t stride, int64_t count, const st_fired *a, int lane,
+                                 block_weights *w) {
+    const __m256i absolute = _mm256_set1_epi32(0x7fffffff), byte = _mm256_set1_epi32(255);
+    __m256 product[32];
+    __m256i top = _mm256_setzero_si256(), sum = top;
+    for (int k = 0; k < 4 * a->quads; k++) {
+        const __m128i *p = (const __m128i *)(scales + stride * a->index[k]);
+        __m128i d = count >= 8 ? _mm_loadu_si128(p) : _mm_loadl_epi64(p);
+        product[k] = _mm256_mul_ps(_mm256_cvtph_ps(d), _mm256_set1_ps(a->h[k]));
+        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(product[k]), absolute));
+    }
+    __m256 amax = _mm256_castsi256_ps(top);
+    __m256 some = _mm256_cmp_ps(amax, _mm256_setzero_ps(), _CMP_GT_OQ);
+    __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127), amax));
+    for (int k = 0; k < 4 * a->quads; k += 4) {
+        __m256i q[4];
+        for (int j = 0; j < 4; j++) {
+            __m256 v = _mm256_mul_ps(product[k + j], inverse);
+            __m256 size = _mm256_and_ps(v, _mm256_castsi256_ps(absolute));
+            __m256 ok = _mm256_cmp_ps(size, _mm256_set1_ps(127.25f), _CMP_LT_OQ);
+            q[j] = _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_castps_si256(ok));
+            sum = _mm256_add_epi32(sum, q[j]);
+        }
+        __m256i low = _mm256_or_si256(_mm256_and_si256(q[0], byte), _mm256_slli_epi32(_mm256_and_si256(q[1], byte), 8));
+        __m256i high = _mm256_or_si256(_mm256_and_si256(q[2], byte), _mm256_slli_epi32(q[3], 8));
+        _mm256_storeu_si256((__m256i *)w->h[k / 4][lane], _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+    }
+    sum = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sum, 3));
+    _mm256_storeu_si256((__m256i *)(w->corr + lane), sum);
+    _mm256_storeu_ps(w->scale + lane, _mm256_div_ps(amax, _mm256_set1_ps(127)));
+}
+
+/* The weights of the first `count` blocks, a multiple of 4, at most 16 of them. scales: of the group's first neuron,
+ * `stride` bytes a neuron. */
+static inline void weigh_blocks(const uint8_t *scales, size_t stride, int64_t count, const st_fired *a,
+                                block_weights *w) {
+    weigh_blocks8(scales, stride, count, a, 0, w);
+    if (count > 8)
+        weigh_blocks8(scales + 16, stride, count - 8, a, 8, w);
 }
 
 static inline void add_weighted(float weight, const float *total, float *y) {
@@ -550,6 +610,7 @@ const st_kernels ST_TABLE = {
     .rows_q4_0 = rows_q4_0,
     .ffn_q4_0 = ffn_q4_0,
     .down_q4_0 = down_q4_0,
+    .down_transposed_q4_0 = down_transposed_q4_0,
     .activate = activate,
     .attention = attention,
     .attention_q8 = attention_q8,
