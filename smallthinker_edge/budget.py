@@ -164,11 +164,13 @@ def make_plan(
     if slot_bytes:
         skip |= {name for name in file.tensors if name.endswith("_exps.weight")}
     widths = 3 * config.d_model + 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    neuron = 6 if config.down_transposed else 3  # bytes of what a neuron of a used expert gives to down
     parts = {
         "process and tokenizer": psutil.Process().memory_info().rss,
         "dense weights" if slot_bytes else "weights": sum(i.nbytes for n, i in file.tensors.items() if n not in skip),
         "KV cache": kv_bytes(config, context, kv),
-        "buffers": batch * (4 * widths + 3 * config.n_experts_used * config.d_ffn + 8 * scores) + 4 * config.vocab_size,
+        "buffers": batch * (4 * widths + neuron * config.n_experts_used * config.d_ffn + 8 * scores)
+        + 4 * config.vocab_size,
         "margin": MARGIN,
     }
     experts = config.n_layers * config.n_experts

@@ -29,7 +29,8 @@ from smallthinker_edge.config import ModelConfig, tensor_name
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.loader import TYPE_NUMBER
 
-LAYOUT = "tile16-2"
+# By whether down is transposed: the experts of such files kept their GGUF rows in "tile16-2".
+LAYOUTS = {False: "tile16-2", True: "tile16-3"}
 ALIGN = 4096
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # Bytes and weights of a block of each type (FORMATS of GGUF).
@@ -53,6 +54,7 @@ class ExpertLayout:
     d_ffn: int
     types: tuple[str, str, str]
     interleaved: bool
+    transposed: bool
     sizes: tuple[int, int, int]
 
     @classmethod
@@ -60,9 +62,9 @@ class ExpertLayout:
         gate, up, down = infos
         types = (gate.type, up.type, down.type)
         # The rule of Engine.expert_layout: everything else stays in GGUF rows.
-        interleaved = set(types) == {"Q4_0"} and not config.down_transposed and config.d_ffn % 32 == 0
+        interleaved = set(types) == {"Q4_0"} and config.d_ffn % 32 == 0
         sizes = (gate.nbytes // config.n_experts, up.nbytes // config.n_experts, down.nbytes // config.n_experts)
-        return cls(config.d_model, config.d_ffn, types, interleaved, sizes)
+        return cls(config.d_model, config.d_ffn, types, interleaved, config.down_transposed, sizes)
 
     @property
     def ends(self) -> tuple[int, int, int]:
@@ -82,7 +84,7 @@ class ExpertLayout:
             [
                 kernels.pack_tile16(TYPE_NUMBER["Q4_0"], gate, self.d_ffn, self.d_model),
                 kernels.pack_rows(up, self.d_ffn, self.d_model),
-                kernels.pack_down(down, self.d_model, self.d_ffn),
+                kernels.pack_down(down, self.d_model, self.d_ffn, self.transposed),
             ]
         )
 
@@ -95,7 +97,7 @@ class ExpertLayout:
         return (
             kernels.unpack_tile16(q4_0, np.ascontiguousarray(blob[:gate_end]), self.d_ffn, self.d_model),
             kernels.pack_rows(np.ascontiguousarray(blob[gate_end:up_end]), self.d_ffn, self.d_model, True),
-            kernels.unpack_down(np.ascontiguousarray(blob[up_end:down_end]), self.d_model, self.d_ffn),
+            kernels.unpack_down(np.ascontiguousarray(blob[up_end:down_end]), self.d_model, self.d_ffn, self.transposed),
         )
 
 
@@ -115,8 +117,8 @@ class PackedFile:
     def __init__(self, gguf: GGUFFile) -> None:
         self.container = gguf
         self.path, self.paths = gguf.path, gguf.paths
-        if gguf.metadata["stpk.layout"] != LAYOUT:
-            raise self._error("stpk.layout", f"is {gguf.metadata['stpk.layout']!r}, this version reads {LAYOUT!r}")
+        if gguf.metadata["stpk.layout"] not in LAYOUTS.values():
+            raise self._layout_error(" or ".join(map(repr, LAYOUTS.values())))
         self.metadata = {key: value for key, value in gguf.metadata.items() if not key.startswith("stpk.")}
         self.tensors: dict[str, TensorInfo] = {}
         try:
@@ -134,6 +136,10 @@ class PackedFile:
 
     def _error(self, field: str, message: str) -> ModelFormatError:
         return ModelFormatError(message, path=self.path, field=field)
+
+    def _layout_error(self, known: str) -> ModelFormatError:
+        found = self.container.metadata["stpk.layout"]
+        return self._error("stpk.layout", f"is {found!r}, this version reads {known}: pack the model again")
 
     def _check_dense(self) -> None:
         for name, info in self.tensors.items():
@@ -189,6 +195,9 @@ class PackedFile:
     def experts(self, config: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
         """(offset of every expert's blob [L * E], bytes of one blob); checks that all are there and aligned."""
         offsets, size = [], 0
+        if self.container.metadata["stpk.layout"] != LAYOUTS[config.down_transposed]:
+            kind = "transposed" if config.down_transposed else "ordinary"
+            raise self._layout_error(f"{LAYOUTS[config.down_transposed]!r} for a model with {kind} down")
         for layer in range(config.n_layers):
             name = blob_name(layer)
             info = self.container.tensors.get(name)
@@ -366,7 +375,7 @@ def _header(
     table = [[i.name, i.type, list(i.shape), i.offset, i.nbytes] for i in gguf.tensors.values()]
     entries += [
         _text("general.alignment") + struct.pack("<II", U32, ALIGN),
-        _string_entry("stpk.layout", LAYOUT),
+        _string_entry("stpk.layout", LAYOUTS[config.down_transposed]),
         _string_entry("stpk.source_tensors", json.dumps(table, separators=(",", ":"))),
         _string_entry("stpk.source_layout", source),
         _u32_array_entry("stpk.crc32", sums),

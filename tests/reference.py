@@ -156,9 +156,10 @@ class Reference:
         # [E, d, f] is the ordinary layout, also where d == f and the shape cannot tell.
         transposed = down.shape[1] != h.shape[1]
         y = np.zeros_like(h)
-        # The sparse kernels want all three in Q4_0, and down in the ordinary layout.
+        # The sparse kernels want all three in Q4_0. Where down is transposed, an engine rounds what a neuron gives to
+        # each block of 32 outputs; here it is rounded once, to bytes of 32 neurons as well.
         names = [f"blk.{layer}.ffn_{m}_exps.weight" for m in ("gate", "up", "down")]
-        sparse = self.rounding and not transposed and all(self.types[name] == "Q4_0" for name in names)
+        sparse = self.rounding and all(self.types[name] == "Q4_0" for name in names)
         h = stored(h, "q8_0") if sparse else h
         for expert in np.unique(chosen):
             rows, slot = np.nonzero(chosen == expert)

@@ -100,8 +100,11 @@ def test_quantised_activations_stay_close_to_the_reference(variant: str, table: 
 
 
 @pytest.mark.parametrize("table", kernels.tables())
-def test_logits_do_not_depend_on_threads_or_chunks(path: str, table: str) -> None:
+@pytest.mark.parametrize("variant", ["plain", "transposed down"])
+def test_logits_do_not_depend_on_threads_or_chunks(path: str, variant: str, table: str, tmp_path: Path) -> None:
     ids = tokens(600 if table != "ref" else 150)
+    if VARIANTS[variant]:
+        path = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant] | {"window": 64, "d_ffn": 224})
     expected = open_session(path, table=table).decode(ids, all_logits=True)
     assert np.isfinite(expected).all()
     for threads, batch in ((2, 512), (3, 7), (2, 1), (4, 64)):

@@ -363,15 +363,18 @@ def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_
         assert np.abs(m.check() - s.max(1)).max() < 1e-3
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("silent", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize(("d", "f"), [(32, 32), (96, 64), (160, 224), (1536, 384)])
-def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(name: str, d: int, f: int, silent: float) -> None:
+def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(
+    name: str, d: int, f: int, silent: float, transposed: bool
+) -> None:
     table, padded = Table(name), -(-d // 128) * 128
     gate, up, down = weights(2, f, d, 1)[0], weights(2, f, d, 2)[0], weights(2, d, f, 3)[0]
     tiles, rows, lines = (
         kernels.pack_tile16(2, gate, f, d),
         kernels.pack_rows(up, f, d),
-        kernels.pack_down(down, d, f),
+        kernels.pack_down(down, d, f, transposed),
     )
     xq = quantized(name, inputs("normal", (1, d)))
     if silent:  # scales of zero: neurons of which the gate is 0
@@ -381,31 +384,36 @@ def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(name: str, d: int
     g, values = np.empty(f, np.float32), np.empty(f, np.float32)
     table.gemm(2, tiles, f, d, 0, -(-f // 16), xq, g, f)
     table.rows(rows, d, np.arange(f, dtype=np.int32), xq[0], values)
-    active = activated(name, g, np.where(g > 0, values, 0).astype(np.float32))
+    values = np.where(g > 0, values, 0).astype(np.float32)
+    active = fired(g, values) if transposed else activated(name, g, values)
+    run_down = table.down_transposed if transposed else table.down
     for g0 in range(0, f // 32, kernels.FFN_PART):
         g1 = min(g0 + kernels.FFN_PART, f // 32)
         y = Guarded(padded)
         y.inner[:] = 0
-        table.ffn(tiles, rows, lines, d, f, xq[0], g0, g1, y.inner)
-        part = np.zeros(f // 32, ACTIVE)
+        table.ffn(tiles, rows, lines, d, f, xq[0], g0, g1, y.inner, transposed)
+        part = np.zeros(f // 32, active.dtype)
         part[g0:g1] = active[g0:g1]
         alone = np.zeros(padded, np.float32)
-        table.down(lines, d, f, 0, padded // 128, part, 1.0, alone)
+        run_down(lines, d, f, 0, padded // 128, part, 1.0, alone)
         assert np.array_equal(y.check(), alone)
 
 
-def test_down_weights_each_part_by_itself(name: str) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_down_weights_each_part_by_itself(name: str, transposed: bool) -> None:
     """The sum over a token's experts must not depend on whether it is computed alone (by parts) or in a prompt."""
     d, f, table = 160, 32 * (kernels.FFN_PART + 1), Table(name)
-    lines = kernels.pack_down(weights(2, d, f)[0], d, f)
-    active = activated(name, inputs("normal", (f,), 1), inputs("normal", (f,), 2))
+    lines = kernels.pack_down(weights(2, d, f)[0], d, f, transposed)
+    g, up = inputs("normal", (f,), 1), inputs("normal", (f,), 2)
+    active = fired(g, up) if transposed else activated(name, g, up)
+    run_down = table.down_transposed if transposed else table.down
     whole = inputs("normal", (256,), 3)
     y = whole.copy()
-    table.down(lines, d, f, 0, 2, active, 0.3, whole)
+    run_down(lines, d, f, 0, 2, active, 0.3, whole)
     for part in (slice(0, kernels.FFN_PART), slice(kernels.FFN_PART, None)):
-        some, sums = np.zeros(len(active), ACTIVE), np.zeros(256, np.float32)
+        some, sums = np.zeros(len(active), active.dtype), np.zeros(256, np.float32)
         some[part] = active[part]
-        table.down(lines, d, f, 0, 2, some, 1.0, sums)
+        run_down(lines, d, f, 0, 2, some, 1.0, sums)
         table.axpy(0.3, sums, y)
     assert np.array_equal(y, whole)
 

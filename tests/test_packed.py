@@ -72,9 +72,36 @@ def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> Non
     monkeypatch.setattr("smallthinker_edge.model.Engine", PagingEngine)
 
 
+def test_old_files_whose_down_is_transposed_are_refused(tmp_path: Path, stpk: str) -> None:
+    """They hold GGUF rows, under the name that is still that of the others' layout."""
+    target = tmp_path / "m.stpk"
+    packed.pack(write_model(tmp_path / "m.gguf", **SHAPE | {"down_transposed": True}), target)
+    assert b"tile16-3" in target.read_bytes()
+    assert b"tile16-2" in Path(stpk).read_bytes()
+    target.write_bytes(target.read_bytes().replace(b"tile16-3", b"tile16-2"))
+    for open_ in (SmallThinker, packed.verify, lambda path: packed.unpack(path, tmp_path / "back.gguf")):
+        with pytest.raises(ModelFormatError, match=r"stpk\.layout.*tile16-2.*transposed down: pack the model again"):
+            open_(target)
+    assert not (tmp_path / "back.gguf").exists()
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize(("slots", "io_threads"), [(16, 1), (20, 2), (40, 4), (64, 1)])
 def test_logits_do_not_depend_on_slots_and_reading_ahead(
+    gguf: str, stpk: str, slots: int, io_threads: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_logits_at_slots(gguf, stpk, slots, io_threads, ahead, monkeypatch)
+
+
+def test_logits_do_not_depend_on_slots_where_down_is_transposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write_model(tmp_path / "m.gguf", **SHAPE | {"down_transposed": True}), tmp_path / "m.stpk"
+    packed.pack(source, target)
+    check_logits_at_slots(source, str(target), 16, 2, 1, monkeypatch)
+
+
+def check_logits_at_slots(
     gguf: str, stpk: str, slots: int, io_threads: int, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SmallThinker(gguf) as model:

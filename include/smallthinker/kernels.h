@@ -9,17 +9,19 @@
 #define ST_ATTN_CHUNK 256 /* positions of one attention unit */
 #define ST_FFN_PART 6     /* groups of 32 neurons whose down is summed before it is weighted */
 
-/* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first five fields. */
+/* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first six fields. */
 typedef struct st_neurons {
     const uint8_t *gate; /* their two tiles of Tile16 */
     const uint8_t *up;   /* the expert's up, Rows layout */
-    const uint8_t *down; /* the expert's down, Down layout */
+    const uint8_t *down; /* the expert's down, Down layout or Down transposed */
+    int transposed;      /* which of them */
     float *y;            /* [d in whole chunks] what their down is added to */
     int64_t group;       /* which 32 neurons of the expert */
     int64_t fired;       /* neurons whose gate is not <= 0 */
     int32_t index[32];   /* those, counted over the expert */
     float g[32];
-    st_active active;
+    st_active active; /* what they give to Down */
+    st_fired output;  /* and to Down transposed */
 } st_neurons;
 
 typedef struct st_kernels {

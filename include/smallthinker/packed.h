@@ -45,8 +45,8 @@ typedef enum st_type {
  * by byte leaves in vector registers of any width. A neuron's row is contiguous because skipping the silent ones
  * then reads long runs: measured on DRAM, 38 % of the rows, two threads: 18 GB/s in runs of 64 bytes, 25 in 384.
  *
- * Down transposed, Q4_0, of files that quantise a neuron's down along the outputs: as large, and the nibbles stand as in
- * Down; but the scales are uint16 scale[f][dp/32], a neuron's own. */
+ * Down transposed, Q4_0, of files that quantise a neuron's down along the outputs: as large, and the nibbles stand as
+ * in Down; but the scales are uint16 scale[f][dp/32], a neuron's own. */
 
 /* Activations, Q8_0: 128 columns. q[0][b][i] is column 32*b + i, q[1][b][i] column 32*b + 16 + i.
  * corr[4*b] = -8 * (sum of block b), the other corr are 0; scale[4*b .. 4*b+3] all hold the block's scale.

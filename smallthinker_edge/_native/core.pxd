@@ -54,12 +54,14 @@ cdef extern from "smallthinker/kernels.h" nogil:
         const uint8_t *gate
         const uint8_t *up
         const uint8_t *down
+        int transposed
         float *y
         int64_t group
         int64_t fired
         int32_t index[32]
         float g[32]
         st_active active
+        st_fired output
     ctypedef struct st_kernels:
         const char *name
         void (*quantize)(const float *x, int64_t cols, st_q8x4 *out) noexcept nogil

@@ -204,7 +204,10 @@ cdef class Engine:
         c.rope_window = c.rope
         if self.config.rope_theta_swa != self.config.rope_theta and any(self.config.window_layout):
             c.rope_window = <float *>self.arena.take(n * c.rope_half * 8)
-        c.active = <st_active *>self.arena.take(n * s.used * s.groups * sizeof(st_active))
+        if s.down_transposed:
+            c.fired = <st_fired *>self.arena.take(n * s.used * s.groups * sizeof(st_fired))
+        else:
+            c.active = <st_active *>self.arena.take(n * s.used * s.groups * sizeof(st_active))
         c.parts = <float *>self.arena.take(s.used * s.ffn_parts * s.d_padded * 4)
         c.h = <float *>self.arena.take(n * s.used * s.f * 4)
         for i in range(self.threads):
@@ -347,7 +350,10 @@ cdef class Engine:
                 if layer.expert_layout == EXPERT_PACKED:
                     st_pack_tile16(ST_Q4_0, &g[e * gs], s.f, s.d, blob, 0, tiles)
                     st_pack_rows_q4_0(&u[e * us], s.f, s.d, blob + gate_bytes)
-                    st_pack_down_q4_0(&d[e * ds], s.d, s.f, blob + gate_bytes + us)
+                    if s.down_transposed:
+                        st_pack_down_transposed_q4_0(&d[e * ds], s.d, s.f, blob + gate_bytes + us)
+                    else:
+                        st_pack_down_q4_0(&d[e * ds], s.d, s.f, blob + gate_bytes + us)
                 else:
                     memcpy(blob, &g[e * gs], gs)
                     memcpy(blob + gs, &u[e * us], us)
@@ -433,7 +439,7 @@ cdef class Engine:
 
     cdef int expert_layout(self, Layer *layer) noexcept:
         cdef Shape *s = &self.call.s
-        if (not self.exact and not s.down_transposed and s.f % 32 == 0
+        if (not self.exact and s.f % 32 == 0
                 and layer.gate_type == layer.up_type == layer.down_type == ST_Q4_0):
             return EXPERT_PACKED
         return EXPERT_ROWS

@@ -27,8 +27,11 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
         memcpy(n.g, s.gate + i * 32, 32 * sizeof(float))
         st_neurons_choose(n)
         c.kernels.rows_q4_0(rows, c.s.nb_d, n.index, n.fired, s.rows[c.s.batch + i], value)
-        st_neurons_spread(n, value, up)
-        c.kernels.activate(n.g, up, c.active + slots[i] * c.s.groups + g)
+        if c.s.down_transposed:
+            st_neurons_multiply(n, value, c.fired + slots[i] * c.s.groups + g)
+        else:
+            st_neurons_spread(n, value, up)
+            c.kernels.activate(n.g, up, c.active + slots[i] * c.s.groups + g)
 
 
 cdef void ffn_step(Call *c, Scratch *s) noexcept nogil:
@@ -50,7 +53,7 @@ cdef void ffn_part(Call *c, const uint8_t *blob, int64_t i, int64_t part, int64_
         steps[0] += 1
         n.gate = blob + 2 * g * tile_bytes
         n.up = packed_up(c, blob)
-        n.down = packed_down(c, blob)
+        n.down, n.transposed = packed_down(c, blob), c.s.down_transposed
         n.y, n.group = y, g
         s.stage[0] = n
         ffn_step(c, s)
@@ -93,9 +96,14 @@ cdef void down_packed(Call *c, const uint8_t *blob, int64_t e, int64_t unit) noe
     cdef int64_t c0 = unit * c.s.down_step, c1 = min(c0 + c.s.down_step, (c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
     cdef int32_t *slots = c.list_slot + c.list_start[e]
     cdef const uint8_t *down = packed_down(c, blob)
+    cdef float *x
     for i in range(m):
-        c.kernels.down_q4_0(down, c.s.d, groups, c0, c1, c.active + slots[i] * groups, c.weight[slots[i]],
-                            c.x + slots[i] // c.s.used * c.s.d_padded + c0 * ST_DOWN_CHUNK)
+        x = c.x + slots[i] // c.s.used * c.s.d_padded + c0 * ST_DOWN_CHUNK
+        if c.s.down_transposed:
+            c.kernels.down_transposed_q4_0(down, c.s.d, groups, c0, c1, c.fired + slots[i] * groups,
+                                           c.weight[slots[i]], x)
+        else:
+            c.kernels.down_q4_0(down, c.s.d, groups, c0, c1, c.active + slots[i] * groups, c.weight[slots[i]], x)
 
 
 cdef bint silent(Call *c, const int32_t *slots, int64_t m, int64_t n) noexcept nogil:

@@ -117,6 +117,7 @@ cdef struct Call:
     float *rope_window    # the same for window layers; rope itself where theta does not differ
     int64_t rope_half
     st_active *active     # [n*K][groups]
+    st_fired *fired       # the same where down is transposed
     float *parts          # [K * ffn_parts][d_padded] of one token: what each part of an expert adds, not yet weighted
     float *h              # [n*K][f], EXPERT_ROWS
     float *logits

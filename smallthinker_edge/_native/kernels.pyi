@@ -43,7 +43,17 @@ class Table:
     ) -> None: ...
     def rows(self, w: Bytes, cols: int, index: npt.NDArray[np.int32], x: Bytes, out: Floats) -> None: ...
     def ffn(
-        self, gate: Bytes, up: Bytes, down: Bytes, d: int, f: int, x: Bytes, g0: int, g1: int, y: Floats
+        self,
+        gate: Bytes,
+        up: Bytes,
+        down: Bytes,
+        d: int,
+        f: int,
+        x: Bytes,
+        g0: int,
+        g1: int,
+        y: Floats,
+        transposed: bool = ...,
     ) -> None: ...
     def down(
         self, w: Bytes, d: int, f: int, c0: int, c1: int, active: npt.NDArray[Any], weight: float, y: Floats

@@ -161,7 +161,7 @@ cdef class Table:
             self.k.rows_q4_0(&w[0], cols // 32, &index[0], index.shape[0], <const st_q8x4 *>&x[0], &out[0])
 
     def ffn(self, const uint8_t[::1] gate, const uint8_t[::1] up, const uint8_t[::1] down, int64_t d, int64_t f,
-            const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y):
+            const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y, bint transposed=False):
         """y += what the groups g0..g1 (32 neurons each) of an expert [f] add to the outputs, one step after another."""
         cdef int64_t g, groups = f // 32, nb = d // 32
         cdef st_neurons[4] neurons
@@ -175,7 +175,7 @@ cdef class Table:
             if g < g1:
                 stage[0] = &neurons[g % 4]
                 stage[0].gate, stage[0].up, stage[0].down = &gate[2 * g * nb * ST_TILE_Q4_0_BYTES], &up[0], &down[0]
-                stage[0].y, stage[0].group = &y[0], g
+                stage[0].transposed, stage[0].y, stage[0].group = transposed, &y[0], g
             self.k.ffn_q4_0(nb, groups, <const st_q8x4 *>&x[0], stage)
             st_neurons_advance(stage)
 

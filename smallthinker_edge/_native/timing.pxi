@@ -105,7 +105,7 @@ cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, const uint8_t *exp
         stage[0] = neurons
         neurons.gate = expert + 2 * group * (d // 32) * ST_TILE_Q4_0_BYTES
         neurons.up, neurons.down = expert + third, expert + 2 * third
-        neurons.y, neurons.group = y, group
+        neurons.transposed, neurons.y, neurons.group = 0, y, group
     k.ffn_q4_0(d // 32, f // 32, x, stage)
     if expert != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))

@@ -244,14 +244,22 @@ static void down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups,
 
 static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
     int64_t padded = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
-    if (stage[3] && stage[3]->active.quads)
+    if (stage[3] && stage[3]->transposed) {
+        for (int64_t b = 0; b < padded / ST_BLOCK && stage[3]->output.quads; b++)
+            transposed_group(stage[3]->down, padded, groups, stage[3]->group, b, &stage[3]->output,
+                             stage[3]->y + b * ST_BLOCK);
+    } else if (stage[3] && stage[3]->active.quads)
         for (int64_t o = 0; o < padded; o++)
             stage[3]->y[o] += down_group(stage[3]->down, padded, groups, stage[3]->group, o, &stage[3]->active);
     if (stage[2]) {
         float value[32], up[32];
         rows_q4_0(stage[2]->up, nb, stage[2]->index, stage[2]->fired, x, value);
-        st_neurons_spread(stage[2], value, up);
-        activate(stage[2]->g, up, &stage[2]->active);
+        if (stage[2]->transposed) {
+            st_neurons_multiply(stage[2], value, &stage[2]->output);
+        } else {
+            st_neurons_spread(stage[2], value, up);
+            activate(stage[2]->g, up, &stage[2]->active);
+        }
     }
     if (stage[0]) {
         gemm_q4_0(stage[0]->gate, 32, nb, 0, 2, &x, 1, stage[0]->g, 32);

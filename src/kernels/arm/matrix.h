@@ -1,17 +1,14 @@
 /* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
  * GEMM_Q4_0, GEMM_Q8_0, GEMM_Q6_K, ROWS_Q4_0, DOWN_Q4_0, DOWN_TRANSPOSED_Q4_0, FFN_Q4_0), says how many TOKENS share
- * one unpacking of the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
- *   columns, load_columns(q, lane)     32 quantised columns of one token
- *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
- *   FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j] * (column 4 * i + j of x)
- *   NEXT(sum, w, x, i)                 adds such a product, at most seven times
- *   EMPTY(start), NEXT_SAME(.., w, h)  the same for four values h that are repeated in every 32-bit lane
- *   total4(sum, start)                 the four sums, start included once
- *   row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr)
- *                                      whole rows: one block of one row; then four rows' sums. corr: {start, 0, 0, 0}
- *   sum8, ZERO8, dot8(sum, w0, w1, x, i), total8(sum)
- *                                      signed bytes (Q8_0): w0 as in NEXT for i, w1 for i + 1
- * Integer sums are exact and what follows them is one code, so the tables agree bit for bit.
+ * one unpacking of the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start`
+ * = -8 * sum(x): columns, load_columns(q, lane)     32 quantised columns of one token sum4 running sums of four outputs
+ * (rows of a tile, outputs of a down line) FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j]
+ * * (column 4 * i + j of x) NEXT(sum, w, x, i)                 adds such a product, at most seven times EMPTY(start),
+ * NEXT_SAME(.., w, h)  the same for four values h that are repeated in every 32-bit lane total4(sum, start) the four
+ * sums, start included once row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr) whole rows: one block of
+ * one row; then four rows' sums. corr: {start, 0, 0, 0} sum8, ZERO8, dot8(sum, w0, w1, x, i), total8(sum) signed bytes
+ * (Q8_0): w0 as in NEXT for i, w1 for i + 1 Integer sums are exact and what follows them is one code, so the tables
+ * agree bit for bit.
  *
  * Hardware prefetchers follow tiles, which stand in order; rows and lines, which skip silent neurons, are asked for
  * ahead. The distance of one step is reasoned, not measured: no board was at hand. */
@@ -238,8 +235,8 @@ MATRIX_LINKAGE void ROWS_Q4_0(const uint8_t *w, int64_t nb, const int32_t *index
 }
 
 /* Lane L (16 bytes) of the lines of one group's active neurons: sums of 2 x 4 x 4 outputs, [2 * v + high], which begin
- * at start[v]. h: what the nibbles of a quad's four neurons are multiplied by in outputs 32 * v .. 32 * v + 31 stands at
- * per_quad * quad + per_block * v. */
+ * at start[v]. h: what the nibbles of a quad's four neurons are multiplied by in outputs 32 * v .. 32 * v + 31 stands
+ * at per_quad * quad + per_block * v. */
 ALWAYS_INLINE void down_sums(const uint8_t *lines, size_t line, const uint8_t *index, int quads, const int8_t *h,
                              int per_quad, int per_block, const int32x4_t start[4], int32x4_t out[8]) {
     const uint8x16_t nibble = vdupq_n_u8(15);
@@ -311,8 +308,8 @@ MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *down, int64_t d, int64_t groups, in
                    y + (c - c0) * ST_DOWN_CHUNK);
 }
 
-/* Where down is transposed, the first 4 blocks of w; scales: theirs of the group's first neuron, `stride` bytes a neuron.
- * The absolute values order as integers, NaN above all. */
+/* Where down is transposed, the first 4 blocks of w; scales: theirs of the group's first neuron, `stride` bytes a
+ * neuron. The absolute values order as integers, NaN above all. */
 static void weigh_blocks4(const uint8_t *scales, size_t stride, const st_fired *a, block_weights *w) {
     float32x4_t product[32];
     int32x4_t top = vdupq_n_s32(0), sum = top;
@@ -378,7 +375,12 @@ MATRIX_LINKAGE void DOWN_TRANSPOSED_Q4_0(const uint8_t *down, int64_t d, int64_t
 /* 128 outputs of the 32 neurons n, added to their y. */
 static void down_neurons(const st_neurons *n, int64_t groups, size_t line, int64_t chunk) {
     const uint8_t *lines = n->down + ((size_t)groups * 4 + 32 * (size_t)n->group) * line + 64 * chunk;
-    const uint8_t *scales = n->down + (size_t)n->group * line * 4 + 2 * ST_DOWN_CHUNK * chunk;
+    const uint8_t *scales = n->down + (size_t)n->group * line * 4;
+    if (n->transposed) {
+        transposed_chunk(lines, line, scales + 8 * chunk, &n->output, n->y + ST_DOWN_CHUNK * chunk);
+        return;
+    }
+    scales += 2 * ST_DOWN_CHUNK * chunk;
     for (int lane = 0; lane < 4; lane++) {
         float32x4_t total[8];
         float *y = n->y + ST_DOWN_CHUNK * chunk + 4 * lane;
@@ -406,7 +408,10 @@ MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_ne
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
-    int64_t fours = up ? (up->fired + 3) / 4 : 0, chunks = down && down->active.quads ? (int64_t)line / 64 : 0;
+    int64_t fours = up ? (up->fired + 3) / 4 : 0, quads = 0;
+    if (down)
+        quads = down->transposed ? down->output.quads : down->active.quads;
+    int64_t chunks = quads ? (int64_t)line / 64 : 0;
     float value[32], spread[32];
     for (int tile = 0; tile < 2; tile++) {
         float32x4_t sum[TOKENS][4];
@@ -434,7 +439,9 @@ MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_ne
     }
     if (gate)
         st_neurons_choose(gate);
-    if (up) {
+    if (up && up->transposed) {
+        st_neurons_multiply(up, value, &up->output);
+    } else if (up) {
         st_neurons_spread(up, value, spread);
         st_neon_activate(up->g, spread, &up->active);
     }

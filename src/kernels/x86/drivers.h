@@ -22,8 +22,8 @@ static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_
     }
 }
 
-/* 128 outputs of one group, added to y. fired is NULL where down is not transposed; otherwise w holds the weights of this
- * chunk, which are made here for four chunks at a time: i counts the chunks from the first that is computed. */
+/* 128 outputs of one group, added to y. fired is NULL where down is not transposed; otherwise w holds the weights of
+ * this chunk, which are made here for four chunks at a time: i counts the chunks from the first that is computed. */
 static inline __attribute__((always_inline)) void group_chunk(const uint8_t *down, int64_t groups, size_t line,
                                                               int64_t g, int64_t chunk, const st_active *active,
                                                               const st_fired *fired, int64_t i, block_weights *w,
@@ -98,9 +98,11 @@ static inline void prefetch_fired(const st_neurons *n, int64_t nb, int64_t group
 static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
-    int64_t chunks = down && down->active.quads ? (int64_t)line / 64 : 0;
+    const st_fired *fired = down && down->transposed ? &down->output : NULL;
+    int64_t chunks = down && (fired ? fired->quads : down->active.quads) ? (int64_t)line / 64 : 0;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
     float value[32], spread[32];
+    block_weights w;
     for (int tile = 0; tile < 2; tile++) {
         VECTOR sum[TILE_VECTORS];
         memset(sum, 0, sizeof sum);
@@ -118,9 +120,10 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
             }
             for (int64_t i = share(chunks, step, steps); i < share(chunks, step + 1, steps); i++) {
                 const uint8_t *lines = down->down + ((size_t)groups * 4 + 32 * (size_t)down->group) * line + 64 * i;
-                prefetch_neurons(lines + 64, line, 1, down->active.index, down->active.quads, 0);
-                down_chunk(lines, line, down->down + (size_t)down->group * line * 4 + 256 * i, &down->active,
-                           down->y + i * ST_DOWN_CHUNK);
+                prefetch_neurons(lines + 64, line, 1, fired ? fired->index : down->active.index,
+                                 fired ? fired->quads : down->active.quads, 0);
+                group_chunk(down->down, groups, line, down->group, i, &down->active, fired, i, &w,
+                            down->y + i * ST_DOWN_CHUNK);
             }
         }
         if (gate)
@@ -128,7 +131,9 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
     }
     if (gate)
         st_neurons_choose(gate);
-    if (up) {
+    if (up && up->transposed) {
+        st_neurons_multiply(up, value, &up->output);
+    } else if (up) {
         st_neurons_spread(up, value, spread);
         ACTIVATE(up->g, spread, &up->active);
     }
