@@ -148,7 +148,7 @@ class Case:
     Attributes:
         kernel: a name of Timer.kernels(). what: where the forward pass uses it.
         rows, cols, tokens: as Timer.run() has them.
-        active: share of the rows that a kernel which skips reads.
+        active: share of the rows that a kernel which skips reads. transposed: the down of ffn_q4_0 is.
         streamed: whether the forward pass reads its operand from memory; then it is timed that way too.
     """
 
@@ -158,6 +158,7 @@ class Case:
     cols: int
     tokens: int = 1
     active: float = 1.0
+    transposed: bool = False
     streamed: bool = True
 
 
@@ -175,8 +176,11 @@ def cases(shape: Shape) -> list[Case]:
         Case("rows_q4_0", f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("rows_q4_0", "up, all", f, d),
         Case("ffn_q4_0", f"expert, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
+        Case("ffn_q4_0", f"transposed down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE, transposed=True),
         Case("down_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("down_q4_0", "down, all", f, d),
+        Case("down_transposed_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
+        Case("down_transposed_q4_0", "down, all", f, d),
         Case("attention", f"{group} heads, 256 positions", group, shape.head_dim, 256),
         Case("attention_q8", f"{group} heads, 256 positions", group, shape.head_dim, 256),
         Case("quantize", "d", 0, d, streamed=False),
@@ -192,7 +196,7 @@ def cases(shape: Shape) -> list[Case]:
 
 
 # Kernels that compute only the active neurons.
-CHOOSING = ("rows_q4_0", "ffn_q4_0", "down_q4_0")
+CHOOSING = ("rows_q4_0", "ffn_q4_0", "down_q4_0", "down_transposed_q4_0")
 
 
 @dataclass(frozen=True)
@@ -226,26 +230,29 @@ def choose_rows(rows: int, share: float, seed: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count]).astype(np.int32)
 
 
-def active_groups(table: str, f: int, chosen: np.ndarray) -> np.ndarray:
-    """What activate() makes of f neurons of which the chosen fire."""
+def active_groups(table: str, f: int, chosen: np.ndarray, transposed: bool = False) -> np.ndarray:
+    """What f neurons of which the chosen fire give to down."""
     gate = np.full(f, -1, np.float32)
     gate[chosen] = np.random.default_rng(1).uniform(0.5, 1, len(chosen))
     up = np.ones(f, np.float32)
-    one = kernels.Table(table).activate
-    return np.array([one(gate[i : i + 32], up[i : i + 32]) for i in range(0, f, 32)], kernels.ACTIVE)
+    one = kernels.multiply if transposed else kernels.Table(table).activate
+    kind = kernels.FIRED if transposed else kernels.ACTIVE
+    return np.array([one(gate[i : i + 32], up[i : i + 32]) for i in range(0, f, 32)], kind)
 
 
 def bytes_of(case: Case) -> int:
-    """Weights, keys or values that one call reads: for kernels that skip, what is left, and all scales of down."""
+    """Weights, keys or values that one call reads: for kernels that skip, what is left, and all scales of down unless
+    each neuron has its own."""
     whole = Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)
     if case.kernel == "rows_q4_0":
         return whole // case.rows * len(choose_rows(case.rows, case.active))
     padded = -(-case.cols // 128) * 128
     active = len(choose_rows(case.rows, case.active))
-    down = case.rows // 32 * padded * 2 + active * padded // 2
+    own_scales = case.transposed or case.kernel == "down_transposed_q4_0"
+    down = (active if own_scales else case.rows) * padded // 16 + active * padded // 2
     if case.kernel == "ffn_q4_0":
         return whole // 3 + whole // 3 // case.rows * active + down
-    if case.kernel == "down_q4_0":
+    if case.kernel.startswith("down"):
         return down
     return whole
 
@@ -256,7 +263,9 @@ def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bo
     items = memory.size // stride if streaming else timer.threads
     view = memory[: items * stride]
     chosen = choose_rows(case.rows, case.active) if case.kernel in CHOOSING else None
-    active = active_groups(table, case.rows, chosen) if case.kernel == "down_q4_0" and chosen is not None else None
+    active = None
+    if case.kernel.startswith("down") and chosen is not None:
+        active = active_groups(table, case.rows, chosen, case.kernel == "down_transposed_q4_0")
 
     def run(first: int, count: int) -> float:
         return timer.run(
@@ -270,6 +279,7 @@ def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bo
             tokens=case.tokens,
             index=chosen if case.kernel in ("rows_q4_0", "ffn_q4_0") else None,
             active=active,
+            transposed=case.transposed,
         )
 
     return 1e9 / rate(run, timer.threads, seconds)

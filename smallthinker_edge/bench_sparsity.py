@@ -19,6 +19,7 @@ from smallthinker_edge._native.kernels import Timer
 from smallthinker_edge.bench import SHAPES, Bytes, Shape, warm_up
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.38, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DOWNS = ("normal", "transposed")
 TOKENS, REPETITIONS = 8, 7
 
 
@@ -31,6 +32,7 @@ class FfnResult:
             None: a plain dense FFN, its three matrices in the dense layout (Tile16), activations quantised between.
         microseconds: the median; weights come from memory, experts that follow one another are never in a cache.
         low, high: the quartiles.
+        down: layout of down where neurons are skipped, "normal" or "transposed"; the dense one is the same for both.
     """
 
     table: str
@@ -40,6 +42,7 @@ class FfnResult:
     microseconds: float
     low: float
     high: float
+    down: str = "normal"
 
 
 def gate_outputs(f: int, share: float) -> np.ndarray:
@@ -73,28 +76,33 @@ def bench_sparsity(
             for count in threads:
                 timer = Timer(table, count)
                 warm_up(timer, memory)
-                times: dict[float | None, list[float]] = {None: [], **{share: [] for share in shares}}
+                dense: list[float] = []
+                sparse: dict[tuple[str, float], list[float]] = {(down, share): [] for down in DOWNS for share in shares}
                 first = 0
                 for _ in range(REPETITIONS):
-                    for share, taken in times.items():
+                    for (down, share), taken in [(("", None), dense), *sparse.items()]:
                         seconds = timer.ffn(
                             *(memory, shape.d_model, shape.d_ffn, shape.n_experts_used),
                             gates[shares[-1] if share is None else share],
                             whole=share is None,
+                            transposed=down == "transposed",
                             first=first,
                             tokens=TOKENS,
                         )
                         taken.append(seconds / TOKENS * 1e6)
                         first += TOKENS * shape.n_experts_used
-                for share, taken in times.items():
-                    low, _, high = statistics.quantiles(taken, n=4)
-                    yield FfnResult(table, shape.name, count, share, statistics.median(taken), low, high)
+                for down in DOWNS:
+                    for share in (None, *shares):
+                        taken = dense if share is None else sparse[down, share]
+                        low, _, high = statistics.quantiles(taken, n=4)
+                        yield FfnResult(table, shape.name, count, share, statistics.median(taken), low, high, down)
 
 
 def crossover(results: Sequence[FfnResult]) -> float | None:
     """The share of active neurons at which the sparse FFN costs what the plain dense one does, by straight lines.
 
-    results: of one table, shape and thread count. None where the sparse one is cheaper at every share measured.
+    results: of one table, shape, thread count and layout of down. None where the sparse one is cheaper at every share
+    measured.
     """
     dense = next(r.microseconds for r in results if r.share is None)
     points = sorted((r.share, r.microseconds) for r in results if r.share is not None)
@@ -106,29 +114,29 @@ def crossover(results: Sequence[FfnResult]) -> float | None:
     return None
 
 
-def groups_of(results: Sequence[FfnResult]) -> dict[tuple[str, str, int], list[FfnResult]]:
-    """The results by (shape, table, threads)."""
-    groups: dict[tuple[str, str, int], list[FfnResult]] = {}
+def groups_of(results: Sequence[FfnResult]) -> dict[tuple[str, str, int, str], list[FfnResult]]:
+    """The results by (shape, table, threads, down)."""
+    groups: dict[tuple[str, str, int, str], list[FfnResult]] = {}
     for result in results:
-        groups.setdefault((result.shape, result.table, result.threads), []).append(result)
+        groups.setdefault((result.shape, result.table, result.threads, result.down), []).append(result)
     return groups
 
 
 def sparsity_table(results: Sequence[FfnResult]) -> str:
     """Markdown: microseconds by share, the dense FFN, and the share at which both cost the same."""
     shares = sorted({result.share for result in results if result.share is not None})
-    head = ["shape", "table", "threads", *(f"{share:.0%}" for share in shares), "dense", "equal at"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * 3 + "|---:" * (len(shares) + 2) + "|"]
-    for (shape, table, threads), group in groups_of(results).items():
+    head = ["shape", "table", "threads", "down", *(f"{share:.0%}" for share in shares), "dense", "equal at"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * 4 + "|---:" * (len(shares) + 2) + "|"]
+    for (shape, table, threads, down), group in groups_of(results).items():
         times = {result.share: f"{result.microseconds:.0f}" for result in group}
         equal = crossover(group)
         cells = [*(times[share] for share in shares), times[None], "never" if equal is None else f"{equal:.0%}"]
-        lines.append(f"| {shape} | {table} | {threads} | " + " | ".join(cells) + " |")
+        lines.append(f"| {shape} | {table} | {threads} | {down} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot_sparsity(results: Sequence[FfnResult], path: str) -> None:
-    """Draws the curves, one panel per shape, into an image file (its ending names the format).
+    """Draws the curves of the normal down, one panel per shape, into an image file (its ending names the format).
 
     Raises ImportError without matplotlib (the [plots] extra).
     """
@@ -138,7 +146,7 @@ def plot_sparsity(results: Sequence[FfnResult], path: str) -> None:
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a third of the size
     from matplotlib import pyplot
 
-    groups = groups_of(results)
+    groups = {key[:3]: group for key, group in groups_of(results).items() if key[3] == "normal"}
     shapes = list(dict.fromkeys(shape for shape, _, _ in groups))
     figure, panels = pyplot.subplots(1, len(shapes), figsize=(5 * len(shapes), 3.6), squeeze=False)
     tables = list(dict.fromkeys(table for _, table, _ in groups))

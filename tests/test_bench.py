@@ -23,7 +23,7 @@ from traffic import Traffic, traffic_of
 
 from smallthinker_edge import bench, bench_sparsity
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
-from smallthinker_edge._native.kernels import ACTIVE, READ_STEP, Timer, tables
+from smallthinker_edge._native.kernels import ACTIVE, FIRED, READ_STEP, Timer, tables
 from smallthinker_edge.cli import main
 from smallthinker_edge.config import ModelConfig
 
@@ -258,6 +258,8 @@ def test_bytes_of_a_case_are_what_its_kernel_reads() -> None:
     assert sizes["rows_q4_0", "up, 38% active"] == 24 * 256 * 18 // 32  # 24 of 64 neurons
     assert sizes["down_q4_0", "down, all"] == 64 * 256 * 18 // 32
     assert sizes["down_q4_0", "down, 38% active"] == 256 * 2 * 2 + 24 * 128
+    assert sizes["down_transposed_q4_0", "down, 38% active"] == 24 * (8 * 2 + 128)
+    assert sizes["ffn_q4_0", "transposed down, 38% active"] == (64 + 24) * 256 * 18 // 32 + 24 * 144
     assert sizes["attention", "2 heads, 256 positions"] == 2 * 2 * 256 * 32
     assert sizes["quantize", "d"] == 0
 
@@ -283,6 +285,10 @@ def test_active_groups_hold_the_chosen_neurons() -> None:
     assert groups.dtype == ACTIVE
     assert groups["count"].sum() == 24
     fired = [32 * g + index for g, group in enumerate(groups) for index in group["index"][: group["count"]]]
+    assert fired == chosen.tolist()
+    groups = bench.active_groups("ref", 96, chosen, transposed=True)
+    assert groups.dtype == FIRED
+    fired = [32 * g + index for g, group in enumerate(groups) for index in group["index"][group["h"] != 0]]
     assert fired == chosen.tolist()
 
 
@@ -327,9 +333,9 @@ def test_bench_sparsity_measures_every_share_and_dense(memory: bench.Bytes) -> N
     results = list(
         bench_sparsity.bench_sparsity(memory, shapes=[TINY], tables=tables(), threads=(1, 2), shares=(0.1, 1.0))
     )
-    assert len(results) == len(tables()) * 2 * 3
+    assert len(results) == len(tables()) * 2 * 2 * 3
     assert all(result.low <= result.microseconds <= result.high for result in results)
-    assert bench_sparsity.sparsity_table(results).count("| tiny |") == len(tables()) * 2
+    assert bench_sparsity.sparsity_table(results).count("| tiny |") == len(tables()) * 2 * 2
 
 
 @pytest.mark.parametrize(

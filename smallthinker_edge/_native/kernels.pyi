@@ -120,6 +120,7 @@ class Timer:
         tokens: int = ...,
         index: npt.NDArray[np.int32] | None = ...,
         active: npt.NDArray[Any] | None = ...,
+        transposed: bool = ...,
         streams: int = ...,
         ahead: int = ...,
     ) -> float: ...
@@ -134,4 +135,5 @@ class Timer:
         whole: bool,
         first: int,
         tokens: int,
+        transposed: bool = ...,
     ) -> float: ...

@@ -59,6 +59,8 @@ cdef struct Job:
     int64_t n_index
     const float *gate         # [rows] of ffn_q4_0: what the gate's outputs are taken to be
     const st_active *active   # [rows / 32]
+    const st_fired *fired     # the same, of down_transposed_q4_0
+    int transposed            # down in ffn_q4_0
     const st_q8x4 *const *xq  # [tokens] quantised rows of `cols` columns
     float *x                  # [rows of attention, or cols]
     float *out                # one of out_stride floats for every thread
@@ -96,8 +98,14 @@ cdef void apply_down_q4_0(const Job *j, const uint8_t *item, int tid) noexcept n
                   j.out + tid * j.out_stride)
 
 
-cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, const uint8_t *expert, int64_t group, const float *gate,
-                   const st_q8x4 *x, float *y, st_neurons *neurons, st_neurons **stage) noexcept nogil:
+cdef void apply_down_transposed_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.down_transposed_q4_0(item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.fired,
+                             1e-3, j.out + tid * j.out_stride)
+
+
+cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, int transposed, const uint8_t *expert, int64_t group,
+                   const float *gate, const st_q8x4 *x, float *y, st_neurons *neurons,
+                   st_neurons **stage) noexcept nogil:
     """Sends a group of an expert's neurons (gate, up, down: d * f weights each) into the FFN, as the forward pass does;
     expert NULL: none. Only the cost of the computed gate counts: its outputs are replaced by `gate`."""
     cdef int64_t third = d * f * 18 // 32
@@ -105,7 +113,7 @@ cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, const uint8_t *exp
         stage[0] = neurons
         neurons.gate = expert + 2 * group * (d // 32) * ST_TILE_Q4_0_BYTES
         neurons.up, neurons.down = expert + third, expert + 2 * third
-        neurons.transposed, neurons.y, neurons.group = 0, y, group
+        neurons.transposed, neurons.y, neurons.group = transposed, y, group
     k.ffn_q4_0(d // 32, f // 32, x, stage)
     if expert != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
@@ -120,9 +128,10 @@ cdef void apply_ffn_q4_0(const Job *j, const uint8_t *item, int tid) noexcept no
     cdef int64_t g
     memset(stage, 0, sizeof(stage))
     for g in range(j.rows // 32):
-        step_ffn(j.k, j.cols, j.rows, item, g, j.gate, j.xq[0], j.out + tid * j.out_stride, neurons + g % 4, stage)
+        step_ffn(j.k, j.cols, j.rows, j.transposed, item, g, j.gate, j.xq[0], j.out + tid * j.out_stride,
+                 neurons + g % 4, stage)
     for g in range(3):
-        step_ffn(j.k, j.cols, j.rows, NULL, 0, NULL, j.xq[0], NULL, NULL, stage)
+        step_ffn(j.k, j.cols, j.rows, 0, NULL, 0, NULL, j.xq[0], NULL, NULL, stage)
 
 
 cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept nogil:
@@ -188,7 +197,7 @@ cdef struct Named:
     const char *name
     apply_t apply
 
-cdef Named[18] APPLY
+cdef Named[19] APPLY
 APPLY[0] = Named("read", apply_read)
 APPLY[1] = Named("gemm_q4_0", apply_gemm_q4_0)
 APPLY[2] = Named("gemm_q8_0", apply_gemm_q8_0)
@@ -207,6 +216,7 @@ APPLY[14] = Named("ffn_q4_0", apply_ffn_q4_0)
 APPLY[15] = Named("from_f16", apply_from_f16)
 APPLY[16] = Named("rope", apply_rope)
 APPLY[17] = Named("top_k", apply_top_k)
+APPLY[18] = Named("down_transposed_q4_0", apply_down_transposed_q4_0)
 
 
 TILE_TYPES = {"gemm_q4_0": ST_Q4_0, "gemm_q8_0": ST_Q8_0, "gemm_q6_k": ST_Q6_K}
@@ -227,6 +237,7 @@ cdef struct Ffn:
     st_team *team
     const uint8_t *data
     int64_t experts, first, tokens, used, d, f, parts
+    int transposed            # down, where not whole
     const float *gate         # [f] what the gate is taken to be, so that the share of active neurons is the wanted one
     const st_q8x4 *x
     float *hidden             # whole: [used][f]; else [used][parts][d]
@@ -299,11 +310,11 @@ cdef void run_sparse(void *arg, int tid) noexcept nogil:
             y = t.hidden + u * t.d
             memset(y, 0, t.d * sizeof(float))
             for g in range(u % t.parts * ST_FFN_PART, min((u % t.parts + 1) * ST_FFN_PART, groups)):
-                step_ffn(t.k, t.d, t.f, expert_at(t, token, u // t.parts), g, t.gate, t.x, y, neurons + steps % 4,
-                         stage)
+                step_ffn(t.k, t.d, t.f, t.transposed, expert_at(t, token, u // t.parts), g, t.gate, t.x, y,
+                         neurons + steps % 4, stage)
                 steps += 1
         for i in range(3):
-            step_ffn(t.k, t.d, t.f, NULL, 0, NULL, t.x, NULL, NULL, stage)
+            step_ffn(t.k, t.d, t.f, 0, NULL, 0, NULL, t.x, NULL, NULL, stage)
         st_team_barrier(t.team, t.d // ST_DOWN_CHUNK)
         while True:
             u = st_team_next(t.team, tid)
@@ -342,7 +353,8 @@ cdef class Timer:
         return [named.name.decode() for named in APPLY]
 
     def run(self, str kernel, const uint8_t[::1] data, int64_t stride, int64_t first, int64_t count, *, int64_t rows=0,
-            int64_t cols=0, int64_t tokens=1, index=None, active=None, int streams=1, int64_t ahead=0):
+            int64_t cols=0, int64_t tokens=1, index=None, active=None, bint transposed=False, int streams=1,
+            int64_t ahead=0):
         """Applies a kernel to `count` items of `data`, `stride` bytes each, round and round from item `first` on.
 
         Args:
@@ -351,14 +363,15 @@ cdef class Timer:
             rows, cols, tokens: of a matrix kernel: its shape and how many inputs it is multiplied with; of attention:
                 query heads, their size and positions; of the others only cols counts, their length.
             index: int32, rows that rows_q4_0 computes, or neurons of ffn_q4_0 that fire. active: [rows / 32] of dtype
-                ACTIVE, for down_q4_0.
+                ACTIVE for down_q4_0, FIRED for down_transposed_q4_0. transposed: the down of ffn_q4_0 is.
             streams, ahead: of "read", see bandwidth.h; stride must be a multiple of streams * READ_STEP.
 
         Returns seconds. Raises ValueError where sizes do not fit.
         """
         cdef Job job
         cdef const int32_t[::1] chosen = np.zeros(1, np.int32) if index is None else index
-        cdef const uint8_t[::1] a = np.zeros((rows // 32 + 1) * ACTIVE_BYTES, np.uint8) if active is None else \
+        cdef int64_t a_bytes = sizeof(st_fired) if kernel == "down_transposed_q4_0" else sizeof(st_active)
+        cdef const uint8_t[::1] a = np.zeros((rows // 32 + 1) * a_bytes, np.uint8) if active is None else \
             active.view(np.uint8)
         cdef int64_t i, q_bytes = (cols + 127) // 128 * <int64_t>sizeof(st_q8x4)
         cdef int64_t width = max(cols, 64 + rows * cols if kernel == "attention" else 64)
@@ -369,7 +382,7 @@ cdef class Timer:
                 job.apply = named.apply
         need(job.apply != NULL and stride > 0 and count > 0 and tokens > 0 and 0 <= first)
         need(self.item_bytes(kernel, rows, cols, tokens) <= stride <= data.shape[0])
-        need(a.shape[0] >= rows // 32 * <int64_t>ACTIVE_BYTES and streams >= 1 and ahead >= 0)
+        need(a.shape[0] >= rows // 32 * a_bytes and streams >= 1 and ahead >= 0)
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
         need(kernel != "ffn_q4_0" or (rows % 32 == 0 and cols % 128 == 0))
         need(kernel != "top_k" or tokens <= cols)
@@ -380,6 +393,7 @@ cdef class Timer:
         job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
         job.first, job.count, job.rows, job.cols, job.tokens = first % job.items, count, rows, cols, tokens
         job.index, job.n_index, job.active = &chosen[0], chosen.shape[0], <const st_active *>&a[0]
+        job.fired, job.transposed = <const st_fired *>&a[0], transposed
         job.streams, job.ahead = streams, ahead
         fires = np.full(rows + 1, -1, np.float32)
         if picks:
@@ -416,7 +430,7 @@ cdef class Timer:
             return rows * st_row_bytes(ST_Q4_0, cols)
         if kernel == "ffn_q4_0":
             return 3 * rows * st_row_bytes(ST_Q4_0, cols)
-        if kernel == "down_q4_0":
+        if kernel.startswith("down"):
             return st_down_bytes(cols, rows)
         if kernel == "attention_q8":
             return 2 * st_kv_head_bytes(ST_Q8_0, cols)
@@ -425,13 +439,13 @@ cdef class Timer:
         return {"dot": 4 * cols, "from_f16": 2 * cols}.get(kernel, 0)
 
     def ffn(self, const uint8_t[::1] data, int64_t d, int64_t f, int64_t used, const float[::1] gate, *, bint whole,
-            int64_t first, int64_t tokens):
+            int64_t first, int64_t tokens, bint transposed=False):
         """The FFN of `tokens` tokens, one after another, each with the next `used` experts of the pool `data`.
 
         Args:
             d, f: multiples of 128 and of 32. gate: [f], what the gate's outputs are taken to be, so that the share of
                 positive ones is the wanted one; the product is computed all the same.
-            whole: gate, up and down as dense matrices (Tile16) instead.
+            whole: gate, up and down as dense matrices (Tile16) instead. transposed: down is, where not whole.
 
         Returns seconds. Raises ValueError where sizes do not fit.
         """
@@ -443,6 +457,7 @@ cdef class Timer:
         need(t.experts >= used)
         t.k, t.team, t.data, t.first, t.tokens, t.used = self.k, self.team, &data[0], first % t.experts, tokens, used
         t.d, t.f, t.gate, t.parts = d, f, &gate[0], (f // 32 + ST_FFN_PART - 1) // ST_FFN_PART
+        t.transposed = transposed
         t.scratch_stride = (1024 + used * ((f + 127) // 128) * <int64_t>sizeof(st_q8x4) + 4096) // 64 * 64
         cdef int64_t q_bytes = (d + 127) // 128 * <int64_t>sizeof(st_q8x4), hidden = used * max(f, t.parts * d)
         memory = Memory(q_bytes + hidden * 4 + d * 4 + self.threads * t.scratch_stride + 512)
