@@ -56,7 +56,7 @@ class Traffic:
 def traffic_of(tensors: Mapping[str, TensorInfo], config: ModelConfig, active: float) -> Traffic:
     """Traffic of a model of which the share `active` of a used expert's neurons is active.
 
-    Skipping is counted where the engine skips: experts all in Q4_0 with the ordinary down; others count whole.
+    Skipping is counted where the engine skips: experts all in Q4_0; others count whole.
     """
     embedding = tensors[tensor_name("token_embd")]
     row = embedding.nbytes // config.vocab_size
@@ -69,8 +69,9 @@ def traffic_of(tensors: Mapping[str, TensorInfo], config: ModelConfig, active: f
         gate, up, down = (tensors[tensor_name(f"ffn_{part}_exps", layer)] for part in ("gate", "up", "down"))
         everything = used * (gate.nbytes + up.nbytes + down.nbytes)
         whole += everything
-        if {gate.type, up.type, down.type} == {"Q4_0"} and not config.down_transposed:
-            read_of_down = Q4_0_SCALES + active * (1 - Q4_0_SCALES)
+        if {gate.type, up.type, down.type} == {"Q4_0"}:
+            scales = active if config.down_transposed else 1.0  # a neuron's own, or shared by 32
+            read_of_down = Q4_0_SCALES * scales + active * (1 - Q4_0_SCALES)
             experts += used * (gate.nbytes + active * up.nbytes + read_of_down * down.nbytes)
         else:
             experts += everything

@@ -77,6 +77,17 @@ def test_traffic_counts_whole_experts_where_nothing_is_skipped(tmp_path: Path) -
     assert (traffic.experts == traffic.experts_whole) == (types != {"Q4_0"})
 
 
+def test_traffic_of_a_transposed_down_has_the_scales_of_active_neurons_only(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"types": "Q4_0", "d_model": 256, "d_ffn": 64, "n_experts": 4, "n_experts_used": 2}
+    experts = []
+    for transposed in (False, True):
+        with GGUFFile(gguf_files.write_model(tmp_path / "m.gguf", **shape, down_transposed=transposed)) as file:
+            experts.append(traffic_of(file.tensors, ModelConfig.from_gguf(file), 0.5).experts)
+    matrix = 256 * 64 * 18 // 32
+    layers = 4
+    assert experts == [layers * 2 * (2 * matrix + matrix // 18), layers * 4 * matrix]
+
+
 def test_traffic_of_a_window_stops_growing() -> None:
     traffic = Traffic(dense=1000, experts=200, experts_whole=500, kv_position=10, kv_position_window=30, window=64)
     assert traffic.at(64) == 1200 + 64 * 40

@@ -16,6 +16,7 @@
 
 #include "../plain.h"
 
+#include <math.h>
 #include <string.h>
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -309,27 +310,27 @@ MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *down, int64_t d, int64_t groups, in
 }
 
 /* Where down is transposed, the first 4 blocks of w; scales: theirs of the group's first neuron, `stride` bytes a
- * neuron. The absolute values order as integers, NaN above all. */
+ * neuron. Absolute values order as integers, NaN above all. NaN is converted to 0. */
 static void weigh_blocks4(const uint8_t *scales, size_t stride, const st_fired *a, block_weights *w) {
+    const float32x4_t most = vdupq_n_f32(127);
     float32x4_t product[32];
     int32x4_t top = vdupq_n_s32(0), sum = top;
     for (int k = 0; k < 4 * a->quads; k++) {
         product[k] = vmulq_n_f32(load_f16x4(scales + stride * a->index[k]), a->h[k]);
         top = vmaxq_s32(top, vreinterpretq_s32_f32(vabsq_f32(product[k])));
     }
-    float32x4_t amax = vreinterpretq_f32_s32(top), most = vdupq_n_f32(127);
-    uint32x4_t some = vcgtq_f32(amax, vdupq_n_f32(0));
-    float32x4_t inverse = vreinterpretq_f32_u32(vandq_u32(some, vreinterpretq_u32_f32(vdivq_f32(most, amax))));
+    float32x4_t amax = vreinterpretq_f32_s32(top), inverse = vdivq_f32(most, amax);
+    uint32x4_t finite = vcaltq_f32(inverse, vdupq_n_f32(INFINITY));
+    inverse = vreinterpretq_f32_u32(vandq_u32(finite, vreinterpretq_u32_f32(inverse)));
     for (int k = 0; k < 4 * a->quads; k += 4) {
-        int32x4_t four = vdupq_n_s32(0);
+        int32x4_t q[4], byte = vdupq_n_s32(255);
         for (int j = 0; j < 4; j++) {
-            float32x4_t v = vmulq_f32(product[k + j], inverse);
-            int32x4_t ok = vreinterpretq_s32_u32(vcaltq_f32(v, vdupq_n_f32(127.25f)));
-            int32x4_t q = vandq_s32(vcvtnq_s32_f32(v), ok);
-            sum = vaddq_s32(sum, q);
-            four = vorrq_s32(vshlq_s32(vandq_s32(q, vdupq_n_s32(255)), vdupq_n_s32(8 * j)), four);
+            q[j] = vcvtnq_s32_f32(vmulq_f32(product[k + j], inverse));
+            sum = vaddq_s32(sum, q[j]);
         }
-        vst1q_s32((int32_t *)w->h[k / 4], four);
+        int32x4_t low = vorrq_s32(vandq_s32(q[0], byte), vshlq_n_s32(vandq_s32(q[1], byte), 8));
+        int32x4_t high = vorrq_s32(vandq_s32(q[2], byte), vshlq_n_s32(q[3], 8));
+        vst1q_s32((int32_t *)w->h[k / 4], vorrq_s32(low, vshlq_n_s32(high, 16)));
     }
     vst1q_s32(w->corr, vnegq_s32(vshlq_n_s32(sum, 3)));
     vst1q_f32(w->scale, vdivq_f32(amax, most));

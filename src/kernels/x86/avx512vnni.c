@@ -299,11 +299,21 @@ static inline void transposed_chunk(const uint8_t *lines, size_t line, const st_
         add_scaled(sum[i], _mm512_set1_ps(w->scale[first + i / 2]), y + 16 * i);
 }
 
+/* The low byte of each of four lanes, in one. */
+static inline __m512i four_bytes(const __m512i q[4]) {
+    const int pick = 0xca; /* bits of the second where the first's are set, else of the third */
+    const __m512i byte = _mm512_set1_epi32(0xff), pair = _mm512_set1_epi32(0xffff);
+    __m512i low = _mm512_ternarylogic_epi32(byte, q[0], _mm512_slli_epi32(q[1], 8), pick);
+    __m512i high = _mm512_ternarylogic_epi32(byte, q[2], _mm512_slli_epi32(q[3], 8), pick);
+    return _mm512_ternarylogic_epi32(pair, low, _mm512_slli_epi32(high, 16), pick);
+}
+
 /* The weights of the first `count` blocks, at most 16. scales: of the group's first neuron, `stride` bytes a neuron.
- * The absolute values order as integers, NaN above all. */
+ * Absolute values order as integers, NaN above all. What is no number within range is converted to 1 << 31: byte 0. */
 static inline void weigh_blocks(const uint8_t *scales, size_t stride, int64_t count, const st_fired *a,
                                 block_weights *w) {
-    const __m512i absolute = _mm512_set1_epi32(0x7fffffff), byte = _mm512_set1_epi32(255);
+    const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
+    const __m512 most = _mm512_set1_ps(127);
     const __mmask16 mask = first_lanes(count);
     __m512 product[32];
     __m512i top = _mm512_setzero_si512(), sum = top;
@@ -312,24 +322,17 @@ static inline void weigh_blocks(const uint8_t *scales, size_t stride, int64_t co
         product[k] = _mm512_mul_ps(_mm512_cvtph_ps(d), _mm512_set1_ps(a->h[k]));
         top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(product[k]), absolute));
     }
-    __m512 amax = _mm512_castsi512_ps(top);
-    __mmask16 some = _mm512_cmp_ps_mask(amax, _mm512_setzero_ps(), _CMP_GT_OQ);
-    __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127), amax);
+    __m512 amax = _mm512_castsi512_ps(top), inverse = _mm512_div_ps(most, amax);
     for (int k = 0; k < 4 * a->quads; k += 4) {
         __m512i q[4];
-        for (int j = 0; j < 4; j++) {
-            __m512 v = _mm512_mul_ps(product[k + j], inverse);
-            __mmask16 ok = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(127.25f), _CMP_LT_OQ);
-            q[j] = _mm512_maskz_cvtps_epi32(ok, v);
-        }
-        __m512i low = _mm512_or_si512(_mm512_and_si512(q[0], byte), _mm512_slli_epi32(_mm512_and_si512(q[1], byte), 8));
-        __m512i high = _mm512_or_si512(_mm512_and_si512(q[2], byte), _mm512_slli_epi32(q[3], 8));
-        __m512i four = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        for (int j = 0; j < 4; j++)
+            q[j] = _mm512_cvtps_epi32(_mm512_mul_ps(product[k + j], inverse));
+        __m512i four = four_bytes(q);
         sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(8), four);
         _mm512_storeu_si512(w->h[k / 4], four);
     }
     _mm512_storeu_si512(w->corr, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
-    _mm512_storeu_ps(w->scale, _mm512_div_ps(amax, _mm512_set1_ps(127)));
+    _mm512_storeu_ps(w->scale, _mm512_div_ps(amax, most));
 }
 
 static inline void add_weighted(float weight, const float *total, float *y) {

@@ -117,6 +117,9 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
                 for (int64_t k = k0 + 2; k < k1 + 2 && k < up->fired; k++)
                     prefetch_near(up->up + up->index[k] * nb * 18, nb * 18);
                 rows_q4_0(up->up, nb, up->index + k0, k1 - k0, x, value + k0);
+                if (up->transposed) /* the neurons' own scales, which the last stage wants all at once */
+                    for (int64_t k = k0; k < k1; k++)
+                        prefetch_near(up->down + line / 8 * (size_t)up->index[k], (int64_t)line / 8);
             }
             for (int64_t i = share(chunks, step, steps); i < share(chunks, step + 1, steps); i++) {
                 const uint8_t *lines = down->down + ((size_t)groups * 4 + 32 * (size_t)down->group) * line + 64 * i;

@@ -385,11 +385,20 @@ static inline void transposed_chunk(const uint8_t *lines, size_t line, const st_
     }
 }
 
-/* Weights of 8 blocks, or of the 4 that are left, in lanes `lane` and following of w. The absolute values order as
- * integers, NaN above all. */
+/* The low byte of each of four lanes, in one. */
+static inline __m256i four_bytes(const __m256i q[4]) {
+    const __m256i byte = _mm256_set1_epi32(0xff);
+    __m256i low = _mm256_or_si256(_mm256_and_si256(q[0], byte), _mm256_slli_epi32(_mm256_and_si256(q[1], byte), 8));
+    __m256i high = _mm256_or_si256(_mm256_and_si256(q[2], byte), _mm256_slli_epi32(q[3], 8));
+    return _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+}
+
+/* Weights of 8 blocks, or of the 4 that are left, in lanes `lane` and following of w. Absolute values order as
+ * integers, NaN above all. What is no number within range is converted to 1 << 31: byte 0. */
 static inline void weigh_blocks8(const uint8_t *scales, size_t stride, int64_t count, const st_fired *a, int lane,
                                  block_weights *w) {
-    const __m256i absolute = _mm256_set1_epi32(0x7fffffff), byte = _mm256_set1_epi32(255);
+    const __m256i absolute = _mm256_set1_epi32(0x7fffffff), ones = _mm256_set1_epi16(1);
+    const __m256 most = _mm256_set1_ps(127);
     __m256 product[32];
     __m256i top = _mm256_setzero_si256(), sum = top;
     for (int k = 0; k < 4 * a->quads; k++) {
@@ -398,25 +407,17 @@ static inline void weigh_blocks8(const uint8_t *scales, size_t stride, int64_t c
         product[k] = _mm256_mul_ps(_mm256_cvtph_ps(d), _mm256_set1_ps(a->h[k]));
         top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(product[k]), absolute));
     }
-    __m256 amax = _mm256_castsi256_ps(top);
-    __m256 some = _mm256_cmp_ps(amax, _mm256_setzero_ps(), _CMP_GT_OQ);
-    __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127), amax));
+    __m256 amax = _mm256_castsi256_ps(top), inverse = _mm256_div_ps(most, amax);
     for (int k = 0; k < 4 * a->quads; k += 4) {
         __m256i q[4];
-        for (int j = 0; j < 4; j++) {
-            __m256 v = _mm256_mul_ps(product[k + j], inverse);
-            __m256 size = _mm256_and_ps(v, _mm256_castsi256_ps(absolute));
-            __m256 ok = _mm256_cmp_ps(size, _mm256_set1_ps(127.25f), _CMP_LT_OQ);
-            q[j] = _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_castps_si256(ok));
-            sum = _mm256_add_epi32(sum, q[j]);
-        }
-        __m256i low = _mm256_or_si256(_mm256_and_si256(q[0], byte), _mm256_slli_epi32(_mm256_and_si256(q[1], byte), 8));
-        __m256i high = _mm256_or_si256(_mm256_and_si256(q[2], byte), _mm256_slli_epi32(q[3], 8));
-        _mm256_storeu_si256((__m256i *)w->h[k / 4][lane], _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+        for (int j = 0; j < 4; j++)
+            q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(product[k + j], inverse));
+        __m256i four = four_bytes(q);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(8), four), ones));
+        _mm256_storeu_si256((__m256i *)w->h[k / 4][lane], four);
     }
-    sum = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sum, 3));
-    _mm256_storeu_si256((__m256i *)(w->corr + lane), sum);
-    _mm256_storeu_ps(w->scale + lane, _mm256_div_ps(amax, _mm256_set1_ps(127)));
+    _mm256_storeu_si256((__m256i *)(w->corr + lane), _mm256_sub_epi32(_mm256_setzero_si256(), sum));
+    _mm256_storeu_ps(w->scale + lane, _mm256_div_ps(amax, most));
 }
 
 /* The weights of the first `count` blocks, a multiple of 4, at most 16 of them. scales: of the group's first neuron,
