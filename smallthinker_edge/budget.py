@@ -6,6 +6,7 @@ Called by model.py with the user's `memory=`, and by `smallthinker-edge plan`. I
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import re
 import sys
@@ -24,8 +25,10 @@ from smallthinker_edge.packed import PackedFile
 logger = logging.getLogger(__name__)
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Kernel memory (3 MiB measured), thread stacks, and what Python does while running.
+# Kernel memory besides page tables, thread stacks, the page cache of an embedding that is read by rows (6 MB), and what
+# Python does while running.
 MARGIN = 12 << 20
+ENTRY = 8  # bytes a page takes in a page table
 # What "auto" leaves to others: a share of what is free, so that a small machine stays usable.
 AUTO_SHARE = 0.9
 
@@ -174,9 +177,10 @@ def make_plan(
         "margin": MARGIN,
     }
     experts = config.n_layers * config.n_experts
-    if memory is None:
+    limit = None if memory is None else parse_memory(memory)
+    parts["page tables"] = _page_tables(sum(parts.values()), config.n_experts * slot_bytes, experts * slot_bytes, limit)
+    if limit is None:
         return Plan(None, parts, experts if slot_bytes else 0, slot_bytes, kv)
-    limit = parse_memory(memory)
     # A prompt may use every expert of a layer at once.
     least = Plan(limit, parts, config.n_experts if slot_bytes else 0, slot_bytes, kv)
     if least.total > limit:
@@ -189,6 +193,16 @@ def make_plan(
     if slot_bytes and slots < config.n_layers * config.n_experts_used:
         logger.warning("%d expert slots are fewer than one token uses: nearly every expert will be read again", slots)
     return Plan(limit, parts, slots, slot_bytes, kv)
+
+
+def _page_tables(parts: int, least: int, most: int, limit: int | None) -> int:
+    """Bytes of the kernel's page tables, which a cgroup charges: an entry a page, set aside for huge pages too.
+
+    For `parts` and between `least` and `most` bytes of slots, as far as the limit goes.
+    """
+    page = mmap.PAGESIZE
+    tables = [(parts + slots) * ENTRY // (page - ENTRY) + 1 for slots in (least, most)]
+    return tables[1] if limit is None else max(tables[0], min(tables[1], limit * ENTRY // page))
 
 
 def _plan_kv(

@@ -153,10 +153,10 @@ class PackedFile:
         """Bytes of a dense tensor; see GGUFFile.data."""
         return self.container.data(name)
 
-    def release(self, name: str) -> None:
+    def release(self, name: str, cache: bool = False) -> None:
         """See GGUFFile.release."""
         if name in self.container.tensors:
-            self.container.release(name)
+            self.container.release(name, cache)
 
     def expect_rows(self, name: str) -> None:
         """See GGUFFile.expect_rows."""

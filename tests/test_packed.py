@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import resource
 import signal
@@ -139,6 +141,35 @@ def test_memory_of_an_empty_kv_cache_holds_experts_until_it_is_needed(
         model.session().decode([1])
         seen.append(model.stats()["slots"])
     assert seen == [20 + left * block // model.plan.slot_bytes for left in (4, 3, 2, 1, 0, 3)]
+
+
+def resident_pages(path: str | os.PathLike[str], offset: int, nbytes: int) -> int:
+    """How many of a file's pages are in the system's cache."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapping:
+        states = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), states) == 0
+    return sum(state & 1 for state in states[offset // mmap.PAGESIZE + 1 : (offset + nbytes) // mmap.PAGESIZE])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore and posix_fadvise as Linux has them")
+def test_rows_of_an_untied_embedding_do_not_pile_up_in_the_page_cache(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m.gguf", **SHAPE | {"tied": False, "vocab_size": 8000, "types": "Q8_0"})
+    target = tmp_path / "m.stpk"
+    packed.pack(source, target)  # to the disk, too: pages that are not written yet cannot be dropped
+    with GGUFFile(target) as file:
+        info = file.tensors["token_embd.weight"]
+        place = target, info.offset, info.nbytes
+        file.release("token_embd.weight", cache=True)
+        if resident_pages(*place):
+            pytest.skip("this file system drops nothing from the cache")
+    with SmallThinker(target) as model, model.session() as session:
+        session.decode(np.arange(0, 8000, 8)[:1000])
+        assert resident_pages(*place) > 100
+        session.reset()
+        session.decode(np.arange(24))
+        assert resident_pages(*place) == 0
 
 
 def test_a_budget_is_divided_into_slots(stpk: str) -> None:

@@ -1,6 +1,6 @@
 """Shows a model that is larger than its memory limit decoding inside it: `make demo-1gib`.
 
-    python tools/demo_1gib.py [MODEL.gguf] [--memory 1GiB] [--tokens 128] [--llama-python PYTHON]
+    python tools/demo_1gib.py [MODEL.gguf] [--memory 1GiB] [--context 2048] [--tokens 128] [--llama-python PYTHON]
 
 Without a model it makes the synthetic 4B of make_synthetic.py in build/ (5 GB of disk, minutes). It packs the GGUF
 where that has not been done, then runs the library, and llama.cpp's mmap where a Python has llama-cpp-python, each
@@ -48,14 +48,14 @@ def capped(memory: str, python: str, *worker: str) -> None:
         print("It did not get to its end under this limit.")
 
 
-def run_ours(path: str, memory: str, tokens: int, prompt: int = 0) -> None:
+def run_ours(path: str, memory: str, context: int, tokens: int, prompt: int = 0) -> None:
     """Decodes random tokens in four series, after a prompt of random tokens where asked."""
     started = time.perf_counter()
     from smallthinker_edge import SmallThinker
     from smallthinker_edge.model import stall_share
 
     draw = random.Random(0)
-    with SmallThinker(path, memory=memory, context=2048) as model, model.session() as session:
+    with SmallThinker(path, memory=memory, context=context) as model, model.session() as session:
         vocabulary = model.config.vocab_size
         session.decode([draw.randrange(vocabulary)])
         print(f"first token after {time.perf_counter() - started:.2f} s; {model.plan.slots} expert slots")
@@ -79,13 +79,13 @@ def run_ours(path: str, memory: str, tokens: int, prompt: int = 0) -> None:
             print(f"{speed}, {reads}, stall {stall:.1%}, within tokens {within:.1%}", flush=True)
 
 
-def run_llama(path: str, tokens: int) -> None:
+def run_llama(path: str, context: int, tokens: int) -> None:
     """The same with llama.cpp and the GGUF mapped into memory, for at most a minute."""
     sys.path.pop(0)  # benchmarks/ and tools/ hold files of other packages' names
     import llama_cpp
 
     started = time.perf_counter()
-    model = llama_cpp.Llama(path, n_ctx=2048, n_threads=2, use_mmap=True, verbose=False)
+    model = llama_cpp.Llama(path, n_ctx=context, n_threads=2, use_mmap=True, verbose=False)
     draw = random.Random(0)
     model.eval([draw.randrange(model.n_vocab())])
     print(f"first token after {time.perf_counter() - started:.2f} s", flush=True)
@@ -100,18 +100,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, help="GGUF or packed file (default: a synthetic 4B)")
     parser.add_argument("--memory", default="1GiB", help="limit of the whole process (1GiB)")
+    parser.add_argument("--context", type=int, default=2048, help="positions that the memory plan holds (2048)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to decode (128)")
     parser.add_argument("--prompt", type=int, default=0, help="random tokens before them, as one prompt (0)")
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python (default: this one, if it has)")
     parser.add_argument("--worker", choices=("ours", "llama"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker == "ours":
-        return run_ours(str(arguments.model), arguments.memory, arguments.tokens, arguments.prompt)
+        return run_ours(str(arguments.model), arguments.memory, arguments.context, arguments.tokens, arguments.prompt)
     if arguments.worker == "llama":
-        return run_llama(str(arguments.model), arguments.tokens)
+        return run_llama(str(arguments.model), arguments.context, arguments.tokens)
 
     model = arguments.model or synthetic_model()
-    options = ["--memory", arguments.memory, "--tokens", str(arguments.tokens), "--prompt", str(arguments.prompt)]
+    options = ["--memory", arguments.memory]
+    for name in ("context", "tokens", "prompt"):
+        options += [f"--{name}", str(getattr(arguments, name))]
     file = packed(model)
     print(f"\nsmallthinker_edge, {arguments.memory}:", flush=True)
     capped(arguments.memory, sys.executable, str(file), *options, "--worker", "ours")

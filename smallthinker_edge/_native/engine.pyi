@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ class Engine:
     threads: int
     exact: bool
     routing: list[bytes] | None
+    forget_rows: Callable[[], None] | None
     def __init__(
         self,
         config: ModelConfig,

@@ -32,6 +32,7 @@ cdef enum:
     AHEAD_LAYERS = 2
     PIECE_BYTES = 1 << 20
     MOST_CPUS = 1024  # a cpu_set_t has no more
+    ROWS_KEPT = 1024  # of an embedding that is read from the file: 6 MB of page cache for the 21B
 
 
 cdef enum:
@@ -127,6 +128,8 @@ cdef class Engine:
     cdef readonly int threads
     cdef readonly bint exact
     cdef object config
+    cdef public object forget_rows  # None, or what to call now and then where the embedding is read from a file
+    cdef int64_t rows_read          # since it was called
     cdef int64_t head_rows, head_tokens  # computed by sparse heads
     cdef public object routing  # None, or a list that decode() adds to: bytes of int32 [n, L, K], the experts chosen
 
@@ -555,6 +558,10 @@ cdef class Engine:
                 if c.failed:
                     st_pager_ahead(c.pager, NULL, 0)
         self.decode_ns += perf_counter_ns() - started
+        self.rows_read += n
+        if self.forget_rows is not None and self.rows_read >= ROWS_KEPT:
+            self.rows_read = 0
+            self.forget_rows()
         cache.advance(n, not c.failed)
         if c.failed:
             raise ExpertReadError("expert weights in the model file cannot be read or are damaged; nothing was decoded")

@@ -13,6 +13,7 @@ import re
 import stat
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -729,11 +730,12 @@ class GGUFFile:
         info = self.tensors[name]
         return np.frombuffer(self._mapping(info.part), np.uint8, info.nbytes, info.offset)
 
-    def release(self, name=None):
+    def release(self, name=None, cache=False):
         """Drops the resident pages of tensor `name`, or of everything that was read, from this process.
 
         They stay in the operating system's page cache and come back when touched: views stay valid. Lets a
         loader stream through a file with little resident memory. Does nothing where there is no madvise.
+        cache: of a named tensor, drops them from the page cache too, which counts towards a memory limit; a hint.
         Raises KeyError for a name that is not in `tensors`, ValueError after close().
         """
         if not hasattr(mmap, "MADV_DONTNEED"):
@@ -745,6 +747,9 @@ class GGUFFile:
         else:
             info = self.tensors[name]
             self._advise(self._mapping(info.part), mmap.MADV_DONTNEED, info.offset, info.nbytes)
+            if cache and hasattr(os, "posix_fadvise"):
+                with suppress(OSError), open(self.paths[info.part], "rb") as file:
+                    os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
 
     def expect_rows(self, name):
         """Tells the system that single rows of tensor `name` will be read here and there, so that it reads nothing
