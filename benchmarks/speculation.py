@@ -67,6 +67,13 @@ def dictated(model: SmallThinker, text: Sequence[int]) -> Callable[[int], list[T
     return run
 
 
+def warm_up(model: SmallThinker) -> None:
+    """A virtual machine's memory is slow until every page of the weights has been used once."""
+    with model.session() as session:
+        for token in np.random.default_rng(0).integers(0, model.config.vocab_size, 400):
+            session.decode([token])
+
+
 def commands(model: SmallThinker) -> Callable[[int], list[Timings]]:
     chats = [[{"role": "user", "content": entry.command}] for entry in load_commands(COMMANDS)]
     return lambda speculate: [model.chat(chat, speculate=speculate).timings for chat in chats]
@@ -114,6 +121,7 @@ def main() -> None:
         else:
             kinds = texts(model.config.vocab_size, arguments.tokens)
             cases = {name: dictated(model, text) for name, text in kinds.items()}
+        warm_up(model)
         others = OtherProcesses()
         for name, run in cases.items():
             if arguments.only and name not in arguments.only:

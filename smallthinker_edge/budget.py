@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from smallthinker_edge import cgroup
-from smallthinker_edge._native.engine import kv_bytes
+from smallthinker_edge._native.engine import kv_bytes, part_bytes
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.config import ModelConfig, tensor_name
 from smallthinker_edge.errors import MemoryBudgetError
@@ -173,6 +173,7 @@ def make_plan(
         "dense weights" if slot_bytes else "weights": sum(i.nbytes for n, i in file.tensors.items() if n not in skip),
         "KV cache": kv_bytes(config, context, kv),
         "buffers": batch * (4 * widths + neuron * config.n_experts_used * config.d_ffn + 8 * scores)
+        + part_bytes(config, batch)
         + 4 * config.vocab_size,
         "margin": MARGIN,
     }

@@ -107,7 +107,7 @@ def test_logits_do_not_depend_on_threads_or_chunks(path: str, variant: str, tabl
         path = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant] | {"window": 64, "d_ffn": 224})
     expected = open_session(path, table=table).decode(ids, all_logits=True)
     assert np.isfinite(expected).all()
-    for threads, batch in ((2, 512), (3, 7), (2, 1), (4, 64)):
+    for threads, batch in ((2, 512), (3, 7), (2, 1), (2, 2), (1, 3), (4, 64)):
         got = open_session(path, table=table, threads=threads, batch=batch).decode(ids, all_logits=True)
         assert np.array_equal(got, expected), f"{threads} threads, chunks of {batch}"
 

@@ -11,6 +11,7 @@
 
 /* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first six fields. */
 typedef struct st_neurons {
+    const st_q8x4 *x;    /* the token's quantised row of d columns */
     const uint8_t *gate; /* their two tiles of Tile16 */
     const uint8_t *up;   /* the expert's up, Rows layout */
     const uint8_t *down; /* the expert's down, Down layout or Down transposed */
@@ -44,14 +45,14 @@ typedef struct st_kernels {
     /* out[i] = W[index[i]] . x for i < n.  W: Rows layout of Q4_0, nb blocks a row. */
     void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
 
-    /* One step of a token's FFN: each of stage[0..3] (NULL: none; all different) goes one stage further.
+    /* One step of the FFN of a few tokens: each of stage[0..3] (NULL: none; all different) goes one stage further.
      *   stage[0]: its gate is computed, and which neurons fire.
      *   stage[1]: up's rows and down's of those that fire are prefetched (a hint).
      *   stage[2]: up of those that fire, and their activations.
      *   stage[3]: y[d] += W_down[:, its 32 neurons] . h; y has room for whole chunks of ST_DOWN_CHUNK.
      * The steps of different groups share a call because the gate streams from memory, and the rest of the arithmetic
-     * fits into its waits.  x: quantised row of d = 32 * nb columns; groups: of the expert. */
-    void (*ffn_q4_0)(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]);
+     * fits into its waits.  nb: d / 32; groups: of the expert. */
+    void (*ffn_q4_0)(int64_t nb, int64_t groups, st_neurons *const stage[4]);
 
     /* y[o - 128 * c0] += weight * (W_down . h)[o] for the outputs o of chunks c0..c1 (128 each; y has room for whole
      * chunks), summed by parts of ST_FFN_PART groups: each part's sum is weighted and added by itself, as for one token

@@ -51,6 +51,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
         ST_ATTN_CHUNK
         ST_FFN_PART
     ctypedef struct st_neurons:
+        const st_q8x4 *x
         const uint8_t *gate
         const uint8_t *up
         const uint8_t *down
@@ -73,7 +74,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
                           const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
         void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
                           float *out) noexcept nogil
-        void (*ffn_q4_0)(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const *stage) noexcept nogil
+        void (*ffn_q4_0)(int64_t nb, int64_t groups, st_neurons *const *stage) noexcept nogil
         void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
                           float weight, float *y) noexcept nogil
         void (*down_transposed_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,

@@ -211,7 +211,7 @@ cdef class Engine:
             c.fired = <st_fired *>self.arena.take(n * s.used * s.groups * sizeof(st_fired))
         else:
             c.active = <st_active *>self.arena.take(n * s.used * s.groups * sizeof(st_active))
-        c.parts = <float *>self.arena.take(s.used * s.ffn_parts * s.d_padded * 4)
+        c.parts = <float *>self.arena.take(part_bytes(self.config, n))
         c.h = <float *>self.arena.take(n * s.used * s.f * 4)
         for i in range(self.threads):
             c.scratch[i].norm = <float *>self.arena.take(width * 4)

@@ -35,38 +35,52 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
 
 
 cdef void ffn_step(Call *c, Scratch *s) noexcept nogil:
-    """Moves what is on its way through one token's FFN a stage further; stage 0 is free afterwards."""
-    c.kernels.ffn_q4_0(c.s.nb_d, c.s.groups, s.xq, s.stage)
+    """Moves what is on its way through the FFN of a few tokens a stage further; stage 0 is free afterwards."""
+    c.kernels.ffn_q4_0(c.s.nb_d, c.s.groups, s.stage)
     st_neurons_advance(s.stage)
 
 
-cdef void ffn_part(Call *c, const uint8_t *blob, int64_t i, int64_t part, int64_t *steps, Scratch *s) noexcept nogil:
-    """Sends the neurons of a part of the i-th active expert through the FFN of one token; those of the last steps stay
-    on their way until others, or nothing, follow them. steps: how many groups this thread has sent."""
-    cdef int64_t g, g0 = part * ST_FFN_PART, g1 = min(g0 + ST_FFN_PART, c.s.groups)
+def part_bytes(config, int64_t batch):
+    """Bytes of what the parts of experts add to a few tokens, kept until all are known, for a ModelConfig."""
+    cdef int64_t groups = (config.d_ffn + 31) // 32, padded = (config.d_model + 255) // 256 * 256
+    return min(batch, FEW_TOKENS) * config.n_experts_used * ((groups + ST_FFN_PART - 1) // ST_FFN_PART) * padded * 4
+
+
+cdef float *part_of(Call *c, int64_t slot, int64_t part) noexcept nogil:
+    """[d_padded]: what a part of the expert of slot t * K + k adds to token t."""
+    return c.parts + (slot * c.s.ffn_parts + part) * c.s.d_padded
+
+
+cdef void ffn_part(Call *c, const uint8_t *blob, int64_t e, int64_t part, const st_q8x4 *const *xq, int64_t *steps,
+                   Scratch *s) noexcept nogil:
+    """Sends the neurons of a part of expert e through the FFN, for each of its tokens while their weights are in the
+    cache; those of the last steps stay on their way until others, or nothing, follow them. steps: how many groups this
+    thread has sent."""
+    cdef int64_t g, i, g0 = part * ST_FFN_PART, g1 = min(g0 + ST_FFN_PART, c.s.groups)
     cdef int64_t tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
-    cdef float *y = c.parts + (i * c.s.ffn_parts + part) * c.s.d_padded
     cdef st_neurons *n
-    memset(y, 0, c.s.d_padded * sizeof(float))
+    for i in range(c.list_start[e], c.list_start[e + 1]):
+        memset(part_of(c, c.list_slot[i], part), 0, c.s.d_padded * sizeof(float))
     for g in range(g0, g1):
-        n = &s.neurons[steps[0] % 4]
-        steps[0] += 1
-        n.gate = blob + 2 * g * tile_bytes
-        n.up = packed_up(c, blob)
-        n.down, n.transposed = packed_down(c, blob), c.s.down_transposed
-        n.y, n.group = y, g
-        s.stage[0] = n
-        ffn_step(c, s)
+        for i in range(c.list_start[e], c.list_start[e + 1]):
+            n = &s.neurons[steps[0] % 4]
+            steps[0] += 1
+            n.x = xq[c.list_slot[i] // c.s.used]
+            n.gate = blob + 2 * g * tile_bytes
+            n.up = packed_up(c, blob)
+            n.down, n.transposed = packed_down(c, blob), c.s.down_transposed
+            n.y, n.group = part_of(c, c.list_slot[i], part), g
+            s.stage[0] = n
+            ffn_step(c, s)
 
 
 cdef void add_parts(Call *c, int64_t unit) noexcept nogil:
-    """x += weight * part, part by part, for ST_DOWN_CHUNK outputs of one token."""
-    cdef int64_t i, part, first = unit * ST_DOWN_CHUNK
-    cdef float weight
-    for i in range(c.n_active):
-        weight = c.weight[c.list_slot[c.list_start[c.active_expert[i]]]]
+    """x += weight * part, experts in ascending order and part by part, for ST_DOWN_CHUNK outputs of one token."""
+    cdef int64_t chunks = (c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, t = unit // chunks
+    cdef int64_t slot, part, first = unit % chunks * ST_DOWN_CHUNK
+    for slot in range(t * c.s.used, (t + 1) * c.s.used):
         for part in range(c.s.ffn_parts):
-            c.kernels.axpy(weight, c.parts + (i * c.s.ffn_parts + part) * c.s.d_padded + first, c.x + first,
+            c.kernels.axpy(c.weight[slot], part_of(c, slot, part) + first, c.x + t * c.s.d_padded + first,
                            ST_DOWN_CHUNK)
 
 
@@ -143,19 +157,21 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
             x[r] += c.weight[slots[i]] * c.kernels.dot(s.row, c.h + slots[i] * f, f)
 
 
-cdef bint one_token(Call *c, Layer *layer) noexcept nogil:
-    """Whether the FFN runs by parts of experts, gate to down at once."""
-    return c.n == 1 and layer.expert_layout == EXPERT_PACKED
+cdef bint few_tokens(Call *c, Layer *layer) noexcept nogil:
+    """Whether the FFN runs by parts of experts, gate to down at once: quicker where tokens hardly share an expert, as
+    measured up to two each. Changes no bit."""
+    return (c.n <= FEW_TOKENS and (c.n == 1 or c.n * c.s.used < 2 * c.n_active)
+            and layer.expert_layout == EXPERT_PACKED)
 
 
 cdef int64_t neuron_units(Call *c, Layer *layer) noexcept nogil:
-    return c.n_active * (c.s.ffn_parts if one_token(c, layer) else c.s.groups)
+    return c.n_active * (c.s.ffn_parts if few_tokens(c, layer) else c.s.groups)
 
 
 cdef int64_t output_chunks(Call *c, Layer *layer) noexcept nogil:
     """Units of the phase after the neurons: outputs, each of all experts."""
-    if one_token(c, layer):
-        return (c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK
+    if few_tokens(c, layer):
+        return c.n * ((c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
     if layer.expert_layout == EXPERT_PACKED:
         return c.s.down_units
     return (c.s.d + GENERIC_CHUNK - 1) // GENERIC_CHUNK
@@ -177,8 +193,8 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
     cdef const float *xf
     cdef int64_t u, i
     inputs(c, s, tid, layer.ffn_norm, neuron_units(c, layer), &xq, &xf)
-    if one_token(c, layer):
-        ffn_phase(c, l, tid, s)
+    if few_tokens(c, layer):
+        ffn_phase(c, l, tid, xq, s)
     else:
         neurons_phase(c, layer, l, tid, xq, xf, s)
     st_team_barrier(c.team, output_chunks(c, layer))
@@ -189,7 +205,7 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
         u = st_team_next(c.team, tid)
         if u < 0:
             break
-        if one_token(c, layer):
+        if few_tokens(c, layer):
             add_parts(c, u)
         else:
             down_unit(c, layer, l, u, s)
@@ -197,19 +213,19 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
     return True
 
 
-cdef void ffn_phase(Call *c, int64_t l, int tid, Scratch *s) noexcept nogil:
-    """Gate, up and down of one token's experts, into c.parts."""
+cdef void ffn_phase(Call *c, int64_t l, int tid, const st_q8x4 *const *xq, Scratch *s) noexcept nogil:
+    """Gate, up and down of a few tokens' experts, into c.parts."""
     cdef const uint8_t *blob
-    cdef int64_t u, i, part, steps = 0
+    cdef int64_t u, e, part, steps = 0
     memset(s.stage, 0, sizeof(s.stage))
     while True:
         u = st_team_next(c.team, tid)
         if u < 0:
             break
-        i = expert_of_unit(c, u, c.s.ffn_parts, &part)
-        blob = expert_blob(c, l, c.active_expert[i])
+        e = c.active_expert[expert_of_unit(c, u, c.s.ffn_parts, &part)]
+        blob = expert_blob(c, l, e)
         if blob != NULL:
-            ffn_part(c, blob, i, part, &steps, s)
+            ffn_part(c, blob, e, part, xq, &steps, s)
     for u in range(3):
         ffn_step(c, s)
 

@@ -8,6 +8,7 @@ cdef enum:
     SPARSE_ROWS = 3  # Q4_0 in the Rows layout, integer kernels: where few rows of many are read
     EXPERT_PACKED = 1
     EXPERT_ROWS = 2
+    FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/performance.md, short batches)
     GENERIC_CHUNK = 256  # outputs of one down unit over GGUF rows; a multiple of every block size
 
 cdef struct Matrix:
@@ -45,7 +46,7 @@ cdef struct Scratch:
     float *norm           # [max(d, H*hd)]
     st_q8x4 *xq           # the same, quantised
     const st_q8x4 **rows  # [batch] pointers handed to the GEMMs
-    st_neurons neurons[4]  # on their way through the FFN of one token
+    st_neurons neurons[4]  # on their way through the FFN of a few tokens
     st_neurons *stage[4]   # which of them is where; NULL: none
     float *gate           # [batch][32]
     float *row            # one dequantised row
@@ -118,7 +119,7 @@ cdef struct Call:
     int64_t rope_half
     st_active *active     # [n*K][groups]
     st_fired *fired       # the same where down is transposed
-    float *parts          # [K * ffn_parts][d_padded] of one token: what each part of an expert adds, not yet weighted
+    float *parts          # [FEW_TOKENS * K * ffn_parts][d_padded]: what each part of an expert adds, not yet weighted
     float *h              # [n*K][f], EXPERT_ROWS
     float *logits
 

@@ -175,8 +175,9 @@ cdef class Table:
             if g < g1:
                 stage[0] = &neurons[g % 4]
                 stage[0].gate, stage[0].up, stage[0].down = &gate[2 * g * nb * ST_TILE_Q4_0_BYTES], &up[0], &down[0]
-                stage[0].transposed, stage[0].y, stage[0].group = transposed, &y[0], g
-            self.k.ffn_q4_0(nb, groups, <const st_q8x4 *>&x[0], stage)
+                stage[0].x, stage[0].transposed = <const st_q8x4 *>&x[0], transposed
+                stage[0].y, stage[0].group = &y[0], g
+            self.k.ffn_q4_0(nb, groups, stage)
             st_neurons_advance(stage)
 
     def down(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,

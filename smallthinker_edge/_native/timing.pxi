@@ -113,8 +113,8 @@ cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, int transposed, co
         stage[0] = neurons
         neurons.gate = expert + 2 * group * (d // 32) * ST_TILE_Q4_0_BYTES
         neurons.up, neurons.down = expert + third, expert + 2 * third
-        neurons.transposed, neurons.y, neurons.group = transposed, y, group
-    k.ffn_q4_0(d // 32, f // 32, x, stage)
+        neurons.x, neurons.transposed, neurons.y, neurons.group = x, transposed, y, group
+    k.ffn_q4_0(d // 32, f // 32, stage)
     if expert != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
         st_neurons_choose(neurons)

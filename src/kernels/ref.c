@@ -242,7 +242,7 @@ static void down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups,
         }
 }
 
-static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
+static void ffn_q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
     int64_t padded = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
     if (stage[3] && stage[3]->transposed) {
         for (int64_t b = 0; b < padded / ST_BLOCK && stage[3]->output.quads; b++)
@@ -253,7 +253,7 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
             stage[3]->y[o] += down_group(stage[3]->down, padded, groups, stage[3]->group, o, &stage[3]->active);
     if (stage[2]) {
         float value[32], up[32];
-        rows_q4_0(stage[2]->up, nb, stage[2]->index, stage[2]->fired, x, value);
+        rows_q4_0(stage[2]->up, nb, stage[2]->index, stage[2]->fired, stage[2]->x, value);
         if (stage[2]->transposed) {
             st_neurons_multiply(stage[2], value, &stage[2]->output);
         } else {
@@ -262,7 +262,7 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
         }
     }
     if (stage[0]) {
-        gemm_q4_0(stage[0]->gate, 32, nb, 0, 2, &x, 1, stage[0]->g, 32);
+        gemm_q4_0(stage[0]->gate, 32, nb, 0, 2, &stage[0]->x, 1, stage[0]->g, 32);
         st_neurons_choose(stage[0]);
     }
 }

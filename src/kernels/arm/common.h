@@ -50,7 +50,7 @@ void st_dotprod_gemm_q8_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0
 void st_dotprod_gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
                           int64_t n, float *y, int64_t ldy);
 void st_dotprod_rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
-void st_dotprod_ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]);
+void st_dotprod_ffn_q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]);
 void st_dotprod_down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
                           float weight, float *y);
 void st_dotprod_down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,

@@ -1,14 +1,18 @@
 /* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
  * GEMM_Q4_0, GEMM_Q8_0, GEMM_Q6_K, ROWS_Q4_0, DOWN_Q4_0, DOWN_TRANSPOSED_Q4_0, FFN_Q4_0), says how many TOKENS share
- * one unpacking of the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start`
- * = -8 * sum(x): columns, load_columns(q, lane)     32 quantised columns of one token sum4 running sums of four outputs
- * (rows of a tile, outputs of a down line) FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j]
- * * (column 4 * i + j of x) NEXT(sum, w, x, i)                 adds such a product, at most seven times EMPTY(start),
- * NEXT_SAME(.., w, h)  the same for four values h that are repeated in every 32-bit lane total4(sum, start) the four
- * sums, start included once row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr) whole rows: one block of
- * one row; then four rows' sums. corr: {start, 0, 0, 0} sum8, ZERO8, dot8(sum, w0, w1, x, i), total8(sum) signed bytes
- * (Q8_0): w0 as in NEXT for i, w1 for i + 1 Integer sums are exact and what follows them is one code, so the tables
- * agree bit for bit.
+ * one unpacking of the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in
+ * `start` = -8 * sum(x):
+ *   columns, load_columns(q, lane)     32 quantised columns of one token
+ *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
+ *   FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j] * (column 4 * i + j of x)
+ *   NEXT(sum, w, x, i)                 adds such a product, at most seven times
+ *   EMPTY(start), NEXT_SAME(.., w, h)  the same for four values h that are repeated in every 32-bit lane
+ *   total4(sum, start)                 the four sums, start included once
+ *   row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr)
+ *                                      whole rows: one block of one row; then four rows' sums. corr: {start, 0, 0, 0}
+ *   sum8, ZERO8, dot8(sum, w0, w1, x, i), total8(sum)
+ *                                      signed bytes (Q8_0): w0 as in NEXT for i, w1 for i + 1
+ * Integer sums are exact and what follows them is one code, so the tables agree bit for bit.
  *
  * Hardware prefetchers follow tiles, which stand in order; rows and lines, which skip silent neurons, are asked for
  * ahead. The distance of one step is reasoned, not measured: no board was at hand. */
@@ -405,7 +409,7 @@ static inline void prefetch_bytes(const uint8_t *p, size_t bytes) {
 
 /* A tile's blocks come from memory in order; four rows of up at a time, chunks of down and the prefetches of stage[1]
  * go between them, so that the one's arithmetic covers the other's waiting. As on x86; not measured on a board. */
-MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
+MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
@@ -419,13 +423,13 @@ MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_ne
         memset(sum, 0, sizeof *sum);
         for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
             if (gate) {
-                const st_q8x4 *part = x + b / 4;
+                const st_q8x4 *part = gate->x + b / 4;
                 quads_q4_0(4, 1, gate->gate + (tile * nb + b) * ST_TILE_Q4_0_BYTES,
                            nb - b < GATE_STEP ? nb - b : GATE_STEP, 0, &part, sum);
             }
             if (up) {
                 int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
-                ROWS_Q4_0(up->up, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, x, value + k0);
+                ROWS_Q4_0(up->up, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, up->x, value + k0);
             }
             for (int64_t c = share(chunks, step, steps); c < share(chunks, step + 1, steps); c++)
                 down_neurons(down, groups, line, c);

@@ -38,14 +38,16 @@ static inline __m512 exp16(__m512 x) {
 }
 
 /* Blocks b0..b1 of a tile for one token, added to sum. */
-static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, __m512 sum[1]) {
+static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, int stream,
+                                  __m512 sum[1]) {
     const __m512i nibble = _mm512_set1_epi8(15);
     tile += b0 * ST_TILE_Q4_0_BYTES;
     for (int64_t b = b0; b < b1; b++, tile += ST_TILE_Q4_0_BYTES) {
         const st_q8x4 *q = x + b / 4;
         int lane = b % 4;
         __m512i even = _mm512_set1_epi32(q->corr[4 * lane]), odd = _mm512_setzero_si512();
-        prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);
+        if (stream)
+            prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);
         for (int g = 0; g < 4; g++) {
             __m512i w = load512(tile + 32 + 64 * g);
             even = _mm512_dpbusd_epi32(even, _mm512_and_si512(w, nibble), broadcast4(q->q[0][lane] + 4 * g));
@@ -63,7 +65,7 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
 
 /* The sum starts at -8 * sum(x), so that nibbles 0..15 need no offset. Weights are unpacked once for N tokens. */
 #define TILE_Q4_0(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m512 *total) {                        \
+    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m512 *total) {            \
         const __m512i nibble = _mm512_set1_epi8(15);                                                                   \
         __m512 sum[N];                                                                                                 \
         for (int t = 0; t < N; t++)                                                                                    \
@@ -71,7 +73,7 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             __m512i low[4], high[4];                                                                                   \
-            if (N == 1)                                                                                                \
+            if (stream)                                                                                                \
                 prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);                                                              \
             __m512 scale = load_f16x16(tile);                                                                          \
             for (int g = 0; g < 4; g++) {                                                                              \
@@ -96,7 +98,7 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
 
 /* w XOR 128 is w + 128 unsigned; 16 * corr = -128 * sum(x) takes the offset back. */
 #define TILE_Q8_0(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m512 *total) {                        \
+    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m512 *total) {            \
         const __m512i flip = _mm512_set1_epi8(-128);                                                                   \
         __m512 sum[N];                                                                                                 \
         for (int t = 0; t < N; t++)                                                                                    \
@@ -104,7 +106,7 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             __m512i u[8];                                                                                              \
-            if (N == 1)                                                                                                \
+            if (stream)                                                                                                \
                 prefetch_ahead(tile, ST_TILE_Q8_0_BYTES);                                                              \
             __m512 scale = load_f16x16(tile);                                                                          \
             for (int g = 0; g < 8; g++)                                                                                \
@@ -124,11 +126,12 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
             total[t] = sum[t];                                                                                         \
     }
 
-static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m512 *total) {
+static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m512 *total) {
     total[0] = _mm512_setzero_ps();
-    tile_q4_0_part(tile, 0, nb, x[0], total);
+    tile_q4_0_part(tile, 0, nb, x[0], stream, total);
 }
 TILE_Q4_0(tile_q4_0_x2, 2)
+TILE_Q4_0(tile_q4_0_x3, 3)
 TILE_Q4_0(tile_q4_0_x4, 4)
 TILE_Q4_0(tile_q4_0_x8, 8)
 /* Bits 4 and 5 of the columns in the low (high = 0) or high nibbles of group g, from the bytes of their upper bits. */
@@ -146,7 +149,7 @@ static inline __m512i widen_i8x16(const void *p) { return _mm512_cvtepi8_epi32(_
 
 /* Weights are taken as 0..63; 32 times the sums of the activations' halves is taken off again. */
 #define TILE_Q6_K(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m512 *total) {                        \
+    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m512 *total) {            \
         const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(32);                                    \
         __m512 sum[N], d = _mm512_setzero_ps();                                                                        \
         for (int t = 0; t < N; t++)                                                                                    \
@@ -158,7 +161,7 @@ static inline __m512i widen_i8x16(const void *p) { return _mm512_cvtepi8_epi32(_
                 d = load_f16x16(tile);                                                                                 \
                 tile += 32;                                                                                            \
             }                                                                                                          \
-            if (N == 1)                                                                                                \
+            if (stream)                                                                                                \
                 prefetch_ahead(tile, ST_TILE_Q6_K_BYTES);                                                              \
             __m512i s0 = widen_i8x16(tile), s1 = widen_i8x16(tile + 16);                                               \
             for (int g = 0; g < 4; g++) {                                                                              \
@@ -188,10 +191,12 @@ static inline __m512i widen_i8x16(const void *p) { return _mm512_cvtepi8_epi32(_
 
 TILE_Q6_K(tile_q6_k_x1, 1)
 TILE_Q6_K(tile_q6_k_x2, 2)
+TILE_Q6_K(tile_q6_k_x3, 3)
 TILE_Q6_K(tile_q6_k_x4, 4)
 TILE_Q6_K(tile_q6_k_x8, 8)
 TILE_Q8_0(tile_q8_0_x1, 1)
 TILE_Q8_0(tile_q8_0_x2, 2)
+TILE_Q8_0(tile_q8_0_x3, 3)
 TILE_Q8_0(tile_q8_0_x4, 4)
 TILE_Q8_0(tile_q8_0_x8, 8)
 
@@ -204,12 +209,13 @@ TILE_Q8_0(tile_q8_0_x8, 8)
             float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
             __m512 sum[8];                                                                                             \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
-                step = n - t >= 8 ? 8 : n - t >= 4 ? 4 : n - t >= 2 ? 2 : 1;                                           \
+                step = n - t >= 8 ? 8 : n - t >= 4 ? 4 : n - t;                                                        \
                 switch (step) {                                                                                        \
-                case 8: tile_##TYPE##_x8(p, nb, x + t, sum); break;                                                    \
-                case 4: tile_##TYPE##_x4(p, nb, x + t, sum); break;                                                    \
-                case 2: tile_##TYPE##_x2(p, nb, x + t, sum); break;                                                    \
-                default: tile_##TYPE##_x1(p, nb, x + t, sum); break;                                                   \
+                case 8: tile_##TYPE##_x8(p, nb, x + t, t == 0, sum); break;                                            \
+                case 4: tile_##TYPE##_x4(p, nb, x + t, t == 0, sum); break;                                            \
+                case 3: tile_##TYPE##_x3(p, nb, x + t, t == 0, sum); break;                                            \
+                case 2: tile_##TYPE##_x2(p, nb, x + t, t == 0, sum); break;                                            \
+                default: tile_##TYPE##_x1(p, nb, x + t, t == 0, sum); break;                                           \
                 }                                                                                                      \
                 for (int64_t i = 0; i < step; i++)                                                                     \
                     store_rows(sum + i, rows - tile * ST_TILE_ROWS, out + (t + i) * ldy);                              \

@@ -1,6 +1,7 @@
 /* What the x86 tables do alike around their own inner steps; included by avx512vnni.c and vec256.h after these:
  *   VECTOR, TILE_VECTORS                     the sums of a tile's 16 rows
- *   tile_q4_0_part(tile, b0, b1, x, sum)     blocks b0..b1 of a tile for one token, added to sum
+ *   tile_q4_0_part(tile, b0, b1, x, stream, sum)  blocks b0..b1 of a tile for one token, added to sum; stream: it
+ *                                            comes from memory, and what follows is prefetched
  *   store_rows(sum, count, y)                the first `count` rows of a tile
  *   rows_r(R, rows, nb, x, out)              one or two rows
  *   down_chunk(lines, line, scales, a, y)    128 outputs of 32 neurons, added to y
@@ -95,9 +96,10 @@ static inline void prefetch_fired(const st_neurons *n, int64_t nb, int64_t group
 
 /* The gate's blocks come from memory in order; the other stages' arithmetic and prefetches go between them, where the
  * core would wait. */
-static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *const stage[4]) {
+static void ffn_q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    int again = gate && ahead && gate->gate == ahead->gate; /* of another token: it is in the cache */
     const st_fired *fired = down && down->transposed ? &down->output : NULL;
     int64_t chunks = down && (fired ? fired->quads : down->active.quads) ? (int64_t)line / 64 : 0;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
@@ -109,14 +111,14 @@ static void ffn_q4_0(int64_t nb, int64_t groups, const st_q8x4 *x, st_neurons *c
         for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
             if (gate)
                 tile_q4_0_part(gate->gate + tile * nb * ST_TILE_Q4_0_BYTES, b, b + GATE_STEP < nb ? b + GATE_STEP : nb,
-                               x, sum);
+                               gate->x, !again, sum);
             if (ahead)
                 prefetch_fired(ahead, nb, groups, line, step, steps);
             if (up) {
                 int64_t k0 = share(up->fired, step, steps), k1 = share(up->fired, step + 1, steps);
                 for (int64_t k = k0 + 2; k < k1 + 2 && k < up->fired; k++)
                     prefetch_near(up->up + up->index[k] * nb * 18, nb * 18);
-                rows_q4_0(up->up, nb, up->index + k0, k1 - k0, x, value + k0);
+                rows_q4_0(up->up, nb, up->index + k0, k1 - k0, up->x, value + k0);
                 if (up->transposed) /* the neurons' own scales, which the last stage wants all at once */
                     for (int64_t k = k0; k < k1; k++)
                         prefetch_near(up->down + line / 8 * (size_t)up->index[k], (int64_t)line / 8);

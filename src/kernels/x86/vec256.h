@@ -99,14 +99,16 @@ static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
 }
 
 /* Blocks b0..b1 of a tile for one token, added to sum; half h is rows 8h..8h+7. */
-static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, __m256 sum[2]) {
+static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, int stream,
+                                  __m256 sum[2]) {
     const __m256i nibble = _mm256_set1_epi8(15);
     tile += b0 * ST_TILE_Q4_0_BYTES;
     for (int64_t b = b0; b < b1; b++, tile += ST_TILE_Q4_0_BYTES) {
         const st_q8x4 *q = x + b / 4;
         int lane = b % 4;
         __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);
+        if (stream)
+            prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);
         for (int g = 0; g < 4; g++) {
             __m256i even = broadcast4(q->q[0][lane] + 4 * g), odd = broadcast4(q->q[1][lane] + 4 * g);
             for (int h = 0; h < 2; h++) {
@@ -125,13 +127,13 @@ static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, c
 
 /* One block of one tile for N tokens; half h is rows 8h..8h+7. */
 #define GEMM_Q4_0(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m256 sum[N][2]) {                     \
+    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[N][2]) {         \
         const __m256i nibble = _mm256_set1_epi8(15);                                                                   \
         for (int t = 0; t < N; t++)                                                                                    \
             sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
-            if (N == 1)                                                                                                \
+            if (stream)                                                                                                \
                 prefetch_ahead(tile, ST_TILE_Q4_0_BYTES);                                                              \
             for (int h = 0; h < 2; h++) {                                                                              \
                 __m256i low[4], high[4];                                                                               \
@@ -157,12 +159,12 @@ static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, c
     }
 
 #define GEMM_Q8_0(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m256 sum[N][2]) {                     \
+    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[N][2]) {         \
         for (int t = 0; t < N; t++)                                                                                    \
             sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
-            if (N == 1)                                                                                                \
+            if (stream)                                                                                                \
                 prefetch_ahead(tile, ST_TILE_Q8_0_BYTES);                                                              \
             for (int h = 0; h < 2; h++) {                                                                              \
                 __m256 scale = load_f16x8(tile + 16 * h);                                                              \
@@ -180,11 +182,12 @@ static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, c
         }                                                                                                              \
     }
 
-static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m256 sum[1][2]) {
+static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[1][2]) {
     sum[0][0] = sum[0][1] = _mm256_setzero_ps();
-    tile_q4_0_part(tile, 0, nb, x[0], sum[0]);
+    tile_q4_0_part(tile, 0, nb, x[0], stream, sum[0]);
 }
 GEMM_Q4_0(tile_q4_0_x2, 2)
+GEMM_Q4_0(tile_q4_0_x3, 3)
 GEMM_Q4_0(tile_q4_0_x4, 4)
 /* Bits 4 and 5 of the columns in the low (high = 0) or high nibbles of group g, from the bytes of their upper bits. */
 static inline __m256i q6_upper(__m256i upper, int g, int high) {
@@ -208,7 +211,7 @@ static inline __m256i q6_dot(const __m256i w[4], const __m256i x[4]) {
 
 /* Weights are taken as 0..63; 32 times the sums of the activations' halves is taken off again. */
 #define GEMM_Q6_K(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, __m256 sum[N][2]) {                     \
+    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[N][2]) {         \
         const __m256i nibble = _mm256_set1_epi8(15);                                                                   \
         const __m256i offset[4] = {_mm256_set1_epi8(32), _mm256_set1_epi8(32), _mm256_set1_epi8(32),                   \
                                    _mm256_set1_epi8(32)};                                                              \
@@ -221,7 +224,7 @@ static inline __m256i q6_dot(const __m256i w[4], const __m256i x[4]) {
                 d = tile;                                                                                              \
                 tile += 32;                                                                                            \
             }                                                                                                          \
-            if (N == 1)                                                                                                \
+            if (stream)                                                                                                \
                 prefetch_ahead(tile, ST_TILE_Q6_K_BYTES);                                                              \
             for (int h = 0; h < 2; h++) {                                                                              \
                 __m256i low[4], high[4], s0 = widen_i8x8(tile + 8 * h), s1 = widen_i8x8(tile + 16 + 8 * h);            \
@@ -251,9 +254,11 @@ static inline __m256i q6_dot(const __m256i w[4], const __m256i x[4]) {
 
 GEMM_Q6_K(tile_q6_k_x1, 1)
 GEMM_Q6_K(tile_q6_k_x2, 2)
+GEMM_Q6_K(tile_q6_k_x3, 3)
 GEMM_Q6_K(tile_q6_k_x4, 4)
 GEMM_Q8_0(tile_q8_0_x1, 1)
 GEMM_Q8_0(tile_q8_0_x2, 2)
+GEMM_Q8_0(tile_q8_0_x3, 3)
 GEMM_Q8_0(tile_q8_0_x4, 4)
 
 /* Stores up to 16 rows of one token. */
@@ -278,13 +283,13 @@ static inline void store_rows(const __m256 sum[2], int64_t count, float *y) {
             float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
             __m256 sum[4][2];                                                                                          \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
-                step = n - t >= 4 ? 4 : n - t >= 2 ? 2 : 1;                                                            \
-                if (step == 4)                                                                                         \
-                    tile_##TYPE##_x4(p, nb, x + t, sum);                                                               \
-                else if (step == 2)                                                                                    \
-                    tile_##TYPE##_x2(p, nb, x + t, sum);                                                               \
-                else                                                                                                   \
-                    tile_##TYPE##_x1(p, nb, x + t, sum);                                                               \
+                step = n - t >= 4 ? 4 : n - t;                                                                         \
+                switch (step) {                                                                                        \
+                case 4: tile_##TYPE##_x4(p, nb, x + t, t == 0, sum); break;                                            \
+                case 3: tile_##TYPE##_x3(p, nb, x + t, t == 0, sum); break;                                            \
+                case 2: tile_##TYPE##_x2(p, nb, x + t, t == 0, sum); break;                                            \
+                default: tile_##TYPE##_x1(p, nb, x + t, t == 0, sum); break;                                           \
+                }                                                                                                      \
                 for (int64_t i = 0; i < step; i++)                                                                     \
                     store_rows(sum[i], rows - tile * ST_TILE_ROWS, out + (t + i) * ldy);                               \
             }                                                                                                          \
