@@ -65,18 +65,33 @@ def record(model: SmallThinker, tokens: Sequence[int], max_tokens: int = 0) -> T
 
 
 def draw_heatmap(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Draws how often each layer's experts are used, the most used first, as a picture (Figures 4 and 5 of the report).
+    """Draws how often each layer's experts are used, by number and the most used first, as a picture of layers and
+    experts (as Figures 4 and 5 of the report). The file's suffix says which kind, such as .png or .svg.
 
-    Needs matplotlib: raises ImportError without the [plots] extra.
+    Needs matplotlib: raises ImportError without the [plots] extra, ValueError for a kind it cannot write, OSError.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator, PercentFormatter
 
+    tokens, layers, used = trace.routing.shape
     use = trace.use()
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    by_id, by_rank = figure.subplots(2, 1)
-    for axes, values, label in ((by_id, use, "expert"), (by_rank, -np.sort(-use, axis=1), "expert, most used first")):
-        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-        axes.set(xlabel=label, ylabel="layer")
-        figure.colorbar(image, ax=axes, label="share of tokens")
-    figure.suptitle(f"Experts used by {len(trace.routing)} tokens")
-    figure.savefig(path, dpi=120)
+    width = 5.5  # inches a panel, whose cells are square
+    figure = Figure(figsize=(2 * width + 1.5, width * layers / trace.experts + 1.3), layout="compressed")
+    by_id, by_rank = figure.subplots(1, 2, sharey=True)
+    for axes, values, label in (
+        (by_id, use, "expert"),
+        (by_rank, -np.sort(-use, axis=1), "experts of the layer, most used first"),
+    ):
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=use.max(), interpolation="nearest")
+        axes.set(xlabel=label)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MultipleLocator(8))
+            axis.set_minor_locator(MultipleLocator(1))
+    by_id.set(ylabel="layer")
+    bar = figure.colorbar(
+        image, ax=[by_id, by_rank], format=PercentFormatter(1), aspect=30, label="tokens that use the expert"
+    )
+    bar.ax.axhline(used / trace.experts, color="white")
+    bar.ax.annotate("even ", (0, used / trace.experts), ha="right", va="center", fontsize="small")
+    figure.suptitle(f"Experts that {tokens} tokens use, {used} of {trace.experts} in each of {layers} layers")
+    figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -11,7 +11,7 @@ from gguf_files import write_model
 from reference import Reference
 
 from smallthinker_edge import ModelFormatError, SmallThinker
-from smallthinker_edge.trace import Trace, record
+from smallthinker_edge.trace import Trace, draw_heatmap, record
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +89,15 @@ def test_frequency_is_near_the_best_static_set_and_not_below_lru() -> None:
     shifted = replay.shifted(trace)
     assert len(shifted.routing) == 1200
     assert replay.hit_rate("frequency", shifted, 84) > replay.hit_rate("lru", shifted, 84)
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(3, 8), (52, 64)])
+def test_a_heatmap_shows_where_the_used_experts_are(tmp_path: Path, layers: int, experts: int) -> None:
+    image, colours = pytest.importorskip("matplotlib.image"), pytest.importorskip("matplotlib").colormaps["viridis"]
+    centres = []
+    for used in (0, experts - 1):  # all tokens use the first expert of every layer, or the last
+        draw_heatmap(Trace(np.full((5, layers, 1), used, np.uint16), experts), tmp_path / "heat.png")
+        pixels = image.imread(tmp_path / "heat.png")[:, :, :3]
+        centres.append(np.nonzero((np.abs(pixels - colours(1.0)[:3]) < 0.02).all(axis=2))[1].mean())
+    # In the left half they move across; in the right one, the most used first, they stay: on average half of a half.
+    assert centres[1] - centres[0] > 0.15 * pixels.shape[1]
