@@ -39,7 +39,7 @@ def logits(path: Path) -> np.ndarray:
 
 
 def integer_kernels(name: str) -> dict[str, np.ndarray]:
-    """GEMMs of one and eleven tokens on fixed input, as bits."""
+    """GEMMs of one and eleven tokens and a transposed down on fixed input, as bits."""
     rng = np.random.default_rng(1)
     table = kernels.Table(name)
     x = rng.standard_normal((11, 1056), np.float32)
@@ -58,7 +58,12 @@ def integer_kernels(name: str) -> dict[str, np.ndarray]:
             y = np.zeros(n * 40, np.float32)
             table.gemm(kind, packed, 40, cols, 0, 3, quantised[:n], y, 40)
             result[f"gemm {kind} {n}"] = y.view(np.uint32)
-    return result
+            if kind == 2:
+                down = kernels.pack_down(raw[: 64 * 11].reshape(-1), 352, 64, True)
+    y = np.zeros(384, np.float32)
+    fired = np.array([kernels.multiply(row[:32], row[32:64]) for row in x[:2]], kernels.FIRED)
+    table.down_transposed(down, 352, 64, 0, 3, fired, 0.3, y)
+    return result | {"down transposed": y.view(np.uint32)}
 
 
 def record(folder: Path) -> None:
