@@ -399,13 +399,17 @@ def pack(arguments: argparse.Namespace) -> int:
 
 def unpack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="packed file")
-    parser.add_argument("-o", "--output", required=True, metavar="GGUF", help="model file to write")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="GGUF", help="model file to write; of a split model all parts"
+    )
 
 
 def unpack(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.packed import unpack as write_source
 
-    write_source(arguments.file, arguments.output, show_progress)
+    written = write_source(arguments.file, arguments.output, show_progress)
+    if len(written) > 1:
+        print("\n".join(written))
     return OK
 
 

@@ -17,8 +17,9 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -339,30 +340,35 @@ DROPPED_KEYS = ("general.alignment", "split.no", "split.count", "split.tensors.c
 
 
 def _source_layout(gguf: GGUFFile) -> str:
-    """JSON of what unpack() needs beyond the copied entries: those that were dropped, the tensor table, the hash."""
-    if len(gguf.paths) > 1:
-        return json.dumps({"parts": len(gguf.paths)})
-    with open(gguf.path, "rb") as file:
+    """JSON of what unpack() needs beyond the copied entries: those that were dropped, the tensor table, the hash; of a
+    split model's further parts everything before their tensors, and which part every tensor is in."""
+    with open(gguf.paths[0], "rb") as file:
         first = file.read(gguf.header_end)
-        file.seek(0)
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        size = file.tell()
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        digest, size = _hash(file.fileno())
     keys = list(gguf.key_ranges)
     dropped = {keys.index(key): first[slice(*gguf.key_ranges[key])].hex() for key in keys if key in DROPPED_KEYS}
     table = first[max((end for _, end in gguf.key_ranges.values()), default=24) :]
-    return json.dumps(
-        {
-            "dropped": dropped,
-            "start": first[:24].hex(),
-            "table": table.hex(),
-            "sha256": digest.hexdigest(),
-            "size": size,
-        }
-    )
+    layout = {"dropped": dropped, "start": first[:24].hex(), "table": table.hex(), "sha256": digest, "size": size}
+    if len(gguf.paths) == 1:
+        return json.dumps(layout)
+    parts = [layout]
+    for part, path in enumerate(gguf.paths[1:], 1):
+        with open(path, "rb") as file:
+            digest, size = _hash(file.fileno())
+            header = file.read(min((i.offset for i in gguf.tensors.values() if i.part == part), default=size))
+        parts.append({"header": header.hex(), "sha256": digest, "size": size})
+    return json.dumps({"parts": parts, "part_of": [info.part for info in gguf.tensors.values()]})
+
+
+def _hash(fd: int) -> tuple[str, int]:
+    """(SHA-256 of a whole file, its size); takes its pages out of the system's cache."""
+    digest, at = hashlib.sha256(), 0
+    while chunk := os.pread(fd, 1 << 20, at):
+        digest.update(chunk)
+        at += len(chunk)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.hexdigest(), at
 
 
 def _header(
@@ -427,62 +433,97 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> in
         return len(sums)
 
 
-def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> None:
+def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> list[str]:
     """Writes the GGUF that a packed file was made of, the same bytes, and checks them against its hash.
 
     Args:
-        path: a packed file. target: the GGUF to write, atomically as pack() does.
+        path: a packed file.
+        target: the GGUF to write, atomically as pack() does. What was packed from a split model gives the same parts,
+            NAME-00001-of-0000N.gguf and so on for a target NAME.gguf, or for the first part's name; none of them
+            appears before all are whole.
         progress: called with (experts done, all experts).
 
-    Raises ModelFormatError where the file is damaged, is not packed, or was packed from a split model (whose parts
-    are not restored), OSError such as a full disk.
+    Returns the names of the files written. Raises ModelFormatError where the file is damaged or not packed, OSError
+    such as a full disk.
     """
-    with GGUFFile(path) as gguf:
+    with GGUFFile(path) as gguf, ExitStack() as stack:
         if not is_packed(gguf):
             raise ModelFormatError("is not a packed file", path=gguf.path, field="stpk.layout")
         packed = PackedFile(gguf)
         config = ModelConfig.from_gguf(packed)
-        header, digest, size = _source_header(gguf)
-        if any(not len(header) <= info.offset <= size - info.nbytes for info in packed.tensors.values()):
-            raise ModelFormatError("has tensors outside the file", path=gguf.path, field="stpk.source_tensors")
-        with _atomic(target) as fd:
-            _reserve(fd, size)
-            _write_at(fd, 0, np.frombuffer(header, np.uint8))
-            for name, info in packed.tensors.items():
-                if name.split(".")[-2] not in EXPERT_ROLES:
-                    _write_at(fd, info.offset, packed.data(name))
-                    packed.release(name)
-            _write_experts(fd, packed, config, progress or (lambda done, total: None))
-            if _sha256(fd) != digest:
+        parts, part_of = _source_parts(gguf, len(packed.tensors))
+        places = dict(zip(packed.tensors, part_of, strict=True))
+        for name, info in packed.tensors.items():
+            part = parts[places[name]]
+            if not len(part.header) <= info.offset <= part.size - info.nbytes:
+                raise ModelFormatError("has tensors outside the file", path=gguf.path, field="stpk.source_tensors")
+        targets = _part_names(os.fspath(target), len(parts))
+        fds = [stack.enter_context(_atomic(name)) for name in targets]
+        for fd, part in zip(fds, parts, strict=True):
+            _reserve(fd, part.size)
+            _write_at(fd, 0, np.frombuffer(part.header, np.uint8))
+        files = {name: fds[part] for name, part in places.items()}
+        for name, info in packed.tensors.items():
+            if name.split(".")[-2] not in EXPERT_ROLES:
+                _write_at(files[name], info.offset, packed.data(name))
+                packed.release(name)
+        _write_experts(files, packed, config, progress or (lambda done, total: None))
+        for fd, part in zip(fds, parts, strict=True):
+            if _hash(fd) != (part.sha256, part.size):
                 raise ModelFormatError("does not give its source back: damaged, see verify", path=gguf.path)
+        return targets
 
 
-def _source_header(gguf: GGUFFile) -> tuple[bytes, str, int]:
-    """(the source's bytes before its tensors, its SHA-256, its size)."""
+@dataclass(frozen=True)
+class SourcePart:
+    """One file of the source. header: its bytes before the tensors."""
+
+    header: bytes
+    sha256: str
+    size: int
+
+
+def _part_names(target: str, count: int) -> list[str]:
+    if count == 1:
+        return [target]
+    stem = target.removesuffix(".gguf").removesuffix(f"-00001-of-{count:05d}")
+    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+
+
+def _source_parts(gguf: GGUFFile, tensors: int) -> tuple[list[SourcePart], list[int]]:
+    """(the source's files, which of them each tensor is in)."""
     try:
         layout = json.loads(str(gguf.metadata["stpk.source_layout"]))
-        if "parts" in layout:
-            raise ModelFormatError("was packed from a split model, whose parts cannot be restored", path=gguf.path)
-        with open(gguf.path, "rb") as file:
-            first = file.read(gguf.header_end)
-        keys = [key for key in gguf.key_ranges if not key.startswith("stpk.") and key not in DROPPED_KEYS]
-        entries = [first[slice(*gguf.key_ranges[key])] for key in keys]
-        for at, entry in sorted((int(at), bytes.fromhex(entry)) for at, entry in layout["dropped"].items()):
-            entries.insert(at, entry)
-        header = bytes.fromhex(layout["start"]) + b"".join(entries) + bytes.fromhex(layout["table"])
-        size = int(layout["size"])
-        if not 0 < len(header) <= size:
+        entries, part_of = layout.get("parts", [layout]), layout.get("part_of", [0] * tensors)
+        headers = [_first_header(gguf, entries[0]), *(bytes.fromhex(entry["header"]) for entry in entries[1:])]
+        parts = [
+            SourcePart(header, str(entry["sha256"]), int(entry["size"]))
+            for header, entry in zip(headers, entries, strict=True)
+        ]
+        if not all(0 < len(part.header) <= part.size for part in parts):
             raise ValueError("size")
-        return header, str(layout["sha256"]), size
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        if isinstance(problem, ModelFormatError):
-            raise
+        if len(part_of) != tensors or not all(type(part) is int and 0 <= part < len(parts) for part in part_of):
+            raise ValueError("part_of")
+        return parts, part_of
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as problem:
         raise ModelFormatError(
             f"is missing or damaged: {problem}", path=gguf.path, field="stpk.source_layout"
         ) from None
 
 
-def _write_experts(fd: int, packed: PackedFile, config: ModelConfig, progress: Progress) -> None:
+def _first_header(gguf: GGUFFile, layout: dict[str, Any]) -> bytes:
+    """The bytes before the tensors of the source's first file: those that pack() dropped between the copied ones."""
+    with open(gguf.path, "rb") as file:
+        first = file.read(gguf.header_end)
+    keys = [key for key in gguf.key_ranges if not key.startswith("stpk.") and key not in DROPPED_KEYS]
+    entries = [first[slice(*gguf.key_ranges[key])] for key in keys]
+    for at, entry in sorted((int(at), bytes.fromhex(entry)) for at, entry in layout["dropped"].items()):
+        entries.insert(at, entry)
+    return bytes.fromhex(layout["start"]) + b"".join(entries) + bytes.fromhex(layout["table"])
+
+
+def _write_experts(files: dict[str, int], packed: PackedFile, config: ModelConfig, progress: Progress) -> None:
+    """files: the descriptor that each tensor is written to."""
     _, blob = packed.experts(config)
     for layer in range(config.n_layers):
         infos = expert_infos(packed, layer)
@@ -490,17 +531,9 @@ def _write_experts(fd: int, packed: PackedFile, config: ModelConfig, progress: P
         stack = packed.container.data(blob_name(layer)).reshape(config.n_experts, blob)
         for e in range(config.n_experts):
             for info, part in zip(infos, layout.unpack(stack[e]), strict=True):
-                _write_at(fd, info.offset + e * part.size, part)
+                _write_at(files[info.name], info.offset + e * part.size, part)
             progress(layer * config.n_experts + e + 1, config.n_layers * config.n_experts)
         packed.container.release(blob_name(layer))
-
-
-def _sha256(fd: int) -> str:
-    digest, at = hashlib.sha256(), 0
-    while chunk := os.pread(fd, 1 << 20, at):
-        digest.update(chunk)
-        at += len(chunk)
-    return digest.hexdigest()
 
 
 def unpack_layer(path: str | os.PathLike[str], layer: int) -> tuple[Bytes, Bytes, Bytes]:

@@ -268,10 +268,13 @@ def write_model(path: str | os.PathLike[str], **options: Any) -> str:
     return os.fspath(path)
 
 
-def write_split_model(path: str | os.PathLike[str], *, tensors_per_part: int = 12, **options: Any) -> list[str]:
-    """Writes write_model's file as `STEM-00001-of-0000N.gguf` parts next to `path`; returns them in order."""
+def write_split_model(
+    path: str | os.PathLike[str], *, tensors_per_part: int = 12, small_first: bool = False, **options: Any
+) -> list[str]:
+    """Writes write_model's file as `STEM-00001-of-0000N.gguf` parts next to `path`; returns them in order. small_first:
+    the first part holds no tensors."""
     target = Path(path)
-    writer = gguf.GGUFWriter(target, "smallthinker", split_max_tensors=tensors_per_part)
+    writer = gguf.GGUFWriter(target, "smallthinker", split_max_tensors=tensors_per_part, small_first_shard=small_first)
     _fill_writer(writer, **options)
     _finish(writer)
     parts = sorted(target.parent.glob(target.stem + "-*-of-*.gguf"))

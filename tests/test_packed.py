@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import mmap
 import os
 import resource
@@ -302,13 +303,57 @@ def test_a_damaged_packed_file_is_not_unpacked(stpk: str, tmp_path: Path) -> Non
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_what_was_packed_from_a_split_model_is_not_unpacked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["back.gguf", "back", "back-00001-of-{count:05d}.gguf"])
+def test_what_was_packed_from_a_split_model_gives_the_same_parts(tmp_path: Path, name: str) -> None:
     parts, target = write_split_model(tmp_path / "split.gguf", **SHAPE), tmp_path / "m.stpk"
     packed.pack(parts[1], target)
     assert np.array_equal(*(SmallThinker(path).session().decode(TOKENS) for path in (parts[0], target)))
-    with pytest.raises(ModelFormatError, match="split model"):
+    folder = tmp_path / "back"
+    folder.mkdir()
+    written = packed.unpack(target, folder / name.format(count=len(parts)))
+    assert written == [str(folder / Path(part).name.replace("split", "back")) for part in parts]
+    assert sorted(folder.iterdir()) == sorted(Path(path) for path in written)
+    for part, back in zip(parts, written, strict=True):
+        assert Path(back).read_bytes() == Path(part).read_bytes()
+
+
+def test_a_split_model_whose_tensors_begin_in_its_second_part(tmp_path: Path) -> None:
+    parts = write_split_model(tmp_path / "m.gguf", tensors_per_part=20, small_first=True, **SHAPE)
+    target = tmp_path / "m.stpk"
+    with GGUFFile(parts[0]) as file:
+        assert len(parts) > 2
+        assert all(info.part > 0 for info in file.tensors.values())
+    packed.pack(parts[0], target)
+    written = packed.unpack(target, tmp_path / "back.gguf")
+    assert [Path(back).read_bytes() for back in written] == [Path(part).read_bytes() for part in parts]
+
+
+def test_a_damaged_split_model_leaves_no_part_behind(tmp_path: Path) -> None:
+    parts, target = write_split_model(tmp_path / "split.gguf", **SHAPE), tmp_path / "m.stpk"
+    packed.pack(parts[0], target)
+    damaged = bytearray(target.read_bytes())
+    damaged[-5000] ^= 4
+    target.write_bytes(damaged)
+    with pytest.raises(ModelFormatError, match="does not give its source back"):
         packed.unpack(target, tmp_path / "back.gguf")
-    assert not (tmp_path / "back.gguf").exists()
+    assert not list(tmp_path.glob("back*"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("part_of", [9] * 42), ("part_of", [0]), ("part_of", ["0"]), ("parts", []), ("parts", 3), ("parts", [{}])],
+)
+def test_a_damaged_list_of_parts_is_an_error(tmp_path: Path, key: str, value: object) -> None:
+    parts, target = write_split_model(tmp_path / "split.gguf", **SHAPE), tmp_path / "m.stpk"
+    packed.pack(parts[0], target)
+    with GGUFFile(target) as file:
+        layout = str(file.metadata["stpk.source_layout"])
+    assert len(json.loads(layout)["part_of"]) == 42
+    changed = json.dumps(json.loads(layout) | {key: value})
+    assert len(changed) <= len(layout)
+    target.write_bytes(target.read_bytes().replace(layout.encode(), changed.ljust(len(layout)).encode()))
+    with pytest.raises(ModelFormatError, match=r"stpk\.source_layout"):
+        packed.unpack(target, tmp_path / "back.gguf")
 
 
 @pytest.mark.parametrize(
