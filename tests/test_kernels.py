@@ -400,6 +400,21 @@ def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+def test_down_gives_the_same_bits_for_any_chunks(name: str, transposed: bool) -> None:
+    d, f, table = 1824, 32 * (kernels.FFN_PART + 1), Table(name)
+    lines = kernels.pack_down(weights(2, d, f)[0], d, f, transposed)
+    g, up = inputs("normal", (f,), 1), inputs("normal", (f,), 2)
+    active = fired(g, up) if transposed else activated(name, g, up)
+    run_down = table.down_transposed if transposed else table.down
+    whole = np.zeros(15 * 128, np.float32)
+    run_down(lines, d, f, 0, 15, active, 0.3, whole)
+    for c0, c1 in [(0, 1), (1, 4), (2, 15), (7, 8), (14, 15)]:
+        some = np.zeros((c1 - c0) * 128, np.float32)
+        run_down(lines, d, f, c0, c1, active, 0.3, some)
+        assert np.array_equal(some, whole[c0 * 128 : c1 * 128])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 def test_down_weights_each_part_by_itself(name: str, transposed: bool) -> None:
     """The sum over a token's experts must not depend on whether it is computed alone (by parts) or in a prompt."""
     d, f, table = 160, 32 * (kernels.FFN_PART + 1), Table(name)

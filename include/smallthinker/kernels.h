@@ -9,7 +9,7 @@
 #define ST_ATTN_CHUNK 256 /* positions of one attention unit */
 #define ST_FFN_PART 6     /* groups of 32 neurons whose down is summed before it is weighted */
 
-/* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first six fields. */
+/* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first seven fields. */
 typedef struct st_neurons {
     const st_q8x4 *x;    /* the token's quantised row of d columns */
     const uint8_t *gate; /* their two tiles of Tile16 */

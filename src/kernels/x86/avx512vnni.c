@@ -305,13 +305,14 @@ static inline void transposed_chunk(const uint8_t *lines, size_t line, const st_
         add_scaled(sum[i], _mm512_set1_ps(w->scale[first + i / 2]), y + 16 * i);
 }
 
+enum { PICK = 0xca }; /* ternary logic: bits of the second where the first's are set, else of the third */
+
 /* The low byte of each of four lanes, in one. */
 static inline __m512i four_bytes(const __m512i q[4]) {
-    const int pick = 0xca; /* bits of the second where the first's are set, else of the third */
     const __m512i byte = _mm512_set1_epi32(0xff), pair = _mm512_set1_epi32(0xffff);
-    __m512i low = _mm512_ternarylogic_epi32(byte, q[0], _mm512_slli_epi32(q[1], 8), pick);
-    __m512i high = _mm512_ternarylogic_epi32(byte, q[2], _mm512_slli_epi32(q[3], 8), pick);
-    return _mm512_ternarylogic_epi32(pair, low, _mm512_slli_epi32(high, 16), pick);
+    __m512i low = _mm512_ternarylogic_epi32(byte, q[0], _mm512_slli_epi32(q[1], 8), PICK);
+    __m512i high = _mm512_ternarylogic_epi32(byte, q[2], _mm512_slli_epi32(q[3], 8), PICK);
+    return _mm512_ternarylogic_epi32(pair, low, _mm512_slli_epi32(high, 16), PICK);
 }
 
 /* The weights of the first `count` blocks, at most 16. scales: of the group's first neuron, `stride` bytes a neuron.
