@@ -111,7 +111,7 @@ class Plan:
         parts: bytes by purpose, expert slots not included.
         slots: experts kept in memory; 0 where the weights are loaded whole.
         slot_bytes: of one slot.
-        kv: type of the KV cache, "f16" or "q8_0".
+        kv: type of the KV cache, "f16", "q8_0" or "q8_0-all".
     """
 
     limit: int | None
@@ -152,8 +152,8 @@ def make_plan(
         file, config: the model. context: positions of a session. batch: most tokens computed together.
         memory: the budget, see parse_memory(); None for no limit.
         slot_bytes: of one expert where a packed file lets experts be paged, else 0.
-        kv: type of the KV cache: "f16", "q8_0", or "auto": Q8_0 where with F16 the budget would be too small, or
-            would hold fewer experts than two tokens use.
+        kv: type of the KV cache: "f16", "q8_0", "q8_0-all", or "auto": the first of them with which the budget
+            works and holds the experts that two tokens use; else the smallest.
         predictor: the LM head's predictor is used, where the file has one.
 
     Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little.
@@ -215,15 +215,16 @@ def _plan_kv(
     slot_bytes: int,
     predictor: bool,
 ) -> Plan:
-    """The plan with F16 keys and values, or with Q8_0 where that is what makes the budget work."""
-    small = config.head_dim % 32 == 0
-    try:
-        plan = make_plan(file, config, context, batch, memory, slot_bytes, predictor=predictor)
-    except MemoryBudgetError:
-        if not small:
-            raise
-    else:
-        experts = config.n_layers * min(config.n_experts, 2 * config.n_experts_used)
-        if not small or not slot_bytes or plan.slots >= experts:
+    """The plan with the first type of keys and values that suits the budget, the smallest that works otherwise."""
+    enough = config.n_layers * min(config.n_experts, 2 * config.n_experts_used) if slot_bytes else 0
+    types = ["f16"]
+    if config.head_dim % 32 == 0:
+        types += ["q8_0", "q8_0-all"] if config.window and any(config.window_layout) else ["q8_0"]
+    for kv in types[:-1]:
+        try:
+            plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor)
+        except MemoryBudgetError:
+            continue
+        if plan.slots >= enough:
             return plan
-    return make_plan(file, config, context, batch, memory, slot_bytes, "q8_0", predictor)
+    return make_plan(file, config, context, batch, memory, slot_bytes, types[-1], predictor)

@@ -108,9 +108,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_kv_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv",
-        choices=("f16", "q8_0", "auto"),
+        choices=("f16", "q8_0", "q8_0-all", "auto"),
         default="f16",
-        help="type of the KV cache: q8_0 takes half the memory; auto: q8_0 where the budget needs it",
+        help="KV cache: q8_0 takes half the memory, but for window layers (q8_0-all: for all); auto: as the budget needs",
     )
 
 

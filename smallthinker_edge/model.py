@@ -34,7 +34,7 @@ from smallthinker_edge.speculation import BatchCosts
 from smallthinker_edge.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
-KV_CHOICES = ("f16", "q8_0", "auto")
+KV_CHOICES = ("f16", "q8_0", "q8_0-all", "auto")
 BATCH = 512
 MOST_SPECULATED = 64
 
@@ -50,8 +50,9 @@ class SmallThinker:
         threads: compute threads; "auto" takes what affinity and cgroup allow, and on a chip with cores of
             different speed only the fast ones.
         context: positions of a session; None takes the model's own up to 4096.
-        kv: keys and values in "f16", or in "q8_0", which takes about half the memory and changes logits slightly (see
-            docs/context.md). "auto" takes Q8_0 where the budget needs it: logits then depend on the budget.
+        kv: keys and values in "f16"; in "q8_0", which takes about half the memory of the layers that see the whole
+            context and changes logits slightly, window layers staying in F16; in "q8_0-all", those too (see
+            docs/context.md). "auto" takes the first of these that suits the budget: logits then depend on it.
         keep_sessions: how many finished generations keep their KV cache, so that a prompt that begins like one of them
             (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one.
         head_threshold: where the file has a predictor of the LM head, generation computes only the logits whose score

@@ -82,7 +82,7 @@ class Reference:
     def logits(self, tokens: Sequence[int], *, kv: str | None = None, rounding: bool = False) -> Array:
         """Logits [n, V] of every position of one sequence that starts at position 0.
 
-        kv, "f16" or "q8_0", rounds keys (after RoPE) and values as a KV cache of that type does. rounding: the inputs
+        kv, "f16", "q8_0" or "q8_0-all", rounds keys (after RoPE) and values as a KV cache of that kind does. rounding: the inputs
         of matrices that an engine multiplies in integers are rounded to Q8_0 first; everything else stays float64.
         """
         return self.run(tokens, kv=kv, rounding=rounding).logits
@@ -137,7 +137,7 @@ class Reference:
         if p.rope_layout[layer]:
             theta = p.rope_theta_swa if p.window_layout[layer] else p.rope_theta
             q, k = (rope(t, np.arange(n), theta, p.rope_dim) for t in (q, k))
-        k, v = (stored(t, kv) for t in (k, v))
+        k, v = (stored(t, layer_type(kv, p.window_layout[layer])) for t in (k, v))
         distance = np.arange(n)[:, None] - np.arange(n)[None, :]
         visible = distance >= 0
         if p.window_layout[layer]:
@@ -202,6 +202,11 @@ def rope(x: Array, positions: npt.NDArray[np.int64], theta: float, rope_dim: int
     cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
     a, b = x[..., :half], x[..., half:rope_dim]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rope_dim:]], axis=-1)
+
+
+def layer_type(kv: str | None, window: bool) -> str | None:
+    """In which type a layer's keys and values are kept by a KV cache of a kind."""
+    return {"q8_0": "f16" if window else "q8_0", "q8_0-all": "q8_0"}.get(kv or "", kv)
 
 
 def stored(x: Array, kv: str | None) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import demo_grammar
@@ -13,14 +14,16 @@ from gguf_files import write_model
 from reference import Reference, kl_divergence, top1_agreement
 from test_engine import SHAPE, divergence, open_session, tokens
 
-from smallthinker_edge import SmallThinker
+from smallthinker_edge import SmallThinker, budget
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.engine import KVCache, kv_bytes
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.config import ModelConfig
+from smallthinker_edge.errors import MemoryBudgetError
 
 WINDOW = 64
-KINDS = ("f16", "q8_0")
+Q8_KINDS = ("q8_0", "q8_0-all")
+KINDS = ("f16", *Q8_KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +71,27 @@ def test_memory_follows_the_context_and_stops_at_the_plan(path: str, kv: str) ->
     assert cache.bytes == 0
 
 
+@pytest.mark.parametrize("kv", Q8_KINDS)
 @pytest.mark.parametrize("table", kernels.tables())
-def test_q8_logits_do_not_depend_on_threads_or_chunks(path: str, table: str) -> None:
+def test_q8_logits_do_not_depend_on_threads_or_chunks(path: str, table: str, kv: str) -> None:
     ids = tokens(600 if table != "ref" else 40)
-    expected = open_session(path, table=table, kv="q8_0").decode(ids, all_logits=True)
+    expected = open_session(path, table=table, kv=kv).decode(ids, all_logits=True)
     assert np.isfinite(expected).all()
     for threads, batch in ((2, 512), (3, 7), (2, 1), (4, 64)):
-        got = open_session(path, table=table, threads=threads, batch=batch, kv="q8_0").decode(ids, all_logits=True)
+        got = open_session(path, table=table, threads=threads, batch=batch, kv=kv).decode(ids, all_logits=True)
         assert np.array_equal(got, expected), f"{threads} threads, chunks of {batch}"
 
 
 @pytest.mark.parametrize("table", kernels.tables())
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_q8_agrees_with_a_reference_that_rounds_like_it(head_dim: int, table: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("head_dim", "kv"), [(32, "q8_0"), (32, "q8_0-all"), (64, "q8_0-all"), (128, "q8_0-all")])
+def test_q8_agrees_with_a_reference_that_rounds_like_it(head_dim: int, kv: str, table: str, tmp_path: Path) -> None:
     # Exact activations, so that only the cache's rounding (in both) and the queries' (in ours) is left. All experts:
     # no near-tie of the router can flip. Measured: up to 1.4e-4 nats.
     shape = SHAPE | {"window": WINDOW, "n_experts_used": 8, "head_dim": head_dim}
     model = write_model(tmp_path / "model.gguf", **shape)
     ids = tokens(200 if table != "ref" else 40)
-    expected = Reference.from_gguf(model).logits(ids.tolist(), kv="q8_0")
-    got = open_session(model, table=table, exact=True, kv="q8_0").decode(ids, all_logits=True)
+    expected = Reference.from_gguf(model).logits(ids.tolist(), kv=kv)
+    got = open_session(model, table=table, exact=True, kv=kv).decode(ids, all_logits=True)
     assert kl_divergence(expected, got) < 3e-4
 
 
@@ -177,9 +181,17 @@ def test_types_that_cannot_be_are_refused(path: str, tmp_path: Path) -> None:
         SmallThinker(narrow, kv="q8_0")
 
 
-def test_the_planner_takes_q8_where_the_budget_needs_it(path: str) -> None:
-    f16 = SmallThinker(path).plan
-    q8 = SmallThinker(path, kv="q8_0").plan
-    assert f16.parts["KV cache"] * 34 == q8.parts["KV cache"] * 64
+def test_the_planner_takes_q8_where_the_budget_needs_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget.psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=40 << 20))
+    with GGUFFile(path) as file:
+        config = ModelConfig.from_gguf(file)
+        totals = {kv: budget.make_plan(file, config, 4096, 64, None, kv=kv).total for kv in KINDS}
+        f16, full, every = (kv_bytes(config, 4096, kv) for kv in KINDS)
+        assert f16 * 34 == every * 64
+        assert f16 > full > every
+        for kv, total in totals.items():
+            assert budget.make_plan(file, config, 4096, 64, total, kv="auto").kv == kv
+        with pytest.raises(MemoryBudgetError, match=str(totals["q8_0-all"])):
+            budget.make_plan(file, config, 4096, 64, totals["q8_0-all"] - 1, kv="auto")
     assert SmallThinker(path, kv="auto").plan.kv == "f16"
-    assert SmallThinker(path, memory=2 * f16.total, kv="auto").plan.kv == "f16"
+

@@ -14,7 +14,7 @@ from test_engine import SHAPE, tokens
 from smallthinker_edge import Session, SessionFormatError, SmallThinker
 from smallthinker_edge.session_file import HEADER
 
-KINDS = ("f16", "q8_0")
+KINDS = ("f16", "q8_0", "q8_0-all")
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,23 @@
 # The forward pass, part: router, projections, attention over the KV cache and its output projection. Included by
 # engine.pyx after forward.pxi, whose structs it fills.
 
+cdef inline KVPage *kv_page(Call *c, Layer *layer) noexcept nogil:
+    return &c.ring_page if layer.window else &c.full_page
+
+
 cdef uint8_t *kv_head(Call *c, Layer *layer, int64_t p, int64_t unit) noexcept nogil:
     """Keys (unit = 2 * KV head) or values (one more) of the page that holds position p."""
     cdef int64_t block = p // ST_ATTN_CHUNK
+    cdef KVPage *page = kv_page(c, layer)
     cdef uint8_t *data = c.kv_ring[block % c.ring] if layer.window else c.kv_full[block]
-    return data + layer.kv_index * c.kv_page_bytes + unit * c.kv_head_bytes
+    return data + layer.kv_index * page.bytes + unit * page.head_bytes
 
 
 cdef void store(Call *c, Layer *layer, int64_t p, int64_t unit, const float *x, Scratch *s) noexcept nogil:
     """Writes one head's key or value of position p."""
     cdef uint8_t *page = kv_head(c, layer, p, unit)
     cdef int64_t slot = p % ST_ATTN_CHUNK, hd = c.s.hd
-    if c.kv_type == ST_F16:
+    if kv_page(c, layer).type == ST_F16:
         c.kernels.to_f16(x, <uint16_t *>page + slot * hd, hd)
         return
     c.kernels.quantize(x, hd, s.head)
@@ -36,7 +41,7 @@ cdef void projection_unit(Call *c, Layer *layer, int64_t unit, const st_q8x4 *co
         if layer.rope:
             for t in range(c.n):
                 c.kernels.rope(out + t * ld, rope + t * 2 * half, rope + t * 2 * half + half, half)
-        if c.kv_type == ST_Q8_0:
+        if kv_page(c, layer).type == ST_Q8_0:
             for t in range(c.n):
                 query = c.q8 + 2 * (t * c.s.heads + unit) * c.nq_head
                 c.kernels.quantize(out + t * ld, hd, query)
@@ -190,7 +195,7 @@ cdef void attention_chunk(Call *c, Layer *layer, int64_t t, int64_t kv, int64_t 
     cdef float scale = 1 / sqrtf(<float>hd)
     if layer.window:
         p0 = max(0, p - layer.window + 1 - start)
-    if c.kv_type == ST_F16:
+    if kv_page(c, layer).type == ST_F16:
         c.kernels.attention(c.q + (t * c.s.heads + kv * G) * hd, G, hd, <const uint16_t *>k + p0 * hd,
                             <const uint16_t *>v + p0 * hd, p1 - p0, scale, s.scores, acc, m, lsum)
         return

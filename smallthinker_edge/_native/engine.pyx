@@ -536,7 +536,7 @@ cdef class Engine:
         c.tokens, c.n, c.position = &ids[0], n, cache.position
         self.fit_slots()
         cache.prepare(n)
-        c.kv_type, c.kv_head_bytes, c.kv_page_bytes = cache.type, cache.head_bytes, cache.page_bytes
+        c.full_page, c.ring_page = cache.full_page, cache.ring_page
         c.kv_full, c.kv_ring, c.ring = cache.full_at, cache.ring_at, cache.ring_blocks
         self.fill_rope(c.rope, self.config.rope_theta, cache.position, n)
         if c.rope_window != c.rope:

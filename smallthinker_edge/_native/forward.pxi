@@ -41,6 +41,12 @@ cdef struct Shape:
     int softmax
     int down_transposed
 
+# A page of the KV cache: 256 positions of one layer.
+cdef struct KVPage:
+    int type              # ST_F16 or ST_Q8_0
+    size_t head_bytes     # the keys or the values of one head
+    size_t bytes
+
 # What one thread needs for itself.
 cdef struct Scratch:
     float *norm           # [max(d, H*hd)]
@@ -88,8 +94,7 @@ cdef struct Call:
     int64_t n, position
     int all_logits
     int failed            # an expert could not be read
-    int kv_type           # ST_F16 or ST_Q8_0
-    size_t kv_head_bytes, kv_page_bytes
+    KVPage full_page, ring_page
     uint8_t **kv_full     # block of full layers by position // 256
     uint8_t **kv_ring     # block of window layers by position // 256 % ring
     int64_t ring

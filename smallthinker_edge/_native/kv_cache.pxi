@@ -39,7 +39,8 @@ cdef class KVCache:
     Args:
         engine: whose layers it serves.
         context: most positions.
-        kv: "f16", or "q8_0": 34 instead of 64 bytes for 32 dimensions.
+        kv: "f16"; "q8_0": 34 instead of 64 bytes for 32 dimensions in the layers that grow with the context, window
+            layers in F16; "q8_0-all": window layers too.
 
     Full layers take a block per 256 positions as these are first decoded. Window layers are a ring of blocks that
     holds the window and 255 positions more: so far a rewind is free, and so long may a batch be once it is full.
@@ -55,15 +56,13 @@ cdef class KVCache:
     cdef readonly str kv
     cdef readonly int64_t ring_blocks
     cdef readonly int64_t lost   # window layers have forgotten the positions below this one
-    cdef int type
-    cdef size_t head_bytes, page_bytes
+    cdef KVPage full_page, ring_page
     cdef int64_t n_full, n_window, window, batch
 
     def __cinit__(self, Engine engine not None, int64_t context, str kv="f16"):
         cdef int64_t l
-        self.head_bytes = checked_head_bytes(kv, engine.call.s.hd)
-        self.engine, self.context, self.kv, self.type = engine, context, kv, KV_TYPES[kv]
-        self.page_bytes = 2 * engine.call.s.kv_heads * self.head_bytes
+        self.engine, self.context, self.kv = engine, context, kv
+        self.full_page, self.ring_page = page_of(kv, False, engine.config), page_of(kv, True, engine.config)
         self.batch = engine.call.s.batch
         for l in range(engine.call.s.n_layers):
             self.n_window += engine.call.layers[l].window > 0
@@ -113,14 +112,14 @@ cdef class KVCache:
         for j in range(self.position // ST_ATTN_CHUNK, (self.position + n - 1) // ST_ATTN_CHUNK + 1):
             if self.n_full:
                 if j == len(self.full):
-                    self.full.append(KVBlock(self.engine, self.n_full * self.page_bytes))
+                    self.full.append(KVBlock(self.engine, self.n_full * self.full_page.bytes))
                 else:
                     self.full[j] = own(self.full[j])
                 self.full_at[j] = (<KVBlock>self.full[j]).data
             if self.n_window:
                 slot = j % self.ring_blocks
                 block = self.ring[slot]
-                self.ring[slot] = KVBlock(self.engine, self.n_window * self.page_bytes) if block is None else own(block)
+                self.ring[slot] = KVBlock(self.engine, self.n_window * self.ring_page.bytes) if block is None else own(block)
                 self.ring_at[slot] = (<KVBlock>self.ring[slot]).data
         return 0
 
@@ -194,15 +193,21 @@ cdef KVBlock own(KVBlock block):
     return copy
 
 
-cdef size_t checked_head_bytes(kv, int64_t hd) except 0:
+# Of full layers and of window layers. These do not grow with the context, so that their precision is cheap.
+KV_TYPES = {"f16": (ST_F16, ST_F16), "q8_0": (ST_Q8_0, ST_F16), "q8_0-all": (ST_Q8_0, ST_Q8_0)}
+
+
+cdef KVPage page_of(kv, bint window, config) except *:
+    """The page of a full or a window layer of a ModelConfig. ValueError as KVCache()."""
+    cdef KVPage page
     if kv not in KV_TYPES:
         raise ValueError(f"kv must be one of {', '.join(KV_TYPES)}, not {kv!r}")
-    if st_kv_head_bytes(KV_TYPES[kv], hd) == 0:
-        raise ValueError(f"a head of {hd} is not a multiple of 32, which a KV cache in {kv} needs: use kv='f16'")
-    return st_kv_head_bytes(KV_TYPES[kv], hd)
-
-
-KV_TYPES = {"f16": ST_F16, "q8_0": ST_Q8_0}
+    if any(st_kv_head_bytes(type_, config.head_dim) == 0 for type_ in KV_TYPES[kv]):
+        raise ValueError(f"heads of {config.head_dim}, no multiple of 32, cannot be kept in {kv}: use kv='f16'")
+    page.type = KV_TYPES[kv][window]
+    page.head_bytes = st_kv_head_bytes(page.type, config.head_dim)
+    page.bytes = 2 * config.n_kv_heads * page.head_bytes
+    return page
 
 
 def ring_blocks(int64_t window):
@@ -212,7 +217,7 @@ def ring_blocks(int64_t window):
 
 def kv_bytes(config, int64_t context, kv="f16"):
     """Bytes of a KV cache that is full to `context` positions, for a ModelConfig. ValueError as KVCache()."""
-    cdef size_t head = checked_head_bytes(kv, config.head_dim), page = 2 * config.n_kv_heads * head
     windowed = sum(config.window_layout) if config.window else 0
     blocks = (context + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK
-    return page * ((config.n_layers - windowed) * blocks + windowed * min(blocks, ring_blocks(config.window)))
+    full = page_of(kv, False, config).bytes * (config.n_layers - windowed) * blocks
+    return full + page_of(kv, True, config).bytes * windowed * min(blocks, ring_blocks(config.window))
