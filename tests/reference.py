@@ -82,8 +82,9 @@ class Reference:
     def logits(self, tokens: Sequence[int], *, kv: str | None = None, rounding: bool = False) -> Array:
         """Logits [n, V] of every position of one sequence that starts at position 0.
 
-        kv, "f16", "q8_0" or "q8_0-all", rounds keys (after RoPE) and values as a KV cache of that kind does. rounding: the inputs
-        of matrices that an engine multiplies in integers are rounded to Q8_0 first; everything else stays float64.
+        kv, "f16", "q8_0" or "q8_0-all", rounds keys (after RoPE) and values as a KV cache of that kind does. rounding:
+        the inputs of matrices that an engine multiplies in integers are rounded to Q8_0 first; everything else stays
+        float64.
         """
         return self.run(tokens, kv=kv, rounding=rounding).logits
 
