@@ -22,7 +22,7 @@ void *st_memory_alloc(size_t bytes) {
 
 void st_memory_return(uint8_t *p, size_t bytes) {
     uintptr_t start = ((uintptr_t)p + ST_MEMORY_GRAIN - 1) / ST_MEMORY_GRAIN * ST_MEMORY_GRAIN;
-    uintptr_t end = ((uintptr_t)p + bytes) / ST_MEMORY_GRAIN * ST_MEMORY_GRAIN;
+    uintptr_t end = (uintptr_t)p + bytes;
     if (start < end)
         (void)madvise((void *)start, end - start, MADV_DONTNEED);
 }

@@ -144,6 +144,23 @@ def test_memory_of_an_empty_kv_cache_holds_experts_until_it_is_needed(
     assert seen == [20 + left * block // model.plan.slot_bytes for left in (4, 3, 2, 1, 0, 3)]
 
 
+def test_what_the_kv_cache_takes_back_is_given_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"window": None, "d_ffn": 1024, "head_dim": 128, "context_length": 4096}  # 1 MiB for 256 positions
+    source, target = write_model(tmp_path / "m.gguf", **SHAPE | shape), tmp_path / "m.stpk"
+    packed.pack(source, target)
+    set_slots(monkeypatch, 20, lent=18 << 20)
+    with SmallThinker(target) as model, model.session() as session:
+        session.decode(np.resize(TOKENS, 256))
+        before = budget.process_memory()["rss_bytes"]
+        slots = int(str(model.stats()["slots"]))
+        session.decode(np.resize(TOKENS, 15 * 256))
+        after = budget.process_memory()["rss_bytes"]
+        returned = (slots - int(str(model.stats()["slots"]))) * model.plan.slot_bytes
+        assert session.kv_bytes == 16 << 20
+        assert returned > 14 << 20
+    assert after - before < 6 << 20  # 15 MiB more of keys and values, and as much less of experts
+
+
 def resident_pages(path: str | os.PathLike[str], offset: int, nbytes: int) -> int:
     """How many of a file's pages are in the system's cache."""
     size = os.path.getsize(path)

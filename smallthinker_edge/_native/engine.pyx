@@ -435,8 +435,9 @@ cdef class Engine:
             return 0
         with nogil:
             st_pager_resize(self.call.pager, slots)
-            if slots < self.slots:
-                st_memory_return(self.slot_memory + slots * self.slot_bytes, (self.slots - slots) * self.slot_bytes)
+            if slots < self.slots:  # to the end: earlier calls kept the page that theirs began in
+                st_memory_return(self.slot_memory + slots * self.slot_bytes,
+                                 (self.most_slots - slots) * self.slot_bytes)
         self.slots = slots
         return 0
 
