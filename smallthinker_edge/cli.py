@@ -110,7 +110,7 @@ def add_kv_argument(parser: argparse.ArgumentParser) -> None:
         "--kv",
         choices=("f16", "q8_0", "q8_0-all", "auto"),
         default="f16",
-        help="KV cache: q8_0 takes half the memory, but in window layers (q8_0-all: there too); auto: as the budget says",
+        help="KV cache: q8_0 takes half the memory, but in window layers (q8_0-all: there too); auto: by the budget",
     )
 
 

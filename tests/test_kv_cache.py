@@ -194,4 +194,3 @@ def test_the_planner_takes_q8_where_the_budget_needs_it(path: str, monkeypatch: 
         with pytest.raises(MemoryBudgetError, match=str(totals["q8_0-all"])):
             budget.make_plan(file, config, 4096, 64, totals["q8_0-all"] - 1, kv="auto")
     assert SmallThinker(path, kv="auto").plan.kv == "f16"
-
