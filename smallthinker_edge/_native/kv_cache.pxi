@@ -119,7 +119,9 @@ cdef class KVCache:
             if self.n_window:
                 slot = j % self.ring_blocks
                 block = self.ring[slot]
-                self.ring[slot] = KVBlock(self.engine, self.n_window * self.ring_page.bytes) if block is None else own(block)
+                if block is None:
+                    block = KVBlock(self.engine, self.n_window * self.ring_page.bytes)
+                self.ring[slot] = own(block)
                 self.ring_at[slot] = (<KVBlock>self.ring[slot]).data
         return 0
 
