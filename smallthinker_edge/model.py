@@ -102,19 +102,24 @@ class SmallThinker:
             self.context = min(DEFAULT_CONTEXT, self.config.context_length) if context is None else context
             if not 1 <= self.context <= self.config.context_length:
                 raise ValueError(f"context must be in 1..{self.config.context_length}, the model's own")
-            self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
-            if self.tokenizer.vocab_size != self.config.vocab_size:
-                raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
             self.head_threshold = self._head_threshold(head_threshold)
-            template = self._file.metadata.get("tokenizer.chat_template")
-            self.chat_template = template if isinstance(template, str) else None
             kernels = os.environ.get("SMALLTHINKER_CPU") or None
             usable = cpus.big_cpus() if automatic else cpus.allowed_cpus()
             with cpus.started_on(usable):
                 engine = Engine(self.config, count, kernels, BATCH, cpus=cpus.places(count, usable) if pin else None)
-            self.plan = self._load(engine, memory, kv, verify)
+            if memory is None:  # nothing to divide: experts can be read while Python builds the tokenizer
+                self._start_paging(engine, self._make_plan(None, kv), profile, verify)
+            self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
+            if self.tokenizer.vocab_size != self.config.vocab_size:
+                raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
+            template = self._file.metadata.get("tokenizer.chat_template")
+            self.chat_template = template if isinstance(template, str) else None
+            self.plan = self._make_plan(memory, kv)
             self.kv = self.plan.kv
-            self._warm_up(engine, profile)
+            self._load(engine, verify)
+            if memory is not None:
+                self._start_paging(engine, self.plan, profile, verify)
+                self._drop_caches()
         except BaseException:
             gguf.close()
             raise
@@ -131,36 +136,44 @@ class SmallThinker:
             raise ValueError(f'head_threshold must be a number, "auto" or None, not {given!r}')
         return threshold if self.config.lm_head_predictor_size else None
 
-    def _load(self, engine: Engine, memory: int | str | None, kv: str, verify: bool) -> budget.Plan:
-        """Fills the engine within the budget; the experts of a packed file stay there until they are needed."""
+    def _make_plan(self, memory: int | str | None, kv: str) -> budget.Plan:
+        size = self._file.experts(self.config)[1] if isinstance(self._file, PackedFile) else 0
         predictor = self.head_threshold is not None
+        return budget.make_plan(self._file, self.config, self.context, BATCH, memory, size, kv, predictor)
+
+    def _load(self, engine: Engine, verify: bool) -> None:
+        """Fills the engine; the experts of a packed file stay there until they are needed."""
+        packed = isinstance(self._file, PackedFile)
+        if isinstance(self._file, PackedFile) and verify:
+            self._file.check_dense(self._file.checksums(self.config.n_layers * self.config.n_experts))
+        Loader(self._file, self.config, engine, paged=packed, predictor=self.head_threshold is not None).load()
+
+    def _start_paging(
+        self, engine: Engine, plan: budget.Plan, profile: str | os.PathLike[str] | None, verify: bool
+    ) -> None:
+        """Has the engine take a packed file's experts from there, and reads those ahead that will be needed first."""
         if not isinstance(self._file, PackedFile):
-            plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, kv=kv, predictor=predictor)
-            Loader(self._file, self.config, engine, predictor=predictor).load()
-            return plan
+            return
         offsets, size = self._file.experts(self.config)
-        plan = budget.make_plan(self._file, self.config, self.context, BATCH, memory, size, kv, predictor)
-        sums = self._file.checksums(len(offsets)) if verify else None
-        if sums is not None:
-            self._file.check_dense(sums)
-            sums = sums[-len(offsets) :]
-        Loader(self._file, self.config, engine, paged=True, predictor=predictor).load()
+        sums = self._file.checksums(len(offsets))[-len(offsets) :] if verify else None
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
         # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:
         # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
         reserve = plan.parts["KV cache"] if self.config.tied else 0
-        engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=reserve, sums=sums)
-        self._file.drop_cache()
-        budget.drop_library_cache()
-        return plan
-
-    def _warm_up(self, engine: Engine, profile: str | os.PathLike[str] | None) -> None:
+        free = plan.limit is None  # then the next start finds the file in the page cache
+        engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=reserve, sums=sums, cached=free)
         path = profile_path(self._file.path) if profile is None else profile
-        if isinstance(self._file, PackedFile) and (profile is not None or os.path.exists(path)):
-            uses = load_profile(path, self.config.n_layers * self.config.n_experts)
-            if uses is not None:
-                warm_up(engine, uses)
+        uses = load_profile(path, len(offsets)) if profile is not None or os.path.exists(path) else None
+        every = free and plan.slots == len(offsets) and plan.total < budget.available_memory()
+        if uses is not None or every:
+            warm_up(engine, np.zeros(len(offsets)) if uses is None else uses, every)
+
+    def _drop_caches(self) -> None:
+        """Takes what was read until now out of the page cache, which a memory limit counts."""
+        if isinstance(self._file, PackedFile):
+            self._file.drop_cache()
+            budget.drop_library_cache()
 
     def save_profile(self, path: str | os.PathLike[str] | None = None) -> str:
         """Writes which experts were used lately, for the next start to read first, and returns the file's name.

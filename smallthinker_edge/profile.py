@@ -54,8 +54,9 @@ def load_profile(path: str | os.PathLike[str], experts: int) -> Uses | None:
     return uses
 
 
-def warm_up(engine: Engine, uses: Uses) -> None:
-    """Starts reading the most used experts into the engine's free slots."""
+def warm_up(engine: Engine, uses: Uses, every: bool = False) -> None:
+    """Starts reading the most used experts into the engine's free slots; those never used only with `every`."""
     order = np.argsort(-uses, kind="stable")
-    order = order[uses[order] > 0]
+    if not every:
+        order = order[uses[order] > 0]
     engine.warm(order.astype(np.int32), uses[order])

@@ -1,4 +1,4 @@
-/* Direct reads for the pager's I/O threads. Knows offsets and sizes, and nothing of experts. */
+/* Reads for the pager's I/O threads. Knows offsets and sizes, and nothing of experts. */
 #define _GNU_SOURCE
 #include "smallthinker/reader.h"
 
@@ -17,7 +17,7 @@ enum { RETRIES = 3 };
 
 struct st_reader {
     int fd;
-    int direct;
+    int direct, cached;
 };
 
 /* Some file systems take the flag at open and refuse the first read. */
@@ -30,12 +30,13 @@ static int direct_works(int fd) {
     return got >= 0;
 }
 
-st_reader *st_reader_open(const char *path) {
+st_reader *st_reader_open(const char *path, int cached) {
     st_reader *reader = calloc(1, sizeof *reader);
     if (!reader)
         return NULL;
-    reader->direct = O_DIRECT != 0;
-    reader->fd = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+    reader->cached = cached;
+    reader->direct = O_DIRECT != 0 && !cached;
+    reader->fd = open(path, O_RDONLY | O_CLOEXEC | (cached ? 0 : O_DIRECT));
     if (reader->fd >= 0 && reader->direct && !direct_works(reader->fd)) {
         close(reader->fd);
         reader->fd = -1;
@@ -46,7 +47,7 @@ st_reader *st_reader_open(const char *path) {
         reader->fd = open(path, O_RDONLY | O_CLOEXEC);
     }
 #ifdef F_NOCACHE
-    if (reader->fd >= 0)
+    if (reader->fd >= 0 && !cached)
         (void)fcntl(reader->fd, F_NOCACHE, 1);
 #endif
     if (reader->fd < 0) {
@@ -80,7 +81,8 @@ int st_reader_read(void *arg, int64_t offset, size_t size, void *buffer) {
         }
     }
 #if defined(POSIX_FADV_DONTNEED)
-    if (!reader->direct) { /* only whole pages are dropped, and a page may be larger than our alignment */
+    if (!reader->direct &&
+        !reader->cached) { /* only whole pages are dropped, and a page may be larger than our alignment */
         int64_t page = sysconf(_SC_PAGESIZE), start = offset / page * page;
         int64_t end = (offset + (int64_t)size + page - 1) / page * page;
         (void)posix_fadvise(reader->fd, start, end - start, POSIX_FADV_DONTNEED);

@@ -75,6 +75,11 @@ def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> Non
     monkeypatch.setattr("smallthinker_edge.model.Engine", PagingEngine)
 
 
+def read_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps experts from being read at the opening, as they are where all have room."""
+    monkeypatch.setattr("smallthinker_edge.model.warm_up", lambda *_: None)
+
+
 def test_old_files_whose_down_is_transposed_are_refused(tmp_path: Path, stpk: str) -> None:
     """They hold GGUF rows, under the name that is still that of the others' layout."""
     target = tmp_path / "m.stpk"
@@ -110,6 +115,7 @@ def check_logits_at_slots(
     with SmallThinker(gguf) as model:
         expected = model.session().decode(TOKENS, all_logits=True)
     set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096)
+    read_when_wanted(monkeypatch)
     with SmallThinker(stpk, threads=2) as model:
         with model.session() as session:
             got = np.stack([session.decode(TOKENS[i : i + 1]) for i in range(100)])
@@ -200,7 +206,19 @@ def test_a_budget_is_divided_into_slots(stpk: str) -> None:
         assert model.plan.total <= memory
 
 
-def test_a_read_error_is_an_exception_and_the_session_goes_on(gguf: str, stpk: str, tmp_path: Path) -> None:
+def test_experts_that_all_have_room_are_read_at_the_opening(stpk: str) -> None:
+    with SmallThinker(stpk) as model, model.session() as session:
+        everything = model.plan.slots * model.plan.slot_bytes
+        wait_until(lambda: model.stats()["read_bytes"] == everything)
+        session.decode(TOKENS)
+        stats = model.stats()
+    assert (stats["read_bytes"], stats["misses"], stats["ahead_reads"]) == (everything, 0, 0)
+
+
+def test_a_read_error_is_an_exception_and_the_session_goes_on(
+    gguf: str, stpk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_when_wanted(monkeypatch)
     broken = tmp_path / "broken.stpk"
     whole = Path(stpk).read_bytes()
     broken.write_bytes(whole)
@@ -216,7 +234,10 @@ def test_a_read_error_is_an_exception_and_the_session_goes_on(gguf: str, stpk: s
         assert model.stats()["read_errors"] > 0
 
 
-def test_a_read_error_in_the_middle_of_a_chat_costs_one_step(gguf: str, stpk: str, tmp_path: Path) -> None:
+def test_a_read_error_in_the_middle_of_a_chat_costs_one_step(
+    gguf: str, stpk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_when_wanted(monkeypatch)
     broken = tmp_path / "broken.stpk"
     whole = Path(stpk).read_bytes()
     broken.write_bytes(whole)

@@ -123,7 +123,7 @@ cdef extern from "smallthinker/threads.h" nogil:
 cdef extern from "smallthinker/reader.h" nogil:
     ctypedef struct st_reader:
         pass
-    st_reader *st_reader_open(const char *path)
+    st_reader *st_reader_open(const char *path, int cached)
     void st_reader_close(st_reader *reader)
     int st_reader_direct(const st_reader *reader)
     int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer)

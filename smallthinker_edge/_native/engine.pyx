@@ -365,7 +365,7 @@ cdef class Engine:
 
     def page_experts(self, path, offsets, size_t blob_bytes, int64_t slots, types, *, int io_threads=IO_THREADS,
                      policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, size_t lent=0,
-                     sums=None):
+                     sums=None, bint cached=False):
         """Takes the experts from a packed file instead of set_experts().
 
         Args:
@@ -377,6 +377,7 @@ cdef class Engine:
             piece: bytes after which such a read gives way to an expert that is wanted now.
             lent: bytes of the budget that are set aside for keys and values: more slots while these do not need it.
             sums: uint32 [L * E], the CRC-32 of every blob, compared when it is first read; None compares nothing.
+            cached: read through the system's page cache, which keeps what was read, instead of past it.
 
         Raises OSError where the file cannot be opened, ValueError for an unknown policy or too few slots.
         """
@@ -395,7 +396,7 @@ cdef class Engine:
             layer.gate_type, layer.up_type, layer.down_type = types[l]
             layer.expert_layout = self.expert_layout(layer)
         name = os.fsencode(path)
-        self.reader = st_reader_open(name)
+        self.reader = st_reader_open(name, cached)
         if self.reader == NULL:
             raise OSError(errno, os.strerror(errno), os.fspath(path))
         encoded = policy.encode() if policy is not None else b""

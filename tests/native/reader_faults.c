@@ -92,7 +92,7 @@ static int reads(st_reader *reader, int first, int blocks) {
 
 /* The same for a reader with direct I/O and one without. */
 static void faults(const char *path, int direct) {
-    st_reader *reader = st_reader_open(path);
+    st_reader *reader = st_reader_open(path, 0);
     CHECK(reader && st_reader_direct(reader) == direct);
     CHECK(reads(reader, 0, BLOCKS) && reads(reader, 5, 1) && reads(reader, BLOCKS - 1, 1));
 
@@ -118,7 +118,7 @@ static void faults(const char *path, int direct) {
 
 /* A file of the same name that takes the place of the opened one is not mixed with it. */
 static void replaced(const char *path, const char *other) {
-    st_reader *reader = st_reader_open(path);
+    st_reader *reader = st_reader_open(path, 0);
     CHECK(reader);
     write_file(other, 2, 1);
     CHECK(rename(other, path) == 0);
@@ -134,7 +134,7 @@ static void *read_all(void *reader) {
 }
 
 static void from_several_threads(const char *path) {
-    st_reader *reader = st_reader_open(path);
+    st_reader *reader = st_reader_open(path, 0);
     CHECK(reader);
     atomic_store(&fault.interrupts, 20);
     pthread_t threads[4];
@@ -150,11 +150,11 @@ int main(int argc, char **argv) {
     char path[4096], other[4096];
     snprintf(path, sizeof path, "%s/file", argv[1]);
     snprintf(other, sizeof other, "%s/other", argv[1]);
-    CHECK(!st_reader_open(path) && errno == ENOENT);
+    CHECK(!st_reader_open(path, 0) && errno == ENOENT);
     st_reader_close(NULL);
     write_file(path, BLOCKS, 0);
 
-    st_reader *reader = st_reader_open(path);
+    st_reader *reader = st_reader_open(path, 0);
     CHECK(reader);
     int direct = st_reader_direct(reader); /* whether this file system takes it */
     st_reader_close(reader);
