@@ -60,7 +60,8 @@ def traffic_of(tensors: Mapping[str, TensorInfo], config: ModelConfig, active: f
     """
     embedding = tensors[tensor_name("token_embd")]
     row = embedding.nbytes // config.vocab_size
-    dense = row + sum(t.nbytes for name, t in tensors.items() if not name.endswith("_exps.weight"))
+    unread = tensor_name("lm_head_profiler")  # a whole head does not ask its predictor
+    dense = row + sum(t.nbytes for name, t in tensors.items() if not name.endswith("_exps.weight") and name != unread)
     if not config.tied:
         dense -= embedding.nbytes  # else it is the head, and read whole
     used = config.n_experts_used / config.n_experts
