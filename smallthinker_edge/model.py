@@ -161,7 +161,7 @@ class SmallThinker:
         # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:
         # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
         reserve = plan.parts["KV cache"] if self.config.tied else 0
-        free = plan.limit is None  # then the next start finds the file in the page cache
+        free = plan.limit is None  # then the page cache may help
         engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=reserve, sums=sums, cached=free)
         path = profile_path(self._file.path) if profile is None else profile
         uses = load_profile(path, len(offsets)) if profile is not None or os.path.exists(path) else None

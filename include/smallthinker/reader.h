@@ -9,8 +9,9 @@
 
 typedef struct st_reader st_reader;
 
-/* cached: for reads through the page cache, which keeps what was read. Otherwise for O_DIRECT where the file system
- * takes it, else for ordinary reads that are dropped from the page cache. NULL with errno set on failure. */
+/* Opens for O_DIRECT where the file system takes it, else for ordinary reads that are dropped from the page cache.
+ * cached: for ordinary reads, and nothing dropped, where the page cache holds the file now. NULL with errno set on
+ * failure. */
 st_reader *st_reader_open(const char *path, int cached);
 void st_reader_close(st_reader *reader); /* NULL is fine */
 int st_reader_direct(const st_reader *reader);

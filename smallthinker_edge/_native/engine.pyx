@@ -377,7 +377,7 @@ cdef class Engine:
             piece: bytes after which such a read gives way to an expert that is wanted now.
             lent: bytes of the budget that are set aside for keys and values: more slots while these do not need it.
             sums: uint32 [L * E], the CRC-32 of every blob, compared when it is first read; None compares nothing.
-            cached: read through the system's page cache, which keeps what was read, instead of past it.
+            cached: read from the system's page cache, and drop nothing from it, where it holds the file.
 
         Raises OSError where the file cannot be opened, ValueError for an unknown policy or too few slots.
         """

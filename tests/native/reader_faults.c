@@ -158,6 +158,9 @@ int main(int argc, char **argv) {
     CHECK(reader);
     int direct = st_reader_direct(reader); /* whether this file system takes it */
     st_reader_close(reader);
+    reader = st_reader_open(path, 1); /* just written: the page cache has it */
+    CHECK(reader && !st_reader_direct(reader) && reads(reader, 0, BLOCKS) && !reads(reader, BLOCKS, 1));
+    st_reader_close(reader);
     faults(path, direct);
     replaced(path, other);
     from_several_threads(path);
