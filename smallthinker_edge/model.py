@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from smallthinker_edge import budget, cpus, heat
-from smallthinker_edge._native.engine import Engine
+from smallthinker_edge._native.engine import KV_TYPES, Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.chat import Messages, encode_chat
@@ -34,7 +35,7 @@ from smallthinker_edge.speculation import BatchCosts
 from smallthinker_edge.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
-KV_CHOICES = ("f16", "q8_0", "q8_0-all", "auto")
+KV_CHOICES = (*KV_TYPES, "auto")
 BATCH = 512
 MOST_SPECULATED = 64
 
@@ -107,18 +108,22 @@ class SmallThinker:
             usable = cpus.big_cpus() if automatic else cpus.allowed_cpus()
             with cpus.started_on(usable):
                 engine = Engine(self.config, count, kernels, BATCH, cpus=cpus.places(count, usable) if pin else None)
-            if memory is None:  # nothing to divide: experts can be read while Python builds the tokenizer
-                self._start_paging(engine, self._make_plan(None, kv), profile, verify)
+            experts, sums, slot_bytes = None, None, 0
+            if isinstance(self._file, PackedFile):
+                experts = offsets, slot_bytes = self._file.experts(self.config)
+                sums = self._file.checksums(len(offsets)) if verify else None
+            if experts and memory is None:  # nothing to divide: they can be read while Python builds the tokenizer
+                self._start_paging(engine, experts, self._make_plan(None, kv, slot_bytes), profile, sums)
             self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
             if self.tokenizer.vocab_size != self.config.vocab_size:
                 raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
             template = self._file.metadata.get("tokenizer.chat_template")
             self.chat_template = template if isinstance(template, str) else None
-            self.plan = self._make_plan(memory, kv)
+            self.plan = self._make_plan(memory, kv, slot_bytes)
             self.kv = self.plan.kv
-            self._load(engine, verify)
-            if memory is not None:
-                self._start_paging(engine, self.plan, profile, verify)
+            self._load(engine, sums)
+            if experts and memory is not None:
+                self._start_paging(engine, experts, self.plan, profile, sums)
                 self._drop_caches()
         except BaseException:
             gguf.close()
@@ -136,26 +141,33 @@ class SmallThinker:
             raise ValueError(f'head_threshold must be a number, "auto" or None, not {given!r}')
         return threshold if self.config.lm_head_predictor_size else None
 
-    def _make_plan(self, memory: int | str | None, kv: str) -> budget.Plan:
-        size = self._file.experts(self.config)[1] if isinstance(self._file, PackedFile) else 0
+    def _make_plan(self, memory: int | str | None, kv: str, slot_bytes: int) -> budget.Plan:
         predictor = self.head_threshold is not None
-        return budget.make_plan(self._file, self.config, self.context, BATCH, memory, size, kv, predictor)
+        return budget.make_plan(self._file, self.config, self.context, BATCH, memory, slot_bytes, kv, predictor)
 
-    def _load(self, engine: Engine, verify: bool) -> None:
+    def _load(self, engine: Engine, sums: npt.NDArray[np.uint32] | None) -> None:
         """Fills the engine; the experts of a packed file stay there until they are needed."""
         packed = isinstance(self._file, PackedFile)
-        if isinstance(self._file, PackedFile) and verify:
-            self._file.check_dense(self._file.checksums(self.config.n_layers * self.config.n_experts))
+        if isinstance(self._file, PackedFile) and sums is not None:
+            self._file.check_dense(sums)
         Loader(self._file, self.config, engine, paged=packed, predictor=self.head_threshold is not None).load()
 
     def _start_paging(
-        self, engine: Engine, plan: budget.Plan, profile: str | os.PathLike[str] | None, verify: bool
+        self,
+        engine: Engine,
+        experts: tuple[npt.NDArray[np.int64], int],
+        plan: budget.Plan,
+        profile: str | os.PathLike[str] | None,
+        sums: npt.NDArray[np.uint32] | None,
     ) -> None:
-        """Has the engine take a packed file's experts from there, and reads those ahead that will be needed first."""
-        if not isinstance(self._file, PackedFile):
-            return
-        offsets, size = self._file.experts(self.config)
-        sums = self._file.checksums(len(offsets))[-len(offsets) :] if verify else None
+        """Has the engine take a packed file's experts from there, and reads those ahead that will be needed first.
+
+        experts: as PackedFile.experts() has them. sums: as PackedFile.checksums() has them, or None.
+        """
+        assert isinstance(self._file, PackedFile)
+        offsets, size = experts
+        if sums is not None:
+            sums = sums[-len(offsets) :]
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
         types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
         # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:

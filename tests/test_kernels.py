@@ -5,6 +5,8 @@ Outputs are poisoned with NaN and stand between guard zones; inputs include zero
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
@@ -399,13 +401,19 @@ def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(
         assert np.array_equal(y.check(), alone)
 
 
+def down_case(name: str, d: int, f: int, transposed: bool) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The kernel for a layout of down, a down [d][f] in it, and what its neurons give to it."""
+    table, g, up = Table(name), inputs("normal", (f,), 1), inputs("normal", (f,), 2)
+    lines = kernels.pack_down(weights(2, d, f)[0], d, f, transposed)
+    if transposed:
+        return table.down_transposed, lines, fired(g, up)
+    return table.down, lines, activated(name, g, up)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_down_gives_the_same_bits_for_any_chunks(name: str, transposed: bool) -> None:
-    d, f, table = 1824, 32 * (kernels.FFN_PART + 1), Table(name)
-    lines = kernels.pack_down(weights(2, d, f)[0], d, f, transposed)
-    g, up = inputs("normal", (f,), 1), inputs("normal", (f,), 2)
-    active = fired(g, up) if transposed else activated(name, g, up)
-    run_down = table.down_transposed if transposed else table.down
+    d, f = 1824, 32 * (kernels.FFN_PART + 1)
+    run_down, lines, active = down_case(name, d, f, transposed)
     whole = np.zeros(15 * 128, np.float32)
     run_down(lines, d, f, 0, 15, active, 0.3, whole)
     for c0, c1 in [(0, 1), (1, 4), (2, 15), (7, 8), (14, 15)]:
@@ -417,11 +425,8 @@ def test_down_gives_the_same_bits_for_any_chunks(name: str, transposed: bool) ->
 @pytest.mark.parametrize("transposed", [False, True])
 def test_down_weights_each_part_by_itself(name: str, transposed: bool) -> None:
     """The sum over a token's experts must not depend on whether it is computed alone (by parts) or in a prompt."""
-    d, f, table = 160, 32 * (kernels.FFN_PART + 1), Table(name)
-    lines = kernels.pack_down(weights(2, d, f)[0], d, f, transposed)
-    g, up = inputs("normal", (f,), 1), inputs("normal", (f,), 2)
-    active = fired(g, up) if transposed else activated(name, g, up)
-    run_down = table.down_transposed if transposed else table.down
+    d, f = 160, 32 * (kernels.FFN_PART + 1)
+    run_down, lines, active = down_case(name, d, f, transposed)
     whole = inputs("normal", (256,), 3)
     y = whole.copy()
     run_down(lines, d, f, 0, 2, active, 0.3, whole)
@@ -429,7 +434,7 @@ def test_down_weights_each_part_by_itself(name: str, transposed: bool) -> None:
         some, sums = np.zeros(len(active), active.dtype), np.zeros(256, np.float32)
         some[part] = active[part]
         run_down(lines, d, f, 0, 2, some, 1.0, sums)
-        table.axpy(0.3, sums, y)
+        Table(name).axpy(0.3, sums, y)
     assert np.array_equal(y, whole)
 
 
