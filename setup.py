@@ -37,7 +37,7 @@ ABI3 = os.environ.get("SMALLTHINKER_ABI3") == "1"
 # -ffp-contract=off: the plain-C kernels are the definition, so the compiler must not fuse their roundings.
 FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 WITH_CORE = ["engine", "kernels"]
-ALONE = [name for name in ("gguf", "sampler") if os.path.exists(f"smallthinker_edge/_native/{name}.pyx")]
+ALONE = [name for name in ("gguf", "sampler", "locks") if os.path.exists(f"smallthinker_edge/_native/{name}.pyx")]
 
 
 def kernel_sources() -> list[str]:

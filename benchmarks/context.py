@@ -59,7 +59,7 @@ def main() -> None:
         for _ in range(arguments.repeat):
             for position in arguments.positions:
                 for kv in ("f16", "q8_0"):
-                    session = Session(model._open_engine(), vocabulary, longest, model._turn, kv)
+                    session = Session(model._open_engine(), vocabulary, longest, model._turns, kv)
                     fill(session, position, rng)
                     tokens = [rng.integers(0, vocabulary, 1) for _ in range(arguments.decode)]
                     name = f"one token after {position}, {kv}: {session.kv_bytes / 1e6:.0f} MB"
@@ -67,7 +67,7 @@ def main() -> None:
                     session.close()
             for size in arguments.batches:
                 for kind in ("random", "repeated"):
-                    session = Session(model._open_engine(), vocabulary, longest, model._turn)
+                    session = Session(model._open_engine(), vocabulary, longest, model._turns)
                     once = rng.integers(0, vocabulary, size if kind == "random" else 1)
                     batch = once if kind == "random" else np.repeat(once, size)
                     name = f"{size} {kind} token{'s' * (size > 1)} together, all logits"

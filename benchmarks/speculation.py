@@ -23,7 +23,7 @@ from tokenizers import ByteLevelBPETokenizer
 from smallthinker_edge import SmallThinker
 from smallthinker_edge.bench import OtherProcesses
 from smallthinker_edge.demo import COMMANDS, load_commands
-from smallthinker_edge.generation import TextStream, Timings
+from smallthinker_edge.generation import Generation, TextStream, Timings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {"JSON": COMMANDS, "code": ROOT / "smallthinker_edge/session.py", "prose": ROOT / "docs/performance.md"}
@@ -55,10 +55,10 @@ def texts(vocabulary: int, tokens: int) -> dict[str, list[int]]:
 def dictated(model: SmallThinker, text: Sequence[int]) -> Callable[[int], list[Timings]]:
     def run(speculate: int) -> list[Timings]:
         prompt = list(text[: len(text) // 2])
-        stream = TextStream(
+        stream = TextStream(Generation(
             model._sessions, model.tokenizer, Dictation(text), prompt, len(text) - len(prompt), (), None,  # type: ignore[arg-type]
             speculate=speculate, costs=model._costs,
-        )  # fmt: skip
+        ))  # fmt: skip
         for _ in stream:
             pass
         assert stream.result is not None

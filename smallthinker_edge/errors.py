@@ -49,9 +49,25 @@ class ContextFull(SmallThinkerError):
     """More tokens were given than the session's context has room for; nothing was computed."""
 
 
+class DecodeCancelled(SmallThinkerError):
+    """Decoding was stopped by its cancel signal; what had been decoded before stays.
+
+    Attributes:
+        done: how many of the tokens given were decoded, a multiple of what is computed together.
+    """
+
+    def __init__(self, message: str, done: int = 0) -> None:
+        self.done = done
+        super().__init__(message)
+
+
+class OpenedBeforeFork(SmallThinkerError, RuntimeError):
+    """A model was opened before os.fork() and used in the child, which has neither its threads nor its reads."""
+
+
 class ChatTemplateError(SmallThinkerError, ValueError):
     """A chat template or a list of messages cannot be rendered."""
 
 
 class SessionBusy(SmallThinkerError, RuntimeError):
-    """Two threads decoded with one session at the same time."""
+    """Two threads used one session at the same time."""

@@ -1,7 +1,7 @@
-"""TextStream: one generation, from the prompt's ids to pieces of text, and its result.
+"""TextStream and Generation: from a prompt's ids to pieces of text, and the result.
 
-Made by model.py. It drives a session and a sampler; where it guesses tokens (speculation.py) the text is that of plain
-decoding, and where it drops turns (overflow.py) that of a conversation without them.
+Made by model.py. A generation drives a session and a sampler; where it guesses tokens (speculation.py) the text is that
+of plain decoding, and where it drops turns (overflow.py) that of a conversation without them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.sampler import Sampler
+from smallthinker_edge.errors import DecodeCancelled
 from smallthinker_edge.overflow import TurnDropper, shift_limit
 from smallthinker_edge.reuse import SessionStore, common_prefix
 from smallthinker_edge.session import CancelSignal, Session
@@ -84,10 +85,43 @@ class _StopFilter:
 
 
 class TextStream(Iterator[str]):
-    """The pieces of a text while a model makes them. Made by SmallThinker.stream(); closing it stops the work.
+    """The pieces of a text while a model makes them. Made by SmallThinker.stream().
+
+    A stream that is closed, ends or is simply dropped (`break` out of its loop) gives its session back at once, so that
+    the next prompt that begins alike need not be computed again. One thread may take pieces at a time (another one gets
+    a ValueError); any thread may close it.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        # The iterator refers to the generation and not to this object: without a cycle between the two, dropping the
+        # stream ends the work there and then, not when the collector comes.
+        self._generation = generation
+        self._pieces = generation.pieces()
+
+    @property
+    def result(self) -> GenerationResult | None:
+        """The whole result once the stream has ended or was closed, None before."""
+        return self._generation.result
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the generation, also where another thread waits for a piece, within a moment. Safe to call twice."""
+        self._generation.closed = True
+        try:
+            self._pieces.close()
+        except ValueError:  # another thread is inside, and finds `closed` set
+            return
+        if self.result is None:  # it never started
+            self._generation.finish()
+
+
+class Generation:
+    """The work behind a TextStream, with all its state; `pieces()` does it, once.
 
     Attributes:
-        result: the whole GenerationResult once the stream has ended or was closed, None before.
+        result: None until it has ended. closed: set it to end the work soon, from any thread.
     """
 
     def __init__(
@@ -105,6 +139,7 @@ class TextStream(Iterator[str]):
         head_threshold: float | None = None,
     ) -> None:
         self.result: GenerationResult | None = None
+        self.closed = False
         self._sessions, self._tokenizer, self._sampler = sessions, tokenizer, sampler
         self._session: Session | None = None
         self._prompt, self._max_tokens, self._cancel = prompt, max_tokens, cancel
@@ -118,26 +153,21 @@ class TextStream(Iterator[str]):
         self._reason = "cancelled"
         self._started = self._first = 0.0
         self._reused = self._drafted = self._accepted = 0
-        self._pieces = self._run()
 
-    def __next__(self) -> str:
-        return next(self._pieces)
+    def is_set(self) -> bool:
+        """Whether to stop: what decoding looks at, as its cancel signal."""
+        return self.closed or (self._cancel is not None and self._cancel.is_set())
 
-    def close(self) -> None:
-        """Ends the generation. Safe to call twice."""
-        self._pieces.close()
-        if self.result is None:  # it never started
-            self._finish()
-
-    def _run(self) -> Generator[str, None, None]:
+    def pieces(self) -> Generator[str, None, None]:
+        """The text, piece by piece."""
         self._started = time.perf_counter()
-        self._session, self._reused = self._sessions.take(self._prompt)
         try:
+            self._session, self._reused = self._sessions.take(self._prompt)
             for piece in self._generate(self._session):
                 self._text.append(piece)
                 yield piece
         finally:
-            self._finish()
+            self.finish()
 
     def _generate(self, session: Session) -> Iterator[str]:
         decoder = self._tokenizer.stream()
@@ -160,7 +190,7 @@ class TextStream(Iterator[str]):
     def _sampled(self, session: Session) -> Iterator[int]:
         """The sampled tokens, until cancelled or the context is full. What it yields is in self._tokens afterwards."""
         pending = self._prompt[self._reused :]
-        while not self._cancelled():
+        while not self.is_set():
             if session.position + len(pending) > session.context:
                 shorter = self._drop(self._prompt + self._tokens, shift_limit(session.context)) if self._drop else None
                 if shorter is None:
@@ -169,13 +199,11 @@ class TextStream(Iterator[str]):
                 pending = self._shift(session, shorter)
             draft = self._draft(session, len(pending))
             started = time.perf_counter()
-            logits = session.decode(
-                [*pending, *draft],
-                all_logits=bool(draft),
-                cancel=self._cancel,
-                head_threshold=self._head_threshold,
-            )
-            if self._cancelled():
+            try:
+                logits = session.decode(
+                    [*pending, *draft], all_logits=bool(draft), cancel=self, head_threshold=self._head_threshold
+                )
+            except DecodeCancelled:
                 return
             seconds = time.perf_counter() - started
             self._first = self._first or time.perf_counter()
@@ -213,10 +241,11 @@ class TextStream(Iterator[str]):
         session.rewind(session.position - shared)
         return tokens[shared:]
 
-    def _cancelled(self) -> bool:
-        return self._cancel is not None and self._cancel.is_set()
-
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Gives the session back and makes the result of what there is."""
+        session, self._session = self._session, None
+        if session is not None:
+            self._sessions.give_back(session)
         now = time.perf_counter()
         started = self._started or now
         first = self._first or now
@@ -225,6 +254,3 @@ class TextStream(Iterator[str]):
             len(self._prompt), first - started, decoded, now - first, self._reused, self._drafted, self._accepted
         )
         self.result = GenerationResult("".join(self._text), self._tokens, self._reason, timings)
-        if self._session is not None:
-            self._sessions.give_back(self._session)
-            self._session = None

@@ -6,6 +6,7 @@ Called by model.py when a model is opened. It knows tensor names and types, and 
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,12 @@ class ModelSource(Protocol):
     def data(self, name: str) -> np.ndarray: ...
     def release(self, name: str, cache: bool = False) -> None: ...
     def expect_rows(self, name: str) -> None: ...
+
+
+def forget(source: ModelSource, name: str) -> None:
+    """Takes a tensor's pages out of memory and cache, unless its file is closed already."""
+    with suppress(ValueError):
+        source.release(name, cache=True)
 
 
 class Loader:
@@ -64,14 +71,9 @@ class Loader:
             self.gguf.release(tensor_name("output"))
             self.gguf.expect_rows(embedding)
             if self.paged:  # there is a budget to keep to
-                self.engine.forget_rows = lambda: self._forget(embedding)
+                self.engine.forget_rows = partial(forget, self.gguf, embedding)  # which does not refer to the engine
         for layer in range(self.config.n_layers):
             self._load_layer(layer)
-
-    def _forget(self, name: str) -> None:
-        """Takes a tensor's pages out of memory and cache, unless its file is closed already."""
-        with suppress(ValueError):
-            self.gguf.release(name, cache=True)
 
     def _load_predictor(self, name: str) -> None:
         """A score that is not a number would silence its row for good, so each scale (or weight) is looked at."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -19,11 +18,12 @@ import numpy.typing as npt
 from smallthinker_edge import budget, cpus, heat
 from smallthinker_edge._native.engine import KV_TYPES, Engine
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.chat import Messages, encode_chat
 from smallthinker_edge.config import ModelConfig
-from smallthinker_edge.errors import ContextFull, ModelFormatError
-from smallthinker_edge.generation import GenerationResult, TextStream
+from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
+from smallthinker_edge.generation import Generation, GenerationResult, TextStream
 from smallthinker_edge.loader import TYPE_NUMBER, Loader
 from smallthinker_edge.overflow import POLICIES, TurnDropper, shift_limit
 from smallthinker_edge.packed import PackedFile, expert_infos, is_packed
@@ -96,6 +96,7 @@ class SmallThinker:
         if kv not in KV_CHOICES:
             raise ValueError(f"kv must be one of {', '.join(KV_CHOICES)}, not {kv!r}")
         self._engine: Engine | None = None
+        engine: Engine | None = None
         gguf = GGUFFile(path)
         try:
             self._file: GGUFFile | PackedFile = PackedFile(gguf) if is_packed(gguf) else gguf
@@ -127,12 +128,14 @@ class SmallThinker:
                 self._drop_caches()
         except BaseException:
             gguf.close()
+            if engine is not None:
+                engine.close()
             raise
-        self._engine = engine
-        self._turn = threading.Lock()
+        self._turns = Turns()
         self._hash: bytes | None = None
         self._sessions = SessionStore(keep_sessions, self.session)
         self._costs = BatchCosts()
+        self._engine = engine
 
     def _head_threshold(self, given: float | str | None) -> float | None:
         """The threshold to use, None where the head is to be computed whole."""
@@ -207,12 +210,12 @@ class SmallThinker:
         """Collects which experts are chosen, of all sessions, as int32 [tokens, L, K] in chunks; see trace.py."""
         engine = self._open_engine()
         chunks: list[bytes] = []
-        with self._turn:
+        with self._turns.wait():
             engine.routing = chunks
         try:
             yield chunks
         finally:
-            with self._turn:
+            with self._turns.wait():
                 engine.routing = None
 
     def tokenize(self, text: str | bytes, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
@@ -229,7 +232,7 @@ class SmallThinker:
         if not 1 <= size <= self.config.context_length:
             raise ValueError(f"context must be in 1..{self.config.context_length}")
         engine = self._open_engine()
-        return Session(engine, self.config.vocab_size, size, self._turn, self.kv, self._model_hash)
+        return Session(engine, self.config.vocab_size, size, self._turns, self.kv, self._model_hash)
 
     def load_session(self, path: str | os.PathLike[str], context: int | None = None) -> Session:
         """A new session as Session.save() wrote it; see Session.load()."""
@@ -268,7 +271,8 @@ class SmallThinker:
             prompt: text, or token ids that are taken as they are.
             max_tokens: most tokens to sample; fewer where the context ends first.
             stop: strings that end the text; they are not part of it.
-            cancel: a threading.Event or the like; when set, generation ends within one token.
+            cancel: a threading.Event or the like; when it is set the generation ends, in a long prompt too: it is
+                looked at about every 50 ms, like Ctrl-C.
             temperature, ...: see Sampler. The default is greedy.
             overflow: what to do at the end of the context. "error": a prompt that is too long raises, an answer ends
                 with "length". "shift": the oldest turns are dropped, never the system prompt nor the newest turn, and
@@ -319,6 +323,7 @@ class SmallThinker:
         speculate: int = 0,
     ) -> TextStream:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
+        self._open_engine()
         sampler = Sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
             repetition_window=repetition_window, seed=seed, logit_bias=logit_bias,
@@ -341,13 +346,12 @@ class SmallThinker:
             if shorter is None:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
             ids = shorter
-        self._open_engine()
         # A bias is for tokens of which the predictor knows nothing.
         threshold = None if logit_bias else self.head_threshold
-        return TextStream(
+        return TextStream(Generation(
             self._sessions, self.tokenizer, sampler, ids, max_tokens, stops, cancel, drop, speculate, self._costs,
             threshold,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def chat(self, messages: Messages, **options: object) -> GenerationResult:
         """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options as in generate().
@@ -392,10 +396,21 @@ class SmallThinker:
         }
 
     def close(self) -> None:
-        """Frees the weights once no session uses them. Safe to call twice."""
-        self._engine = None
-        if hasattr(self, "_sessions"):
+        """Gives memory, files and threads back. Sessions and streams of the model raise ValueError from then on.
+
+        Where another thread computes, it waits until that call ends. Safe to call twice. RuntimeError from a signal
+        handler that interrupts a computation of this very thread.
+        """
+        engine, self._engine = self._engine, None
+        if engine is not None:
             self._sessions.close()
+            try:
+                engine.check_usable()
+            except OpenedBeforeFork:  # whoever had the turn is not in this process
+                engine.close()
+            else:
+                with self._turns.wait():
+                    engine.close()
         self._file.close()
 
     def __enter__(self) -> SmallThinker:
@@ -409,6 +424,7 @@ class SmallThinker:
     def _open_engine(self) -> Engine:
         if self._engine is None:
             raise ValueError("the model is closed")
+        self._engine.check_usable()
         return self._engine
 
 

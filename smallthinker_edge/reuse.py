@@ -1,12 +1,12 @@
 """Keeps the sessions of finished generations, so that a prompt that begins like an earlier one is not computed again.
 
-Called by model.py around every generation. It never computes; results are those of a fresh session, bit for bit.
+Called by generation.py around every generation. It never computes; results are those of a fresh session, bit for bit.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from smallthinker_edge.session import Session
 
@@ -19,6 +19,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class SessionStore:
     """At most `size` idle sessions, the one used longest ago goes first. Safe for several threads.
 
+    It has no lock, so that a stream may come back here from a finaliser, which can run anywhere: a session belongs to
+    whoever took it out of the list, and the list's own operations are atomic.
+
     Args:
         size: sessions to keep; 0 keeps none.
         new: makes an empty session.
@@ -27,7 +30,6 @@ class SessionStore:
     def __init__(self, size: int, new: Callable[[], Session]) -> None:
         self._size, self._new = size, new
         self._idle: list[Session] = []
-        self._lock = threading.Lock()
 
     def take(self, tokens: Sequence[int]) -> tuple[Session, int]:
         """(a session that has decoded the first tokens, how many), for the caller alone.
@@ -35,38 +37,47 @@ class SessionStore:
         At least one token is left to decode. An idle session is rewound to what it shares with `tokens`; where there
         is room to keep it too, a fork of it is.
         """
-        with self._lock:
+        best, shared = self._claim(tokens)
+        if best is None:
+            self._trim(self._size - 1)  # that memory is needed now
+            return self._new(), 0
+        if len(self._idle) + 1 < self._size and shared < best.position:
+            fork = best.fork()
+            self._idle.append(best)
+            best = fork
+        best.rewind(best.position - shared)
+        return best, shared
+
+    def _claim(self, tokens: Sequence[int]) -> tuple[Session | None, int]:
+        """The idle session that shares most with `tokens`, taken out of the list, and how much."""
+        while True:
             best, shared = None, 0
-            for session in self._idle:
-                count = min(common_prefix(session.tokens, tokens), len(tokens) - 1)
-                if count > shared and session.rewindable(session.position - count):
-                    best, shared = session, count
+            for session in list(self._idle):
+                with suppress(ValueError):  # closed by another thread meanwhile
+                    count = min(common_prefix(session.tokens, tokens), len(tokens) - 1)
+                    if count > shared and session.rewindable(session.position - count):
+                        best, shared = session, count
             if best is None:
-                if self._size and len(self._idle) == self._size:
-                    self._idle.pop(0).close()  # its memory is needed now
-                return self._new(), 0
-            if len(self._idle) < self._size and shared < best.position:
-                best = best.fork()
-            else:
+                return None, 0
+            with suppress(ValueError):  # another thread was quicker
                 self._idle.remove(best)
-            best.rewind(best.position - shared)
-            return best, shared
+                return best, shared
 
     def give_back(self, session: Session) -> None:
         """Keeps a session, or closes it."""
-        with self._lock:
-            if not self._size or not session.position:
-                session.close()
-                return
+        if self._size and session.holds_tokens:
             self._idle.append(session)
-            for old in self._idle[: -self._size]:
-                old.close()
-            del self._idle[: -self._size]
+            self._trim(self._size)
+        else:
+            session.close()
+
+    def _trim(self, size: int) -> None:
+        """Closes what is beyond `size`."""
+        while len(self._idle) > max(0, size):
+            with suppress(IndexError):  # another thread has taken the last one
+                self._idle.pop(0).close()
 
     def close(self) -> None:
         """Closes what is idle and keeps nothing from now on."""
-        with self._lock:
-            for session in self._idle:
-                session.close()
-            self._idle.clear()
-            self._size = 0
+        self._size = 0
+        self._trim(0)

@@ -6,10 +6,7 @@ Made by SmallThinker.session(); model.py's generation runs on it too. It never s
 from __future__ import annotations
 
 import os
-import threading
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -18,7 +15,8 @@ import numpy.typing as npt
 
 from smallthinker_edge import session_file
 from smallthinker_edge._native.engine import Engine, KVCache
-from smallthinker_edge.errors import ContextFull, SessionBusy
+from smallthinker_edge._native.locks import Busy, Turns
+from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 
@@ -41,18 +39,17 @@ class Session:
         engine: Engine,
         vocab_size: int,
         context: int,
-        turn: threading.Lock,
+        turns: Turns,
         kv: str = "f16",
         model_hash: Callable[[], bytes] = bytes,
     ) -> None:
         self._engine = engine
         self._vocab_size = vocab_size
         self._cache: KVCache | None = KVCache(engine, context, kv)
-        self._tokens = array("i")
         self._marks: list[KVCache] = []
-        self._turn = turn
+        self._turns = turns
         self._model_hash = model_hash
-        self._busy = threading.Lock()
+        self._busy = Busy()
 
     @property
     def position(self) -> int:
@@ -62,7 +59,16 @@ class Session:
     @property
     def tokens(self) -> list[int]:
         """The ids decoded so far."""
-        return list(self._tokens)
+        ids: list[int] = self._open_cache().tokens.tolist()
+        return ids
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether it is worth keeping: open, in a model that is open, with something decoded. Never raises."""
+        try:
+            return self.position > 0
+        except (SmallThinkerError, ValueError):
+            return False
 
     @property
     def kv_bytes(self) -> int:
@@ -87,7 +93,8 @@ class Session:
         Args:
             tokens: ids, at least one; long prompts are computed in chunks, which does not change the result.
             all_logits: return a row for every token instead of the last one only.
-            cancel: looked at between chunks; when set, decoding stops early and the positions done so far stay.
+            cancel: looked at about every 50 ms, like Ctrl-C: when it is set DecodeCancelled is raised. What was decoded
+                in earlier chunks (of 512 tokens) stays, after a KeyboardInterrupt too: see `position`.
             head_threshold: with a model whose LM head has a predictor (`model.head_threshold` is not None then), only
                 logits whose score is above it are computed, the others are minus infinity; where no score is, all are.
                 None, the default, computes all, as probabilities need it.
@@ -97,11 +104,14 @@ class Session:
 
         Raises:
             ContextFull: the tokens do not fit; nothing was computed.
+            DecodeCancelled: `cancel` was set; its `done` says how many tokens were decoded and stay.
+            ExpertReadError: expert weights could not be read; earlier chunks stay, and it may be tried again.
             SessionBusy: another thread is decoding with this session.
-            ValueError: no token, an id outside the vocabulary, or the session is closed.
+            ValueError: no token, an id outside the vocabulary, or the session or its model is closed.
+            OpenedBeforeFork: this is the child of a fork.
         """
         ids = self._checked(tokens)
-        with self._exclusive():
+        with self._busy:
             cache = self._open_cache()
             if cache.position + ids.size > cache.context:
                 raise ContextFull(
@@ -110,13 +120,18 @@ class Session:
             rows = ids.size if all_logits else 1
             logits = np.empty((rows, self._vocab_size), np.float32)
             start = 0
-            while start < ids.size and not (cancel is not None and cancel.is_set()):
+            while start < ids.size:
+                if cancel is not None and cancel.is_set():
+                    raise DecodeCancelled("decoding was cancelled", start)
                 chunk = ids[start : start + cache.room()]
                 last = start + chunk.size == ids.size
                 out = logits[start : start + chunk.size] if all_logits else logits if last else None
-                with self._turn:
-                    self._engine.decode(cache, chunk, out, head_threshold)
-                self._tokens.extend(chunk.tolist())
+                try:
+                    with self._turns.wait(cancel):
+                        self._engine.decode(cache, chunk, out, head_threshold, cancel)
+                except DecodeCancelled as cancelled:
+                    cancelled.done = start
+                    raise
                 start += chunk.size
             return logits if all_logits else logits[0]
 
@@ -126,10 +141,10 @@ class Session:
         Costs nothing at first: both share the memory of what was decoded, and copy only the blocks of 256 positions
         that they write to (the newest one, and with window layers those of the ring as they come round).
         """
-        with self._exclusive():
+        with self._busy:
             cache = self._open_cache()
-            other = Session(self._engine, self._vocab_size, cache.context, self._turn, cache.kv, self._model_hash)
-            other._cache, other._tokens, other._marks = cache.fork(), self._tokens[:], list(self._marks)
+            other = Session(self._engine, self._vocab_size, cache.context, self._turns, cache.kv, self._model_hash)
+            other._cache, other._marks = cache.fork(), list(self._marks)
             return other
 
     def rewindable(self, count: int) -> bool:
@@ -146,18 +161,17 @@ class Session:
 
         Raises ValueError where window layers have lost what is needed, or for a count that is not there.
         """
-        with self._exclusive():
+        with self._busy:
             position = self.position - count
             holder = self._holder(position) if 0 <= count <= self.position else None
             if holder is None:
                 raise ValueError(
                     f"cannot rewind {count} of {self.position} tokens: not decoded, or the window layers have lost them"
                 )
-            if holder is not self._cache:
-                self._cache = holder.fork()
-            self._open_cache().rewind(position)
-            del self._tokens[position:]
-            self._marks = [mark for mark in self._marks if mark.position <= position]
+            cache = self._open_cache() if holder is self._cache else holder.fork()
+            marks = [mark for mark in self._marks if mark.position <= position]
+            cache.rewind(position)
+            self._cache, self._marks = cache, marks
 
     def mark(self) -> None:
         """Keeps what a rewind to here will need, until the session is rewound beyond or closed.
@@ -165,14 +179,14 @@ class Session:
         With window layers that is up to one more ring: window + 255 positions of every window layer, taken bit by
         bit as decoding goes on. Without window layers it costs nothing.
         """
-        with self._exclusive():
+        with self._busy:
             if self._open_cache().ring_blocks:
                 self._marks.append(self._open_cache().fork())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tokens and the KV cache to a file. Raises OSError; an older file stays whole then."""
-        with self._exclusive():
-            session_file.save(path, self._open_cache(), np.array(self._tokens, np.int32), self._model_hash())
+        with self._busy:
+            session_file.save(path, self._open_cache(), self._model_hash())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replaces everything by a saved session of the same model and KV type; continues bit for bit like it.
@@ -182,18 +196,19 @@ class Session:
         Raises SessionFormatError for a file that is damaged or of another kind, OSError where it cannot be read; the
         session is then unchanged.
         """
-        with self._exclusive():
-            empty = KVCache(self._engine, self.context, self._open_cache().kv)
-            with self._turn:
-                self._cache, tokens = session_file.load(path, empty, self._vocab_size, self._model_hash())
-            self._tokens, self._marks = array("i", tokens.tolist()), []
+        with self._busy:
+            model = self._model_hash()
+            cache = KVCache(self._engine, self.context, self._open_cache().kv)
+            with self._turns.wait():
+                session_file.load(path, cache, self._vocab_size, model)
+            self._cache, self._marks = cache, []
 
     def reset(self) -> None:
         """Forgets every token; the context starts anew."""
         self.rewind(self.position)
 
     def close(self) -> None:
-        """Frees the KV cache. Safe to call twice."""
+        """Frees the KV cache; where another thread is decoding with it, when that has ended. Safe to call twice."""
         self._cache, self._marks = None, []
 
     def __enter__(self) -> Session:
@@ -204,20 +219,15 @@ class Session:
     ) -> None:
         self.close()
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise SessionBusy("another thread is using this session")
-        try:
-            yield
-        finally:
-            self._busy.release()
-
     def _holder(self, position: int) -> KVCache | None:
         """The cache, or else a mark, that can go back to a position."""
-        return next((c for c in (self._open_cache(), *reversed(self._marks)) if c.rewindable(position)), None)
+        for cache in (self._open_cache(), *reversed(self._marks)):
+            if cache.rewindable(position):
+                return cache
+        return None
 
     def _open_cache(self) -> KVCache:
+        self._engine.check_usable()
         if self._cache is None:
             raise ValueError("the session is closed")
         return self._cache

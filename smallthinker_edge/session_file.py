@@ -13,7 +13,6 @@ import zlib
 from typing import BinaryIO, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from smallthinker_edge._native.engine import KVCache
 from smallthinker_edge.config import ModelFile, tensor_name
@@ -45,13 +44,13 @@ def model_hash(file: ModelFile) -> bytes:
     return digest.digest()
 
 
-def save(path: str | os.PathLike[str], cache: KVCache, tokens: npt.NDArray[np.int32], model: bytes) -> None:
+def save(path: str | os.PathLike[str], cache: KVCache, model: bytes) -> None:
     """Writes a session, atomically: a reader sees the old file or the new one. Raises OSError."""
     blocks = cache.blocks()
     header = HEADER.pack(
         MAGIC, VERSION, cache.kv.encode(), model, cache.position, cache.lost, len(blocks), sum(b.size for b in blocks)
     )
-    parts: list[bytes | memoryview] = [header, tokens.astype("<i4").tobytes(), *(block.data for block in blocks)]
+    parts: list[bytes | memoryview] = [header, cache.tokens.astype("<i4").tobytes(), *(block.data for block in blocks)]
     temporary = f"{os.fspath(path)}.part"
     try:
         with open(temporary, "wb") as file:
@@ -85,10 +84,8 @@ class _Reader:
         self.at += len(buffer)
 
 
-def load(
-    path: str | os.PathLike[str], empty: KVCache, vocab_size: int, model: bytes
-) -> tuple[KVCache, npt.NDArray[np.int32]]:
-    """Fills a new cache from a file; returns it and the tokens.
+def load(path: str | os.PathLike[str], empty: KVCache, vocab_size: int, model: bytes) -> None:
+    """Fills a new cache from a file. Where it raises, the cache is of no use any more.
 
     Raises SessionFormatError for a file that is damaged, of another version, model or KV type, or longer than the
     cache's context; OSError where it cannot be read.
@@ -111,21 +108,20 @@ def load(
             reader.fail(f"holds {position} tokens; the context is {empty.context}", "position")
         if os.fstat(file.fileno()).st_size != HEADER.size + 4 * position + size + 4:
             reader.fail("the file's length does not match its header", "size")
+        reader.at = HEADER.size
+        tokens = np.zeros(position, "<i4")
+        if position:
+            reader.into(tokens.data.cast("B"), "tokens")
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+                reader.fail(f"a token id is outside the vocabulary of {vocab_size}", "tokens")
         try:
-            empty.restore(position, lost)
+            empty.restore(tokens.astype(np.int32), lost)
         except ValueError as error:
             reader.fail(str(error), "position")
         blocks = empty.blocks()
         if len(blocks) != count or sum(block.size for block in blocks) != size:
             reader.fail("the blocks are not those of this model", "blocks")
-        reader.at = HEADER.size
-        tokens = np.zeros(position, "<i4")
-        if position:
-            reader.into(tokens.data.cast("B"), "tokens")
         for block in blocks:
             reader.into(block.data, "blocks")
         if file.read(4) != struct.pack("<I", reader.total):
             reader.fail("is damaged: its checksum does not match", "crc32")
-        if position and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-            reader.fail(f"a token id is outside the vocabulary of {vocab_size}", "tokens")
-        return empty, tokens.astype(np.int32)

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
 /* A taker looks again for this long before it sleeps: with all cores asleep, what ends a read has to wake one first. 6
@@ -50,11 +51,12 @@ struct st_pager {
     int wanted_reads, reads; /* in progress: of wanted experts, and of all */
     int64_t reads_since;     /* when `reads` left zero */
     int64_t arrived;         /* when the last wanted expert came, or was asked for where it was there */
-    int stop;
+    int stop, interrupted;
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
     pthread_t *threads;
     int started;
+    pid_t process; /* that has the threads: a fork's child does not */
     atomic_llong stall_ns;
     st_pager_stats stats;
 };
@@ -279,6 +281,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
     if (!pager)
         return NULL;
     pager->config = *config;
+    pager->process = getpid();
     pager->policy = st_eviction_find(config->policy);
     pager->offsets = malloc(experts * sizeof *pager->offsets);
     pager->sums = config->sums ? malloc(experts * sizeof *pager->sums) : NULL;
@@ -319,6 +322,10 @@ st_pager *st_pager_create(const st_pager_config *config) {
 void st_pager_destroy(st_pager *pager) {
     if (!pager)
         return;
+    if (pager->process != getpid()) { /* its threads are not here, and its lock may be held for ever */
+        free_all(pager);
+        return;
+    }
     pthread_mutex_lock(&pager->mutex);
     pager->stop = 1;
     pthread_cond_broadcast(&pager->work);
@@ -412,21 +419,51 @@ int st_pager_progress(st_pager *pager, int32_t id) {
     return state >= READY ? 2 : state == READING;
 }
 
+static void spin(struct expert *expert, int64_t start) {
+    while (atomic_load(&expert->state) < READY && nanoseconds() - start < SPIN_NS)
+        sched_yield();
+}
+
 const uint8_t *st_pager_take(st_pager *pager, int32_t id) {
     struct expert *expert = pager->experts + id;
     if (atomic_load(&expert->state) < READY) {
         int64_t start = nanoseconds();
-        while (atomic_load(&expert->state) < READY && nanoseconds() - start < SPIN_NS)
-            sched_yield();
+        spin(expert, start);
         pthread_mutex_lock(&pager->mutex);
-        while (atomic_load(&expert->state) < READY)
+        while (atomic_load(&expert->state) < READY && !pager->interrupted)
             pthread_cond_wait(&pager->done, &pager->mutex);
         pthread_mutex_unlock(&pager->mutex);
         atomic_fetch_add(&pager->stall_ns, nanoseconds() - start);
     }
-    if (atomic_load(&expert->state) == FAILED)
+    if (atomic_load(&expert->state) != READY)
         return NULL;
     return pager->config.memory + (size_t)expert->slot * pager->config.bytes;
+}
+
+int st_pager_wait(st_pager *pager, int32_t id, int64_t ns) {
+    struct expert *expert = pager->experts + id;
+    struct timespec until;
+    if (atomic_load(&expert->state) >= READY)
+        return 1;
+    int64_t start = nanoseconds();
+    spin(expert, start);
+    clock_gettime(CLOCK_REALTIME, &until); /* that of pthread_cond_timedwait; a jump of it costs a look, no more */
+    until.tv_sec += (time_t)((until.tv_nsec + ns) / 1000000000);
+    until.tv_nsec = (long)((until.tv_nsec + ns) % 1000000000);
+    int late = 0;
+    pthread_mutex_lock(&pager->mutex);
+    while (atomic_load(&expert->state) < READY && !late)
+        late = pthread_cond_timedwait(&pager->done, &pager->mutex, &until) != 0;
+    pthread_mutex_unlock(&pager->mutex);
+    atomic_fetch_add(&pager->stall_ns, nanoseconds() - start);
+    return atomic_load(&expert->state) >= READY;
+}
+
+void st_pager_interrupt(st_pager *pager, int on) {
+    pthread_mutex_lock(&pager->mutex);
+    pager->interrupted = on;
+    pthread_cond_broadcast(&pager->done);
+    pthread_mutex_unlock(&pager->mutex);
 }
 
 void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n) {

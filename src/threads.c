@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,8 +28,9 @@ struct st_team {
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_uint barrier_generation;
     _Alignas(64) atomic_uint run_generation;
-    atomic_int stop;
+    atomic_int quit;
     atomic_int sleepers;
+    int stopping, stopped; /* the second is the first as it stood at the last barrier: the same for all threads */
     st_team_fn fn;
     void *arg;
     pthread_mutex_t mutex;
@@ -37,6 +39,7 @@ struct st_team {
     struct st_member *members;
     int *cpus; /* [n] or NULL */
     int started;
+    pid_t process; /* that has the threads: a fork's child does not */
 };
 
 /* Units first..end-1 as first << 32 | end: the owner takes from the front, others from the back. */
@@ -85,6 +88,7 @@ void st_team_barrier(st_team *team, int64_t units) {
     unsigned generation = atomic_load_explicit(&team->barrier_generation, memory_order_relaxed);
     if (atomic_fetch_add(&team->arrived, 1) == team->n - 1) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
+        team->stopped = team->stopping;
         deal(team, units);
         announce(team, &team->barrier_generation);
     } else {
@@ -140,7 +144,7 @@ static void *member_main(void *arg) {
     for (;;) {
         wait_change(team, &team->run_generation, seen);
         seen++;
-        if (atomic_load(&team->stop))
+        if (atomic_load(&team->quit))
             return NULL;
         team->fn(team->arg, member->tid);
         st_team_barrier(team, 0);
@@ -152,6 +156,7 @@ void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units) {
     int moved = team->cpus && stay_on(team->cpus[0], &before);
     team->fn = fn;
     team->arg = arg;
+    team->stopping = team->stopped = 0;
     deal(team, units);
     if (team->n > 1)
         announce(team, &team->run_generation);
@@ -160,6 +165,14 @@ void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units) {
     if (moved)
         go_back(&before);
 }
+
+void st_team_stop(st_team *team) {
+    team->stopping = 1;
+    for (int i = 0; i < team->n; i++)
+        atomic_store_explicit(&team->ranges[i].units, 0, memory_order_relaxed);
+}
+
+int st_team_stopped(const st_team *team) { return team->stopped; }
 
 int st_team_size(const st_team *team) { return team->n; }
 
@@ -177,7 +190,7 @@ st_team *st_team_create(int n, const int *cpus) {
     st_team *team = aligned_alloc(64, (sizeof(st_team) + 63) / 64 * 64);
     if (!team)
         return NULL;
-    *team = (st_team){.n = n};
+    *team = (st_team){.n = n, .process = getpid()};
     team->threads = calloc((size_t)n, sizeof *team->threads);
     team->members = calloc((size_t)n, sizeof *team->members);
     team->ranges = aligned_alloc(64, (size_t)n * sizeof *team->ranges);
@@ -209,7 +222,11 @@ st_team *st_team_create(int n, const int *cpus) {
 void st_team_destroy(st_team *team) {
     if (!team)
         return;
-    atomic_store(&team->stop, 1);
+    if (team->process != getpid()) { /* its threads are not here, and its lock may be held for ever */
+        release(team);
+        return;
+    }
+    atomic_store(&team->quit, 1);
     announce(team, &team->run_generation);
     for (int i = 1; i <= team->started; i++)
         pthread_join(team->threads[i], NULL);

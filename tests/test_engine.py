@@ -14,6 +14,7 @@ from reference import Reference
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.locks import Turns
 from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.errors import ContextFull, SessionBusy
 from smallthinker_edge.loader import Loader
@@ -49,7 +50,7 @@ def open_session(path: str, *, threads: int = 1, table: str | None = None, batch
     config = ModelConfig.from_gguf(gguf)
     engine = Engine(config, threads, table, batch, exact)
     Loader(gguf, config, engine).load()
-    return Session(engine, config.vocab_size, context, threading.Lock(), kv)
+    return Session(engine, config.vocab_size, context, Turns(), kv)
 
 
 def tokens(count: int, seed: int = 0) -> np.ndarray:
@@ -158,19 +159,17 @@ def test_bad_tokens_are_refused(path: str, bad: list[Any]) -> None:
 
 def test_a_session_serves_one_thread_at_a_time(path: str) -> None:
     session = open_session(path)
-    session._busy.acquire()
-    with pytest.raises(SessionBusy):
+    with session._busy, pytest.raises(SessionBusy):
         session.decode([1])
-    session._busy.release()
     session.decode([1])
 
 
 def test_sessions_of_one_model_run_from_several_threads(path: str) -> None:
     gguf = GGUFFile(path)
     config = ModelConfig.from_gguf(gguf)
-    engine, turn = Engine(config, 2), threading.Lock()
+    engine, turns = Engine(config, 2), Turns()
     Loader(gguf, config, engine).load()
-    sessions = [Session(engine, config.vocab_size, 256, turn) for _ in range(3)]
+    sessions = [Session(engine, config.vocab_size, 256, turns) for _ in range(3)]
     expected = [open_session(path).decode(tokens(100, seed)) for seed in range(3)]
     got: dict[int, np.ndarray] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from smallthinker_edge import ModelFormatError, SmallThinker
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.locks import Turns
 from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.loader import Loader
 from smallthinker_edge.model import plan_memory
@@ -43,7 +43,7 @@ def open_session(path: str, *, table: str | None = None, threads: int = 1, batch
     config = ModelConfig.from_gguf(gguf)
     engine = Engine(config, threads, table, batch, exact)
     Loader(gguf, config, engine, predictor=predictor).load()
-    return Session(engine, config.vocab_size, 1024, threading.Lock())
+    return Session(engine, config.vocab_size, 1024, Turns())
 
 
 @pytest.fixture(scope="module")

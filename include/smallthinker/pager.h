@@ -42,7 +42,8 @@ typedef struct st_pager_stats {
 
 /* NULL where memory or threads cannot be had, or the policy is unknown. */
 st_pager *st_pager_create(const st_pager_config *config);
-void st_pager_destroy(st_pager *pager); /* NULL is fine; reads in flight are waited for */
+/* NULL is fine; reads in flight are waited for. In the child of a fork it only frees memory. */
+void st_pager_destroy(st_pager *pager);
 
 /* Pins n distinct experts and starts reading those that are absent. uses: how many tokens use each (NULL: one).
  * now: the position in time for eviction, in tokens. At most `slots` experts may be pinned at once; those beyond
@@ -54,8 +55,13 @@ void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int
 void st_pager_ahead(st_pager *pager, const int32_t *ids, int64_t n);
 /* How near a wanted expert is: 2 arrived (or failed), so that take will not wait; 1 partly read; 0 not begun. */
 int st_pager_progress(st_pager *pager, int32_t id);
-/* The weights of a wanted expert, waiting for them; NULL where the read failed. Valid until release. */
+/* The weights of a wanted expert, waiting for them; NULL where the read failed, or takers are interrupted. Valid until
+ * release. */
 const uint8_t *st_pager_take(st_pager *pager, int32_t id);
+/* Waits for a wanted expert for at most ns nanoseconds (and a millisecond of spinning); 1 where take will not wait. */
+int st_pager_wait(st_pager *pager, int32_t id, int64_t ns);
+/* on: takers do not wait any longer, and those that do come back with NULL, until a later call with 0. */
+void st_pager_interrupt(st_pager *pager, int on);
 /* Unpins what want pinned. A failed expert may be wanted again. */
 void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n);
 /* Nanoseconds since the last wanted expert came: since want where all were there already. */

@@ -13,7 +13,8 @@ typedef void (*st_team_fn)(void *arg, int tid);
  * (Linux; ignored elsewhere and where the system refuses); NULL: they run where the system puts them. NULL where
  * threads cannot be had. */
 st_team *st_team_create(int n, const int *cpus);
-void st_team_destroy(st_team *team); /* NULL is fine */
+/* NULL is fine. In the child of a fork it only frees memory. */
+void st_team_destroy(st_team *team);
 int st_team_size(const st_team *team);
 
 /* Runs fn(arg, tid) for every tid in 0..n-1 and returns when all have returned; the caller is tid 0. units: of the
@@ -27,5 +28,11 @@ void st_team_barrier(st_team *team, int64_t units);
 
 /* Inside fn only: the next unit for thread tid, or -1 where none is left in this phase. Every unit is given once. */
 int64_t st_team_next(st_team *team, int tid);
+
+/* Inside fn only, and from one thread: takes back the units of this phase that no thread has begun. After the next
+ * barrier, and after st_team_run where fn has none left, st_team_stopped is 1 until the next st_team_run: the same for
+ * every thread, so that all can return from fn. */
+void st_team_stop(st_team *team);
+int st_team_stopped(const st_team *team);
 
 #endif

@@ -178,10 +178,14 @@ cdef void page_in(Call *c, int64_t l, Scratch *s) noexcept nogil:
                 n += 1
 
 
-cdef const uint8_t *expert_blob(Call *c, int64_t l, int64_t e) noexcept nogil:
-    """The weights of an expert, waiting for them; NULL where they cannot be read."""
+cdef const uint8_t *expert_blob(Call *c, int64_t l, int64_t e, int tid) noexcept nogil:
+    """The weights of an expert, waiting for them; NULL where they cannot be read, or the call was interrupted."""
     if c.pager == NULL:
         return c.experts[l * c.s.experts + e]
+    while tid == 0 and not st_pager_wait(c.pager, <int32_t>(l * c.s.experts + e), LOOK_NS):
+        if look_up(c):
+            st_pager_interrupt(c.pager, 1)
+            break
     return st_pager_take(c.pager, <int32_t>(l * c.s.experts + e))
 
 
@@ -241,7 +245,7 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
         chunk0 = first_chunk(layer, c.position)
         chunks = c.position // ST_ATTN_CHUNK - chunk0 + 1
         while True:
-            u = st_team_next(c.team, tid)
+            u = next_unit(c, tid)
             if u < 0:
                 break
             if u == 0:
@@ -255,7 +259,7 @@ cdef void attention_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s)
                             c.partial_l + base, s)
         return
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         if u < c.n:
@@ -295,7 +299,7 @@ cdef void output_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) no
         xf = s.norm
     else:
         while True:
-            t = st_team_next(c.team, tid)
+            t = next_unit(c, tid)
             if t < 0:
                 break
             if t == 0:
@@ -307,7 +311,7 @@ cdef void output_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s) no
             s.rows[t] = c.xq + t * c.nq
         xf = c.attn
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         r0 = u * 64

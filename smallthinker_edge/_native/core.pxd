@@ -119,6 +119,8 @@ cdef extern from "smallthinker/threads.h" nogil:
     void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units)
     void st_team_barrier(st_team *team, int64_t units)
     int64_t st_team_next(st_team *team, int tid)
+    void st_team_stop(st_team *team)
+    int st_team_stopped(const st_team *team)
 
 cdef extern from "smallthinker/reader.h" nogil:
     ctypedef struct st_reader:
@@ -163,6 +165,8 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_ahead(st_pager *pager, const int32_t *ids, int64_t n)
     int st_pager_progress(st_pager *pager, int32_t id)
     const uint8_t *st_pager_take(st_pager *pager, int32_t id)
+    int st_pager_wait(st_pager *pager, int32_t id, int64_t ns)
+    void st_pager_interrupt(st_pager *pager, int on)
     void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n)
     int64_t st_pager_since_arrival(st_pager *pager)
     void st_pager_resize(st_pager *pager, int64_t slots)

@@ -4,21 +4,24 @@
 Called by loader.py (weights) and session.py (decode). It never opens files and never sees text. One Engine
 serves one decode at a time (session.py holds the lock); a KVCache belongs to one session.
 """
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport errno
 from libc.math cimport INFINITY, cos, expf, pow, sin, sqrtf
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport getpid
 
 import os
 from array import array
-from time import perf_counter_ns
 
 import numpy as np
 
 from smallthinker_edge._native.core cimport *
 
-from smallthinker_edge.errors import ExpertReadError
+from smallthinker_edge.errors import DecodeCancelled, ExpertReadError, OpenedBeforeFork
 
 include "forward.pxi"
 include "attention.pxi"
@@ -56,10 +59,16 @@ cdef class Arena:
         self.slab = NULL
 
     def __dealloc__(self):
+        self.give_back()
+
+    cdef void give_back(self) noexcept:
+        """Gives all of it back."""
         cdef uintptr_t p
         for address, size in self.blocks:
             p = address
             st_memory_free(<void *>p, size)
+        self.blocks.clear()
+        self.bytes = self.left = 0
 
     cdef void *map(self, size_t size) except NULL:
         cdef void *p = st_memory_alloc(size)
@@ -100,6 +109,7 @@ cdef const st_kernels *find_table(name) except NULL:
     return table
 
 
+@cython.no_gc_clear  # the collector must not free the slots while the pager's threads read into them
 cdef class Engine:
     """The weights of one model and a thread team.
 
@@ -111,7 +121,8 @@ cdef class Engine:
         exact: keep every matrix as GGUF rows and compute in float32 (slow; the tests' yardstick).
         cpus: None, or for each thread the CPU it stays on (the caller's: while it computes).
 
-    Weights are set once, from the loader; afterwards decode() may be called, by one thread at a time.
+    Weights are set once, from the loader; afterwards decode() may be called, by one thread at a time. All methods that
+    compute raise OpenedBeforeFork in the child of a fork, and ValueError after close().
     """
     cdef Call call
     cdef Arena arena
@@ -131,6 +142,11 @@ cdef class Engine:
     cdef public object forget_rows  # None, or what to call now and then where the embedding is read from a file
     cdef int64_t rows_read          # since it was called
     cdef int64_t head_rows, head_tokens  # computed by sparse heads
+    cdef long process               # that has the threads
+    cdef bint closed
+    cdef bint computing
+    cdef object cancel              # of the decode() under way
+    cdef object interrupt           # the exception that stopped it
     cdef public object routing  # None, or a list that decode() adds to: bytes of int32 [n, L, K], the experts chosen
 
     def __cinit__(self, config, int threads, kernels=None, int64_t batch=512, bint exact=False, cpus=None):
@@ -140,6 +156,8 @@ cdef class Engine:
         if threads < 1 or batch < 1:
             raise ValueError("threads and batch must be at least 1")
         self.config, self.threads, self.exact = config, threads, exact
+        self.process = getpid()
+        c.engine = <void *>self
         self.arena = Arena()
         self.keep = []
         c.kernels = find_table(kernels)
@@ -228,12 +246,38 @@ cdef class Engine:
         return 0
 
     def __dealloc__(self):
-        st_team_destroy(self.call.team)
-        st_pager_destroy(self.call.pager)
-        st_reader_close(self.reader)
-        free(self.call.layers)
-        free(self.call.experts)
-        free(self.call.scratch)
+        self.close()
+
+    def close(self):
+        """Ends the threads, waits for reads in flight, and gives files and memory back. Safe to call twice.
+
+        RuntimeError while decode() runs.
+        """
+        cdef Call *c = &self.call
+        if self.computing and self.process == getpid():
+            raise RuntimeError("the model cannot be closed while it is computing")
+        self.closed = True
+        with nogil:
+            st_team_destroy(c.team)
+            st_pager_destroy(c.pager)
+            st_reader_close(self.reader)
+            free(c.layers)
+            free(c.experts)
+            free(c.scratch)
+            c.team, c.pager, self.reader, c.layers, c.experts, c.scratch = NULL, NULL, NULL, NULL, NULL, NULL
+        if self.arena is not None:
+            self.arena.give_back()
+        if self.partials is not None:
+            self.partials.give_back()
+        self.keep, self.forget_rows = [], None
+
+    def check_usable(self):
+        """Raises what the class says where the engine is closed or belongs to another process."""
+        if self.process != getpid():
+            raise OpenedBeforeFork(
+                "the model was opened before this process was forked; open it in the process that uses it")
+        if self.closed:
+            raise ValueError("the model is closed")
 
     @property
     def kernels(self):
@@ -487,6 +531,7 @@ cdef class Engine:
         st_pager_warm(self.call.pager, &ids[0], &uses[0], ids.shape[0])
 
     cdef int64_t check_layer(self, int64_t l) except -1:
+        self.check_usable()
         if not 0 <= l < self.call.s.n_layers:
             raise ValueError(f"no layer {l}")
         return l
@@ -501,7 +546,7 @@ cdef class Engine:
                 table[(2 * t + 1) * half + i] = <float>sin(angle)
         return 0
 
-    def decode(self, KVCache cache not None, tokens, logits, head_threshold=None):
+    def decode(self, KVCache cache not None, tokens, logits, head_threshold=None, cancel=None):
         """Runs at most `batch` tokens at the cache's position and advances it.
 
         Args:
@@ -511,13 +556,20 @@ cdef class Engine:
             head_threshold: with a predictor, only logits whose score is above it are computed, the others are minus
                 infinity (but all, where no score is). None, or no predictor: all.
 
-        Raises ExpertReadError when experts cannot be read: the cache's position stays, and decoding may be retried.
+            cancel: anything with is_set(), or None; looked at about every 50 ms, as is Ctrl-C in the main thread.
+
+        Raises ExpertReadError when experts cannot be read, DecodeCancelled when cancelled: the cache's position stays,
+        and decoding may be retried.
         """
         cdef Call *c = &self.call
         cdef const int32_t[::1] ids = tokens
         cdef float[:, ::1] out
         cdef uint8_t[::1] row
-        cdef int64_t n = ids.shape[0], i
+        cdef int64_t n = ids.shape[0], i, started
+        cdef bint stopped
+        self.check_usable()
+        if self.computing:
+            raise RuntimeError("the model is computing already")
         if not 1 <= n <= cache.room() or cache.position + n > cache.context or cache.engine is not self:
             raise ValueError("too many tokens, or none, or another engine's cache")
         for i in range(n):
@@ -544,34 +596,45 @@ cdef class Engine:
         if c.rope_window != c.rope:
             self.fill_rope(c.rope_window, self.config.rope_theta_swa, cache.position, n)
         c.failed = 0
+        c.look_at = nanoseconds() + LOOK_NS
+        self.cancel, self.interrupt = cancel, None
         c.trace = NULL
         chosen = None
         if self.routing is not None:
             chosen = bytearray(n * c.s.n_layers * c.s.used * sizeof(int32_t))
             row = chosen
             c.trace = <int32_t *>&row[0]
-        started = perf_counter_ns()
+        self.computing = True  # from here to where it is False again nothing raises
         with nogil:
+            started = nanoseconds()
+            if c.pager != NULL:
+                st_pager_interrupt(c.pager, 0)
             st_team_run(c.team, forward, c, n)
+            stopped = st_team_stopped(c.team)
             if c.pager != NULL:
                 self.tail_ns += st_pager_since_arrival(c.pager)
                 st_pager_release(c.pager, c.held, c.n_held)
                 c.n_held = 0
-                if c.failed:
+                if c.failed or stopped:
                     st_pager_ahead(c.pager, NULL, 0)
-        self.decode_ns += perf_counter_ns() - started
+            self.decode_ns += nanoseconds() - started
+        cache.advance(&ids[0], n, not (c.failed or stopped))
+        self.computing = False
         self.rows_read += n
+        if not (c.failed or stopped):
+            c.clock += n
+            if c.sparse_head:
+                self.count_head_rows(n if c.all_logits else 1)
+            if chosen is not None:
+                self.routing.append(bytes(chosen))
         if self.forget_rows is not None and self.rows_read >= ROWS_KEPT:
             self.rows_read = 0
             self.forget_rows()
-        cache.advance(n, not c.failed)
+        interrupt, self.cancel, self.interrupt = self.interrupt, None, None
+        if stopped:
+            raise interrupt
         if c.failed:
             raise ExpertReadError("expert weights in the model file cannot be read or are damaged; nothing was decoded")
-        if c.sparse_head:
-            self.count_head_rows(n if c.all_logits else 1)
-        c.clock += n
-        if chosen is not None:
-            self.routing.append(bytes(chosen))
 
     cdef void count_head_rows(self, int64_t n) noexcept:
         cdef int64_t t, selected
@@ -589,6 +652,7 @@ cdef class Engine:
         """What the head was applied to in the last decode() of n tokens: float32 [n, d], filled in place."""
         cdef Call *c = &self.call
         cdef int64_t t
+        self.check_usable()
         if out.shape[0] != c.n or out.shape[1] != c.s.d:
             raise ValueError("out has the wrong shape")
         for t in range(c.n):
@@ -601,10 +665,10 @@ cdef class Engine:
         if chunks <= c.max_chunks:
             return 0
         parts = max(<int64_t>self.threads, c.s.kv_heads) * chunks * (c.s.heads // c.s.kv_heads)
-        arena = Arena()
-        c.partial = <float *>(<Arena>arena).take(parts * c.s.hd * 4)
-        c.partial_m = <float *>(<Arena>arena).take(parts * 4)
-        c.partial_l = <float *>(<Arena>arena).take(parts * 4)
-        self.partials = arena
-        c.max_chunks = chunks
+        cdef Arena arena = Arena()
+        cdef float *partial = <float *>arena.take(parts * c.s.hd * 4)
+        cdef float *m = <float *>arena.take(parts * 4)
+        cdef float *sums = <float *>arena.take(parts * 4)
+        c.partial, c.partial_m, c.partial_l, c.max_chunks = partial, m, sums, chunks
+        self.partials = arena  # frees the old ones
         return 0

@@ -197,18 +197,23 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
         ffn_phase(c, l, tid, xq, s)
     else:
         neurons_phase(c, layer, l, tid, xq, xf, s)
+    for i in range(c.n_active if tid == 0 else 0):  # here it can be interrupted, at the barrier it cannot
+        if expert_blob(c, l, c.active_expert[i], tid) == NULL:
+            break
     st_team_barrier(c.team, output_chunks(c, layer))
+    if st_team_stopped(c.team):
+        return True
     for i in range(c.n_active):
-        if expert_blob(c, l, c.active_expert[i]) == NULL:
+        if expert_blob(c, l, c.active_expert[i], tid) == NULL:
             return False
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         if few_tokens(c, layer):
             add_parts(c, u)
         else:
-            down_unit(c, layer, l, u, s)
+            down_unit(c, layer, l, u, tid, s)
     st_team_barrier(c.team, next_units)
     return True
 
@@ -219,11 +224,11 @@ cdef void ffn_phase(Call *c, int64_t l, int tid, const st_q8x4 *const *xq, Scrat
     cdef int64_t u, e, part, steps = 0
     memset(s.stage, 0, sizeof(s.stage))
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         e = c.active_expert[expert_of_unit(c, u, c.s.ffn_parts, &part)]
-        blob = expert_blob(c, l, e)
+        blob = expert_blob(c, l, e, tid)
         if blob != NULL:
             ffn_part(c, blob, e, part, xq, &steps, s)
     for u in range(3):
@@ -236,11 +241,11 @@ cdef void neurons_phase(Call *c, Layer *layer, int64_t l, int tid, const st_q8x4
     cdef const uint8_t *blob
     cdef int64_t u, e, g
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         e = c.active_expert[expert_of_unit(c, u, c.s.groups, &g)]
-        blob = expert_blob(c, l, e)
+        blob = expert_blob(c, l, e, tid)
         if blob == NULL:
             continue
         if layer.expert_layout == EXPERT_PACKED:
@@ -249,13 +254,13 @@ cdef void neurons_phase(Call *c, Layer *layer, int64_t l, int tid, const st_q8x4
             neurons_rows(c, layer, blob, e, g, xf, s)
 
 
-cdef void down_unit(Call *c, Layer *layer, int64_t l, int64_t unit, Scratch *s) noexcept nogil:
+cdef void down_unit(Call *c, Layer *layer, int64_t l, int64_t unit, int tid, Scratch *s) noexcept nogil:
     """Down of every expert's neurons for a chunk of the outputs, experts in ascending order."""
     cdef int64_t i, e
     cdef const uint8_t *blob
     for i in range(c.n_active):
         e = c.active_expert[i]
-        blob = expert_blob(c, l, e)
+        blob = expert_blob(c, l, e, tid)
         if layer.expert_layout == EXPERT_PACKED:
             down_packed(c, blob, e, unit)
         else:

@@ -10,6 +10,8 @@ cdef enum:
     EXPERT_ROWS = 2
     FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/performance.md, short batches)
     GENERIC_CHUNK = 256  # outputs of one down unit over GGUF rows; a multiple of every block size
+    LOOK_NS = 50000000  # between two looks for Ctrl-C and at the cancel signal
+    UNITS_A_LOOK = 8  # of thread 0 in decoding, between two looks at the clock
 
 cdef struct Matrix:
     int layout
@@ -94,6 +96,9 @@ cdef struct Call:
     int64_t n, position
     int all_logits
     int failed            # an expert could not be read
+    void *engine          # whose interrupt look_up() sets
+    int64_t look_at       # when it is to look again, on the monotonic clock
+    int64_t units_taken   # by thread 0
     KVPage full_page, ring_page
     uint8_t **kv_full     # block of full layers by position // 256
     uint8_t **kv_ring     # block of window layers by position // 256 % ring
@@ -127,6 +132,47 @@ cdef struct Call:
     float *parts          # [FEW_TOKENS * K * ffn_parts][d_padded]: what each part of an expert adds, not yet weighted
     float *h              # [n*K][f], EXPERT_ROWS
     float *logits
+
+
+# ---------------------------------------------------------------- units of work
+
+cdef int64_t nanoseconds() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline int64_t next_unit(Call *c, int tid) noexcept nogil:
+    """The next unit of this phase for a thread, -1 where there is none. Thread 0, the caller's, looks now and then
+    whether it should go on."""
+    if tid == 0:
+        c.units_taken += 1
+        if c.n > 1 or c.units_taken % UNITS_A_LOOK == 0:
+            look_up(c)
+    return st_team_next(c.team, tid)
+
+
+cdef bint look_up(Call *c) noexcept nogil:
+    """Looks for Ctrl-C and at the cancel signal, at most every LOOK_NS; stops the team and says so where one came."""
+    cdef int64_t now = nanoseconds()
+    if now < c.look_at:
+        return False
+    c.look_at = now + LOOK_NS
+    if not interrupted(c):
+        return False
+    st_team_stop(c.team)
+    return True
+
+
+cdef bint interrupted(Call *c) noexcept with gil:
+    cdef Engine engine = <Engine>c.engine
+    try:
+        PyErr_CheckSignals()
+        if engine.cancel is not None and engine.cancel.is_set():
+            raise DecodeCancelled("decoding was cancelled")
+    except BaseException as error:  # decode() raises it, when the threads have come back
+        engine.interrupt = error
+    return engine.interrupt is not None
 
 
 # ---------------------------------------------------------------- matrices
@@ -190,7 +236,7 @@ cdef void inputs(Call *c, Scratch *s, int tid, const float *norm_weight, int64_t
         xf[0] = s.norm
     else:
         while True:
-            t = st_team_next(c.team, tid)
+            t = next_unit(c, tid)
             if t < 0:
                 break
             prepare(c, s, norm_weight, t)
@@ -208,7 +254,7 @@ cdef void embed(Call *c, int tid, Scratch *s, int64_t next_units) noexcept nogil
     cdef const Matrix *m = &c.embedding
     cdef uint8_t *row
     while True:
-        t = st_team_next(c.team, tid)
+        t = next_unit(c, tid)
         if t < 0:
             break
         if m.layout == TILE:
@@ -234,7 +280,7 @@ cdef void projection_phase(Call *c, Layer *layer, int64_t l, int tid, Scratch *s
     cdef int64_t u, routers = c.n * ((c.s.experts + 7) // 8), ahead = ahead_units(c)
     inputs(c, s, tid, layer.attn_norm, projection_units(c), &xq, &xf)
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         if u < routers:
@@ -255,15 +301,23 @@ cdef void forward(void *arg, int tid) noexcept nogil:
         layer = c.layers + l
         projection_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, attention_units(c, layer))
+        if st_team_stopped(c.team):
+            return
         attention_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, output_units(c) if c.n == 1 else c.n + 1)
+        if st_team_stopped(c.team):
+            return
         output_phase(c, layer, l, tid, s)
         st_team_barrier(c.team, shared_inputs(c, neuron_units(c, layer)))
+        if st_team_stopped(c.team):
+            return
         if l == c.s.n_layers - 1:
             next_units = shared_inputs(c, first_head_units(c))
         if not expert_phases(c, layer, l, tid, s, next_units):
             if tid == 0:
                 c.failed = 1
+            return
+        if st_team_stopped(c.team):
             return
     if c.logits != NULL:
         head_phase(c, tid, s)

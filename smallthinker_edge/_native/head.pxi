@@ -26,7 +26,7 @@ cdef void head_phase(Call *c, int tid, Scratch *s) noexcept nogil:
         sparse_head_phases(c, tid, xq, xf, c.n - first, s)
         return
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         head_unit(c, u, xq, xf, c.n - first, c.logits, s)
@@ -46,14 +46,14 @@ cdef void sparse_head_phases(Call *c, int tid, const st_q8x4 *const *xq, const f
     cdef const st_q8x4 **zq = s.rows + c.s.batch
     cdef bint whole = False
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         r0 = u * ST_TILE_ROWS
         mat_unit(c, &c.predictor_in, r0, min(r0 + ST_TILE_ROWS, K), xq, xf, c.s.d, n, c.z + r0, K, s)
     st_team_barrier(c.team, n)
     while True:
-        t = st_team_next(c.team, tid)
+        t = next_unit(c, tid)
         if t < 0:
             break
         c.kernels.quantize(c.z + t * K, K, c.zq + t * c.nq_z)
@@ -62,7 +62,7 @@ cdef void sparse_head_phases(Call *c, int tid, const st_q8x4 *const *xq, const f
         s.selected[t] = 0
         zq[t] = c.zq + t * c.nq_z
     while True:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         sparse_head_unit(c, u, zq, xq, xf, n, s)
@@ -70,7 +70,7 @@ cdef void sparse_head_phases(Call *c, int tid, const st_q8x4 *const *xq, const f
     for t in range(n):
         whole |= selected_rows(c, t) == 0
     while whole:
-        u = st_team_next(c.team, tid)
+        u = next_unit(c, tid)
         if u < 0:
             break
         for t in range(n):

@@ -1,6 +1,7 @@
 # The KV cache of one session, included by engine.pyx: blocks of 256 positions that grow with the context and that
 # forks share. It owns their memory; the forward pass writes through the two tables of pointers. It never computes.
 
+@cython.no_gc_clear  # __dealloc__ counts in the engine
 cdef class KVBlock:
     """Keys and values of 256 positions for all layers of one kind (full or window), one page (kv.h) after another.
 
@@ -13,15 +14,12 @@ cdef class KVBlock:
     cdef Engine engine
 
     def __cinit__(self, Engine engine not None, size_t size):
-        self.engine = engine
-        engine.kv_in_use += size
+        self.engine, self.bytes, self.owners = engine, size, 1
+        engine.kv_in_use += size  # undone by __dealloc__, whatever fails from here on
         engine.fit_slots()
         self.data = <uint8_t *>st_memory_alloc(size)
         if self.data == NULL:
-            engine.kv_in_use -= size
             raise MemoryError(f"cannot get {size} bytes for the KV cache from the system")
-        self.bytes = size
-        self.owners = 1
 
     def __dealloc__(self):
         if self.engine is not None:
@@ -47,6 +45,7 @@ cdef class KVCache:
     Raises MemoryError, ValueError for an unknown kv or one that the head width does not fit.
     """
     cdef Engine engine
+    cdef int32_t *ids      # [context] the tokens decoded so far
     cdef list full         # KVBlock by position // 256
     cdef list ring         # KVBlock by position // 256 % ring_blocks, None before first use
     cdef uint8_t **full_at
@@ -72,13 +71,15 @@ cdef class KVCache:
         self.full, self.ring = [], [None] * self.ring_blocks
         self.full_at = <uint8_t **>calloc(context // ST_ATTN_CHUNK + 1, sizeof(void *))
         self.ring_at = <uint8_t **>calloc(self.ring_blocks + 1, sizeof(void *))
-        if self.full_at == NULL or self.ring_at == NULL:
+        self.ids = <int32_t *>calloc(context + 1, sizeof(int32_t))
+        if self.full_at == NULL or self.ring_at == NULL or self.ids == NULL:
             raise MemoryError("cannot allocate a KV cache")
 
     def __dealloc__(self):
         self.release(0, 0)
         free(self.full_at)
         free(self.ring_at)
+        free(self.ids)
 
     cdef void release(self, int64_t first_full, int64_t first_ring):
         """Gives up the blocks from these indices on."""
@@ -125,13 +126,18 @@ cdef class KVCache:
                 self.ring_at[slot] = (<KVBlock>self.ring[slot]).data
         return 0
 
-    cdef int advance(self, int64_t n, bint done) except -1:
+    cdef void advance(self, const int32_t *tokens, int64_t n, bint done) noexcept:
         """After n positions were written: counts them, unless the call failed; the ring has lost what they replaced."""
         if self.n_window:
             self.lost = max(self.lost, self.position + n - self.ring_blocks * ST_ATTN_CHUNK)
         if done:
+            memcpy(self.ids + self.position, tokens, n * sizeof(int32_t))
             self.position += n
-        return 0
+
+    @property
+    def tokens(self):
+        """The ids decoded so far, int32 [position]; a copy."""
+        return np.array(<int32_t[:self.position + 1]>self.ids)[:self.position]
 
     def rewindable(self, int64_t position):
         """Whether rewind(position) can be done: window layers must still hold the window before it."""
@@ -160,27 +166,30 @@ cdef class KVCache:
             other.full_at[i] = self.full_at[i]
         for i in range(self.ring_blocks):
             other.ring_at[i] = self.ring_at[i]
+        memcpy(other.ids, self.ids, self.position * sizeof(int32_t))
         other.position, other.lost = self.position, self.lost
         return other
 
     def blocks(self):
         """Writable views of the blocks that hold positions, full layers first: what a saved session contains."""
-        cdef int64_t used = min(self.ring_blocks, (self.position + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK)
-        return [(<KVBlock>block).view() for block in [*self.full, *self.ring[:used]]]
+        # One that a failed decode left beyond the position holds nothing.
+        cdef int64_t used = (self.position + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK
+        return [(<KVBlock>block).view() for block in [*self.full[:used], *self.ring[:min(self.ring_blocks, used)]]]
 
-    def restore(self, int64_t position, int64_t lost):
-        """Makes an empty cache hold `position` positions; the caller fills blocks() then.
+    def restore(self, const int32_t[::1] tokens not None, int64_t lost):
+        """Makes an empty cache hold these tokens' positions; the caller fills blocks() then.
 
         Raises ValueError for positions that cannot be.
         """
-        cdef int64_t kept = self.ring_blocks * ST_ATTN_CHUNK
-        if self.position or not 0 <= position <= self.context:
+        cdef int64_t kept = self.ring_blocks * ST_ATTN_CHUNK, position = tokens.shape[0]
+        if self.position or position > self.context:
             raise ValueError("not an empty cache, or too many positions")
         least = max(0, position - kept) if self.n_window else 0
         if not least <= lost <= (max(0, position - self.window + 1) if self.n_window else 0):
             raise ValueError("the window's positions are not all there")
         if position:
             self.prepare(position)
+            memcpy(self.ids, &tokens[0], position * sizeof(int32_t))
             self.position, self.lost = position, lost
 
 
