@@ -29,9 +29,9 @@ from report import markdown
 from traffic import traffic_of
 
 from smallthinker_edge._native.gguf import GGUFFile
-from smallthinker_edge.config import ModelConfig
-from smallthinker_edge.cpus import auto_threads
-from smallthinker_edge.packed import pack
+from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.pack import pack
+from smallthinker_edge.machine.cpus import auto_threads
 
 HERE = Path(__file__).resolve().parent
 OURS, LLAMA = "smallthinker_edge", "llama.cpp"

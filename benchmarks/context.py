@@ -17,7 +17,7 @@ import numpy as np
 from report import publish
 
 from smallthinker_edge import Session, SmallThinker
-from smallthinker_edge.bench import OtherProcesses
+from smallthinker_edge.measure.limits import OtherProcesses
 
 
 def fill(session: Session, position: int, rng: np.random.Generator) -> None:

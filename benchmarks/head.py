@@ -22,8 +22,8 @@ import numpy as np
 from report import publish
 
 from smallthinker_edge import Session, SmallThinker
-from smallthinker_edge.bench import OtherProcesses
-from smallthinker_edge.config import tensor_name
+from smallthinker_edge.files.config import tensor_name
+from smallthinker_edge.measure.limits import OtherProcesses
 
 NO_LOGITS, PLAIN, WITH = "no head", "full head, no predictor", "full head, with predictor"
 TURN = 4  # tokens

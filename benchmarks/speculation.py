@@ -21,9 +21,9 @@ from report import publish
 from tokenizers import ByteLevelBPETokenizer
 
 from smallthinker_edge import SmallThinker
-from smallthinker_edge.bench import OtherProcesses
 from smallthinker_edge.demo import COMMANDS, load_commands
-from smallthinker_edge.generation import Generation, TextStream, Timings
+from smallthinker_edge.generation.stream import Generation, TextStream, Timings
+from smallthinker_edge.measure.limits import OtherProcesses
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {"JSON": COMMANDS, "code": ROOT / "smallthinker_edge/session.py", "prose": ROOT / "docs/performance.md"}

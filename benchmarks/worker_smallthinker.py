@@ -13,7 +13,7 @@ from typing import Any
 from worker import serve
 
 from smallthinker_edge import Session, SmallThinker, __version__
-from smallthinker_edge.bench import arbitrary_weights, read_limit, streaming_bytes
+from smallthinker_edge.measure.limits import arbitrary_weights, read_limit, streaming_bytes
 
 
 class SmallThinkerEngine:

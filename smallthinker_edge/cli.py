@@ -21,8 +21,8 @@ from smallthinker_edge.errors import ContextFull, SmallThinkerError
 
 if TYPE_CHECKING:
     from smallthinker_edge._native.gguf import GGUFFile
-    from smallthinker_edge.config import ModelConfig
-    from smallthinker_edge.generation import GenerationResult
+    from smallthinker_edge.files.config import ModelConfig
+    from smallthinker_edge.generation.stream import GenerationResult
     from smallthinker_edge.model import SmallThinker
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -55,7 +55,7 @@ def positive_int(text: str) -> int:
 
 def memory_size(text: str) -> int:
     """Bytes, from "1GiB", "900MB" or a plain number."""
-    from smallthinker_edge.budget import parse_memory
+    from smallthinker_edge.machine.memory import parse_memory
 
     try:
         return parse_memory(text)
@@ -282,7 +282,7 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 def info(arguments: argparse.Namespace) -> int:
     from smallthinker_edge._native.gguf import GGUFFile
-    from smallthinker_edge.config import ModelConfig
+    from smallthinker_edge.files.config import ModelConfig
 
     with GGUFFile(arguments.file) as gguf:
         size = sum(os.path.getsize(path) for path in gguf.paths)
@@ -379,7 +379,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    from smallthinker_edge.convert import convert as write_gguf
+    from smallthinker_edge.files.convert import convert as write_gguf
 
     write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
     return OK
@@ -391,7 +391,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def pack(arguments: argparse.Namespace) -> int:
-    from smallthinker_edge.packed import pack as write_packed
+    from smallthinker_edge.files.pack import pack as write_packed
 
     write_packed(arguments.file, arguments.output, show_progress)
     return OK
@@ -405,7 +405,7 @@ def unpack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def unpack(arguments: argparse.Namespace) -> int:
-    from smallthinker_edge.packed import unpack as write_source
+    from smallthinker_edge.files.pack import unpack as write_source
 
     written = write_source(arguments.file, arguments.output, show_progress)
     if len(written) > 1:
@@ -418,7 +418,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from smallthinker_edge.packed import verify as check_packed
+    from smallthinker_edge.files.packed import verify as check_packed
 
     print(f"{check_packed(arguments.file, show_progress)} parts, every checksum matches")
     return OK
@@ -451,7 +451,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    from smallthinker_edge.bench import run_bench
+    from smallthinker_edge.measure.bench import run_bench
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command")}
     try:
@@ -472,7 +472,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from smallthinker_edge.doctor import report
+    from smallthinker_edge.machine.doctor import report
 
     print(report(arguments.path))
     return OK
@@ -495,7 +495,7 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
 def trace(arguments: argparse.Namespace) -> int:
     import random
 
-    from smallthinker_edge.trace import draw_heatmap, record
+    from smallthinker_edge.measure.trace import draw_heatmap, record
 
     with open_model(arguments) as model:
         if arguments.random:

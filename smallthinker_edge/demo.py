@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from smallthinker_edge.errors import ContextFull
-from smallthinker_edge.generation import GenerationResult
+from smallthinker_edge.generation.stream import GenerationResult
 from smallthinker_edge.model import SmallThinker
 
 DATA = Path(__file__).resolve().parent / "data"

@@ -15,24 +15,26 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge import budget, cpus, heat
 from smallthinker_edge._native.engine import KV_TYPES, Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.sampler import Sampler
-from smallthinker_edge.chat import Messages, encode_chat
-from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
-from smallthinker_edge.generation import Generation, GenerationResult, TextStream
-from smallthinker_edge.loader import TYPE_NUMBER, Loader
-from smallthinker_edge.overflow import POLICIES, TurnDropper, shift_limit
-from smallthinker_edge.packed import PackedFile, expert_infos, is_packed
-from smallthinker_edge.profile import load_profile, profile_path, save_profile, warm_up
-from smallthinker_edge.reuse import SessionStore
+from smallthinker_edge.files.config import TYPE_NUMBER, ModelConfig
+from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
+from smallthinker_edge.files.packed import PackedFile, expert_infos, is_packed
+from smallthinker_edge.files.session_file import model_hash
+from smallthinker_edge.generation.overflow import POLICIES, TurnDropper, shift_limit
+from smallthinker_edge.generation.reuse import SessionStore
+from smallthinker_edge.generation.speculation import BatchCosts
+from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream
+from smallthinker_edge.machine import cpus, thermal
+from smallthinker_edge.machine.memory import available_memory, drop_library_cache, process_memory
+from smallthinker_edge.opening import Loader
+from smallthinker_edge.plan import Plan, make_plan
 from smallthinker_edge.session import CancelSignal, Session
-from smallthinker_edge.session_file import model_hash
-from smallthinker_edge.speculation import BatchCosts
-from smallthinker_edge.tokenizer import Tokenizer
+from smallthinker_edge.text.chat import Messages, encode_chat
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
 KV_CHOICES = (*KV_TYPES, "auto")
@@ -144,9 +146,9 @@ class SmallThinker:
             raise ValueError(f'head_threshold must be a number, "auto" or None, not {given!r}')
         return threshold if self.config.lm_head_predictor_size else None
 
-    def _make_plan(self, memory: int | str | None, kv: str, slot_bytes: int) -> budget.Plan:
+    def _make_plan(self, memory: int | str | None, kv: str, slot_bytes: int) -> Plan:
         predictor = self.head_threshold is not None
-        return budget.make_plan(self._file, self.config, self.context, BATCH, memory, slot_bytes, kv, predictor)
+        return make_plan(self._file, self.config, self.context, BATCH, memory, slot_bytes, kv, predictor)
 
     def _load(self, engine: Engine, sums: npt.NDArray[np.uint32] | None) -> None:
         """Fills the engine; the experts of a packed file stay there until they are needed."""
@@ -159,7 +161,7 @@ class SmallThinker:
         self,
         engine: Engine,
         experts: tuple[npt.NDArray[np.int64], int],
-        plan: budget.Plan,
+        plan: Plan,
         profile: str | os.PathLike[str] | None,
         sums: npt.NDArray[np.uint32] | None,
     ) -> None:
@@ -180,7 +182,7 @@ class SmallThinker:
         engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=reserve, sums=sums, cached=free)
         path = profile_path(self._file.path) if profile is None else profile
         uses = load_profile(path, len(offsets)) if profile is not None or os.path.exists(path) else None
-        every = free and plan.slots == len(offsets) and plan.total < budget.available_memory()
+        every = free and plan.slots == len(offsets) and plan.total < available_memory()
         if uses is not None or every:
             warm_up(engine, np.zeros(len(offsets)) if uses is None else uses, every)
 
@@ -188,7 +190,7 @@ class SmallThinker:
         """Takes what was read until now out of the page cache, which a memory limit counts."""
         if isinstance(self._file, PackedFile):
             self._file.drop_cache()
-            budget.drop_library_cache()
+            drop_library_cache()
 
     def save_profile(self, path: str | os.PathLike[str] | None = None) -> str:
         """Writes which experts were used lately, for the next start to read first, and returns the file's name.
@@ -375,7 +377,7 @@ class SmallThinker:
         memory to its logits, when no read of the next token can be named yet. stall_share: share of decode_seconds that
         a disk which never idles would save; stall_share_within_tokens, never larger: what a perfect overlap of
         computing and reading within each token would save (see stall_share()). peak_bytes: the process's own
-        high-water mark. On boards that tell it, the temperature and what throttles the processor: see heat.readings.
+        high-water mark. On boards that tell it, the temperature and what throttles the processor: see thermal.readings.
         """
         engine = self._open_engine()
         paging = engine.pager_stats() or {}
@@ -385,14 +387,14 @@ class SmallThinker:
             paging["stall_share_within_tokens"] = stall_share(*times, tail=paging["tail_seconds"])
         return {
             "model_bytes": engine.bytes,
-            **budget.process_memory(),
+            **process_memory(),
             "threads": engine.threads,
             "kernels": engine.kernels,
             "context": self.context,
             "kv": self.kv,
             **({} if engine.head_share is None else {"head_share": engine.head_share}),
             **paging,
-            **heat.readings(),
+            **thermal.readings(),
         }
 
     def close(self) -> None:
@@ -446,7 +448,7 @@ def stall_share(decode: float, stall: float, disk: float, threads: int, tail: fl
 
 def plan_memory(
     path: str | os.PathLike[str], memory: int | str | None = None, context: int = DEFAULT_CONTEXT, kv: str = "f16"
-) -> budget.Plan:
+) -> Plan:
     """How SmallThinker(path, memory, context=context, kv=kv) would divide its memory; loads no weights.
 
     Raises as SmallThinker() does.
@@ -456,6 +458,6 @@ def plan_memory(
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
         slot_bytes = file.experts(config)[1] if isinstance(file, PackedFile) else 0
-        plan = budget.make_plan(file, config, min(context, config.context_length), BATCH, memory, slot_bytes, kv)
+        plan = make_plan(file, config, min(context, config.context_length), BATCH, memory, slot_bytes, kv)
         del tokenizer  # it was built so that its memory counts
         return plan

@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge import session_file
 from smallthinker_edge._native.engine import Engine, KVCache
 from smallthinker_edge._native.locks import Busy, Turns
 from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError
+from smallthinker_edge.files import session_file
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 

@@ -69,7 +69,7 @@ def integer_kernels(name: str) -> dict[str, np.ndarray]:
 def record(folder: Path) -> None:
     import gguf_files
 
-    from smallthinker_edge.packed import pack
+    from smallthinker_edge.files.pack import pack
 
     gguf_files.write_model(folder / "one.gguf", **model_options())
     pack(folder / "one.gguf", folder / "one.stpk")

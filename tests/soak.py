@@ -19,7 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from smallthinker_edge import ContextFull, MemoryBudgetError, Session, SmallThinker, budget
+from smallthinker_edge import ContextFull, MemoryBudgetError, Session, SmallThinker
+from smallthinker_edge.machine.memory import parse_memory, process_memory
 
 SESSIONS = 3  # open at once, besides the one that generate() keeps
 PLACES = 20  # where memory and logits are looked at
@@ -135,7 +136,7 @@ def probe(model: SmallThinker) -> str:
 
 
 def run(path: Path, tokens: int, memory: int | str | None, context: int) -> dict[str, Any]:
-    size = least_memory(path, context) if memory is None else budget.parse_memory(memory)
+    size = least_memory(path, context) if memory is None else parse_memory(memory)
     started = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -150,7 +151,7 @@ def run(path: Path, tokens: int, memory: int | str | None, context: int) -> dict
         while len(places) < PLACES:
             while soak.tokens < tokens * (len(places) + 1) / PLACES:
                 soak.step()
-                high = max(high, budget.process_memory()["rss_bytes"])
+                high = max(high, process_memory()["rss_bytes"])
             stats = model.stats()
             counts = {key: stats[key] for key in ("hits", "ahead_hits", "misses", "evictions", "read_errors", "slots")}
             places.append({"tokens": soak.tokens, "highest_rss": high, "logits": probe(model), **counts})
@@ -163,7 +164,7 @@ def run(path: Path, tokens: int, memory: int | str | None, context: int) -> dict
             "seconds": round(time.monotonic() - started, 1),
             "steps": soak.done,
             "places": places,
-            **budget.process_memory(),
+            **process_memory(),
         }
 
 

@@ -21,14 +21,15 @@ import report
 import worker
 from traffic import Traffic, traffic_of
 
-from smallthinker_edge import bench, bench_sparsity
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.kernels import ACTIVE, FIRED, READ_STEP, Timer, tables
 from smallthinker_edge.cli import main
-from smallthinker_edge.config import ModelConfig
+from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.measure import bench, limits, sparsity
+from smallthinker_edge.measure import kernels as kernel_bench
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = bench.Shape("tiny", 256, 4, 2, 32, 64, 8, 2)
+TINY = kernel_bench.Shape("tiny", 256, 4, 2, 32, 64, 8, 2)
 
 
 # What a token reads
@@ -236,8 +237,8 @@ def test_comparison_measures_this_library_alone(demo_model: Path, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def memory() -> bench.Bytes:
-    return bench.arbitrary_weights(4 << 20)
+def memory() -> limits.Bytes:
+    return limits.arbitrary_weights(4 << 20)
 
 
 def test_every_kernel_of_the_table_can_be_timed() -> None:
@@ -248,22 +249,22 @@ def test_every_kernel_of_the_table_can_be_timed() -> None:
     assert "gemm_q4_0" in members
     untimed = members - set(Timer.kernels())
     assert not untimed
-    assert {case.kernel for case in bench.cases(TINY)} == set(Timer.kernels()) - {"read"}
+    assert {case.kernel for case in kernel_bench.cases(TINY)} == set(Timer.kernels()) - {"read"}
 
 
-def test_bench_kernels_times_every_case_of_every_table(memory: bench.Bytes) -> None:
-    results = list(bench.bench_kernels(memory, shapes=[TINY], threads=(1, 2), seconds=0))
-    streamed = [case for case in bench.cases(TINY) if case.streamed]
-    small = [case for case in bench.cases(TINY) if not case.streamed]
+def test_bench_kernels_times_every_case_of_every_table(memory: limits.Bytes) -> None:
+    results = list(kernel_bench.bench_kernels(memory, shapes=[TINY], threads=(1, 2), seconds=0))
+    streamed = [case for case in kernel_bench.cases(TINY) if case.streamed]
+    small = [case for case in kernel_bench.cases(TINY) if not case.streamed]
     matrices = [case for case in small if case.rows]
     assert len(results) == len(tables()) * (4 * len(streamed) + len(small) + len(matrices))
     assert all(np.isfinite(result.nanoseconds) and result.nanoseconds > 0 for result in results)
-    text = bench.kernel_table(results, {})
-    assert all(case.what in text for case in bench.cases(TINY))
+    text = kernel_bench.kernel_table(results, {})
+    assert all(case.what in text for case in kernel_bench.cases(TINY))
 
 
 def test_bytes_of_a_case_are_what_its_kernel_reads() -> None:
-    sizes = {(case.kernel, case.what): bench.bytes_of(case) for case in bench.cases(TINY)}
+    sizes = {(case.kernel, case.what): kernel_bench.bytes_of(case) for case in kernel_bench.cases(TINY)}
     assert sizes["gemm_q4_0", "gate"] == 64 * 256 * 18 // 32
     assert sizes["gemm_q8_0", "head, 512 rows"] == 512 * 256 * 34 // 32
     assert sizes["rows_q4_0", "up, 38% active"] == 24 * 256 * 18 // 32  # 24 of 64 neurons
@@ -276,34 +277,36 @@ def test_bytes_of_a_case_are_what_its_kernel_reads() -> None:
 
 
 def test_kernel_figures_are_in_units_of_the_read_limit() -> None:
-    limits = {2: bench.ReadLimit(20e9, 2, 1, 0, {})}
-    gate, prompt, norm = (next(c for c in bench.cases(TINY) if c.what == w) for w in ("gate", "gate, 64 tokens", "d"))
+    read = {2: limits.ReadLimit(20e9, 2, 1, 0, {})}
+    gate, prompt, norm = (
+        next(c for c in kernel_bench.cases(TINY) if c.what == w) for w in ("gate", "gate, 64 tokens", "d")
+    )
     results = [
-        bench.KernelResult("t", "tiny", gate, 2, True, 1000.0, 15_000, 16_384),
-        bench.KernelResult("t", "tiny", prompt, 1, False, 1000.0, 9_216, 50_000),
-        bench.KernelResult("t", "tiny", norm, 1, False, 42.0, 0, 0),
+        kernel_bench.KernelResult("t", "tiny", gate, 2, True, 1000.0, 15_000, 16_384),
+        kernel_bench.KernelResult("t", "tiny", prompt, 1, False, 1000.0, 9_216, 50_000),
+        kernel_bench.KernelResult("t", "tiny", norm, 1, False, 42.0, 0, 0),
     ]
-    text = bench.kernel_table(results, limits)
+    text = kernel_bench.kernel_table(results, read)
     assert "| gemm_q4_0 | gate | tiny | memory | 2 | 15.0 GB/s (75%) |" in text
     assert "| 50.0 GMAC/s |" in text
     assert "| 42 ns |" in text
 
 
 def test_active_groups_hold_the_chosen_neurons() -> None:
-    chosen = bench.choose_rows(96, 0.25)
-    groups = bench.active_groups("ref", 96, chosen)
+    chosen = kernel_bench.choose_rows(96, 0.25)
+    groups = kernel_bench.active_groups("ref", 96, chosen)
     assert len(chosen) == 24
     assert groups.dtype == ACTIVE
     assert groups["count"].sum() == 24
     fired = [32 * g + index for g, group in enumerate(groups) for index in group["index"][: group["count"]]]
     assert fired == chosen.tolist()
-    groups = bench.active_groups("ref", 96, chosen, transposed=True)
+    groups = kernel_bench.active_groups("ref", 96, chosen, transposed=True)
     assert groups.dtype == FIRED
     fired = [32 * g + index for g, group in enumerate(groups) for index in group["index"][group["h"] != 0]]
     assert fired == chosen.tolist()
 
 
-def test_timer_refuses_what_would_read_outside(memory: bench.Bytes) -> None:
+def test_timer_refuses_what_would_read_outside(memory: limits.Bytes) -> None:
     timer, data = Timer("ref", 1), memory
     with pytest.raises(ValueError):
         timer.run("gemm_q4_0", data, 64, 0, 1, rows=64, cols=256)
@@ -317,13 +320,13 @@ def test_timer_refuses_what_would_read_outside(memory: bench.Bytes) -> None:
         Timer("none", 1)
 
 
-def test_read_limit_names_its_best_pattern(memory: bench.Bytes) -> None:
-    limit = bench.read_limit(2, memory, seconds=0)
+def test_read_limit_names_its_best_pattern(memory: limits.Bytes) -> None:
+    limit = limits.read_limit(2, memory, seconds=0)
     assert limit.bytes_per_second == max(limit.patterns.values())
     assert limit.patterns[f"{limit.streams}/{limit.ahead}"] == limit.bytes_per_second
 
 
-def test_arbitrary_weights_are_sound_scales(memory: bench.Bytes) -> None:
+def test_arbitrary_weights_are_sound_scales(memory: limits.Bytes) -> None:
     scales = memory.view(np.float16).astype(np.float32)
     assert np.isfinite(scales).all()
     assert scales.min() > 1e-3
@@ -335,18 +338,16 @@ def test_arbitrary_weights_are_sound_scales(memory: bench.Bytes) -> None:
 
 @pytest.mark.parametrize("share", [0.02, 0.38, 1.0])
 def test_gate_outputs_have_the_wanted_share(share: float) -> None:
-    gate = bench_sparsity.gate_outputs(768, share)
+    gate = sparsity.gate_outputs(768, share)
     assert gate.shape == (768,)
     assert (gate > 0).sum() == round(768 * share)
 
 
-def test_bench_sparsity_measures_every_share_and_dense(memory: bench.Bytes) -> None:
-    results = list(
-        bench_sparsity.bench_sparsity(memory, shapes=[TINY], tables=tables(), threads=(1, 2), shares=(0.1, 1.0))
-    )
+def test_bench_sparsity_measures_every_share_and_dense(memory: limits.Bytes) -> None:
+    results = list(sparsity.bench_sparsity(memory, shapes=[TINY], tables=tables(), threads=(1, 2), shares=(0.1, 1.0)))
     assert len(results) == len(tables()) * 2 * 2 * 3
     assert all(result.low <= result.microseconds <= result.high for result in results)
-    assert bench_sparsity.sparsity_table(results).count("| tiny |") == len(tables()) * 2 * 2
+    assert sparsity.sparsity_table(results).count("| tiny |") == len(tables()) * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -356,16 +357,16 @@ def test_bench_sparsity_measures_every_share_and_dense(memory: bench.Bytes) -> N
 def test_crossover_lies_between_the_points_around_it(times: list[float], dense: float, equal: float | None) -> None:
     shares: list[float | None] = [0.2, 0.5, 1.0, None]
     results = [
-        bench_sparsity.FfnResult("t", "s", 1, share, micro, micro, micro)
+        sparsity.FfnResult("t", "s", 1, share, micro, micro, micro)
         for share, micro in zip(shares, [*times, dense], strict=True)
     ]
-    assert bench_sparsity.crossover(results) == equal
+    assert sparsity.crossover(results) == equal
 
 
-def test_plot_is_written(memory: bench.Bytes, tmp_path: Path) -> None:
+def test_plot_is_written(memory: limits.Bytes, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    results = list(bench_sparsity.bench_sparsity(memory, shapes=[TINY], tables=["ref"], shares=(0.1, 1.0)))
-    bench_sparsity.plot_sparsity(results, str(tmp_path / "curve.svg"))
+    results = list(sparsity.bench_sparsity(memory, shapes=[TINY], tables=["ref"], shares=(0.1, 1.0)))
+    sparsity.plot_sparsity(results, str(tmp_path / "curve.svg"))
     assert "<svg" in (tmp_path / "curve.svg").read_text()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fake_root import tree
 
-from smallthinker_edge import cgroup
+from smallthinker_edge.machine import cgroup
 
 V2 = {"sys/fs/cgroup/cgroup.controllers": "cpu memory"}
 

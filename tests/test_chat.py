@@ -9,9 +9,9 @@ import pytest
 from gguf_files import write_model
 
 from smallthinker_edge._native.gguf import GGUFFile
-from smallthinker_edge.chat import encode_chat, render_chat
 from smallthinker_edge.errors import ChatTemplateError
-from smallthinker_edge.tokenizer import Tokenizer
+from smallthinker_edge.text.chat import encode_chat, render_chat
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
 CHATML = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

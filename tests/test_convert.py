@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from smallthinker_edge import ModelFormatError, SmallThinker
 from smallthinker_edge.cli import main
-from smallthinker_edge.convert import convert
+from smallthinker_edge.files.convert import convert
 
 D, HEADS, KV, HEAD_DIM, EXPERTS, FFN, LAYERS, VOCAB = 64, 2, 1, 32, 4, 32, 5, 320
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from fake_root import tree
 
-from smallthinker_edge import SmallThinker, cpus
+from smallthinker_edge import SmallThinker
 from smallthinker_edge._native import kernels
+from smallthinker_edge.machine import cpus
 
 
 def cores(name: str, values: list[int]) -> dict[str, str]:

@@ -8,16 +8,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smallthinker_edge import bench, doctor
 from smallthinker_edge._native import kernels
 from smallthinker_edge.cli import main
+from smallthinker_edge.machine import doctor
+from smallthinker_edge.measure import limits
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SECONDS", 0.05)
     monkeypatch.setattr(doctor, "FILE", 4 << 20)
-    monkeypatch.setattr(bench, "streaming_bytes", lambda: 4 << 20)
+    monkeypatch.setattr(limits, "streaming_bytes", lambda: 4 << 20)
 
 
 def write(root: Path, name: str, text: str) -> None:

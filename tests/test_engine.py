@@ -15,9 +15,9 @@ from smallthinker_edge._native import kernels
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
-from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.errors import ContextFull, SessionBusy
-from smallthinker_edge.loader import Loader
+from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.opening import Loader
 from smallthinker_edge.session import Session
 
 SHAPE: dict[str, Any] = {

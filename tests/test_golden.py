@@ -14,7 +14,7 @@ from test_engine import divergence, open_session
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.gguf import GGUFFile
-from smallthinker_edge.tokenizer import Tokenizer
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 DEMO = Path(__file__).parents[1] / "smallthinker_edge" / "data" / "demo.gguf"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from smallthinker_edge import heat
+from smallthinker_edge.machine import thermal
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def no_sensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def firmware(root: Path, word: str) -> Path:
-    path = root / heat.FIRMWARE_FILE
+    path = root / thermal.FIRMWARE_FILE
     path.parent.mkdir(parents=True)
     path.write_text(word)
     return root
@@ -32,7 +32,7 @@ def cooling(root: Path, kind: str, state: int) -> Path:
 
 
 def test_a_board_that_tells_nothing_adds_nothing(tmp_path: Path) -> None:
-    assert heat.readings(tmp_path) == {}
+    assert thermal.readings(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_board_that_tells_nothing_adds_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_the_firmware_word_is_told_in_words(tmp_path: Path, word: str, now: str, before: str) -> None:
-    assert heat.readings(firmware(tmp_path, word)) == {"throttled": now, "throttled_since_boot": before}
+    assert thermal.readings(firmware(tmp_path, word)) == {"throttled": now, "throttled_since_boot": before}
 
 
 def test_vcgencmd_is_asked_where_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,19 +54,19 @@ def test_vcgencmd_is_asked_where_there_is_no_file(tmp_path: Path, monkeypatch: p
     program.write_text("#!/bin/sh\necho throttled=0x4\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert heat.readings(tmp_path)["throttled"] == "throttled"
+    assert thermal.readings(tmp_path)["throttled"] == "throttled"
 
 
 def test_a_thermally_limited_clock_is_reported(tmp_path: Path) -> None:
     cooling(tmp_path, "fan", 3)
-    assert heat.readings(tmp_path) == {}
+    assert thermal.readings(tmp_path) == {}
     cooling(tmp_path, "cpufreq-cpu0", 0)
-    assert heat.readings(tmp_path) == {"throttled": ""}
+    assert thermal.readings(tmp_path) == {"throttled": ""}
     cooling(tmp_path, "cpufreq-cpu4", 2)
-    assert heat.readings(tmp_path) == {"throttled": "thermal clock limit"}
+    assert thermal.readings(tmp_path) == {"throttled": "thermal clock limit"}
 
 
 def test_the_hottest_processor_sensor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sensors = {"cpu_thermal": [SimpleNamespace(current=61.5)], "nvme": [SimpleNamespace(current=80.0)]}
     monkeypatch.setattr(psutil, "sensors_temperatures", lambda: sensors, raising=False)
-    assert heat.readings(tmp_path) == {"temperature_celsius": 61.5}
+    assert thermal.readings(tmp_path) == {"temperature_celsius": 61.5}

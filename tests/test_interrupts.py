@@ -23,7 +23,7 @@ from gguf_files import write_model
 from test_engine import SHAPE, tokens
 
 from smallthinker_edge import DecodeCancelled, OpenedBeforeFork, Session, SmallThinker
-from smallthinker_edge.packed import pack
+from smallthinker_edge.files.packed import pack
 
 PROMPT = list(range(60, 100))
 

@@ -14,12 +14,12 @@ from gguf_files import write_model
 from reference import Reference, kl_divergence, top1_agreement
 from test_engine import SHAPE, divergence, open_session, tokens
 
-from smallthinker_edge import SmallThinker, budget
+from smallthinker_edge import SmallThinker, plan
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.engine import KVCache, kv_bytes
 from smallthinker_edge._native.gguf import GGUFFile
-from smallthinker_edge.config import ModelConfig
 from smallthinker_edge.errors import MemoryBudgetError
+from smallthinker_edge.files.config import ModelConfig
 
 WINDOW = 64
 Q8_KINDS = ("q8_0", "q8_0-all")
@@ -182,15 +182,15 @@ def test_types_that_cannot_be_are_refused(path: str, tmp_path: Path) -> None:
 
 
 def test_the_planner_takes_q8_where_the_budget_needs_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget.psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=40 << 20))
+    monkeypatch.setattr(plan.psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=40 << 20))
     with GGUFFile(path) as file:
         config = ModelConfig.from_gguf(file)
-        totals = {kv: budget.make_plan(file, config, 4096, 64, None, kv=kv).total for kv in KINDS}
+        totals = {kv: plan.make_plan(file, config, 4096, 64, None, kv=kv).total for kv in KINDS}
         f16, full, every = (kv_bytes(config, 4096, kv) for kv in KINDS)
         assert f16 * 34 == every * 64
         assert f16 > full > every
         for kv, total in totals.items():
-            assert budget.make_plan(file, config, 4096, 64, total, kv="auto").kv == kv
+            assert plan.make_plan(file, config, 4096, 64, total, kv="auto").kv == kv
         with pytest.raises(MemoryBudgetError, match=str(totals["q8_0-all"])):
-            budget.make_plan(file, config, 4096, 64, totals["q8_0-all"] - 1, kv="auto")
+            plan.make_plan(file, config, 4096, 64, totals["q8_0-all"] - 1, kv="auto")
     assert SmallThinker(path, kv="auto").plan.kv == "f16"

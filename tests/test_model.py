@@ -12,7 +12,7 @@ import pytest
 from gguf_files import write_model
 
 from smallthinker_edge import ContextFull, MemoryBudgetError, ModelFormatError, Sampler, SmallThinker
-from smallthinker_edge.budget import parse_memory
+from smallthinker_edge.machine.memory import parse_memory
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from gguf_files import write_model
 
 from smallthinker_edge import ContextFull, SmallThinker
-from smallthinker_edge.chat import encode_chat
-from smallthinker_edge.overflow import TurnDropper, shift_limit
+from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
+from smallthinker_edge.text.chat import encode_chat
 
 
 @pytest.fixture(scope="module")

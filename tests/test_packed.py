@@ -21,11 +21,15 @@ import numpy as np
 import pytest
 from gguf_files import write_model, write_split_model
 
-from smallthinker_edge import ExpertReadError, MemoryBudgetError, ModelFormatError, SmallThinker, budget, packed
+from smallthinker_edge import ExpertReadError, MemoryBudgetError, ModelFormatError, SmallThinker
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge.files import packed
+from smallthinker_edge.files.pack import pack, unpack
+from smallthinker_edge.files.packed import PackedFile
+from smallthinker_edge.machine.memory import process_memory
 from smallthinker_edge.model import stall_share
-from smallthinker_edge.packed import PackedFile
+from smallthinker_edge.plan import make_plan
 
 SHAPE: dict[str, Any] = {"n_layers": 4, "d_model": 256, "head_dim": 32, "n_experts": 16, "n_experts_used": 2,
                          "d_ffn": 128, "window": 64, "context_length": 1024}  # fmt: skip
@@ -40,7 +44,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def stpk(gguf: str) -> str:
     target = gguf.replace(".gguf", ".stpk")
-    packed.pack(gguf, target)
+    pack(gguf, target)
     return target
 
 
@@ -48,7 +52,7 @@ def stpk(gguf: str) -> str:
                                      {"types": "F16", "tied": False}])  # fmt: skip
 def test_unpacking_gives_the_source_back(tmp_path: Path, options: dict[str, Any]) -> None:
     source, target = write_model(tmp_path / "m.gguf", **SHAPE | options), tmp_path / "m.stpk"
-    packed.pack(source, target)
+    pack(source, target)
     with GGUFFile(source) as file:
         for layer in range(4):
             for got, info in zip(packed.unpack_layer(target, layer), packed.expert_infos(file, layer), strict=True):
@@ -58,15 +62,16 @@ def test_unpacking_gives_the_source_back(tmp_path: Path, options: dict[str, Any]
             assert all(container.data(name).tobytes() == file.data(name).tobytes() for name in dense)
             assert list(PackedFile(container).tensors.values()) == list(file.tensors.values())
     packed.verify(target)
-    packed.unpack(target, tmp_path / "back.gguf")
+    unpack(target, tmp_path / "back.gguf")
     assert (tmp_path / "back.gguf").read_bytes() == Path(source).read_bytes()
     assert np.array_equal(*(SmallThinker(path).session().decode(TOKENS, True) for path in (source, target)))
 
 
 def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> None:
     """Opens packed files with that many slots, and other options of Engine.page_experts where given."""
-    plan = budget.make_plan
-    monkeypatch.setattr(budget, "make_plan", lambda *a, **options: replace(plan(*a, **options), slots=slots))
+    monkeypatch.setattr(
+        "smallthinker_edge.model.make_plan", lambda *a, **options: replace(make_plan(*a, **options), slots=slots)
+    )
 
     class PagingEngine(Engine):
         def page_experts(self, *arguments: Any, **options: Any) -> None:
@@ -83,11 +88,11 @@ def read_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_old_files_whose_down_is_transposed_are_refused(tmp_path: Path, stpk: str) -> None:
     """They hold GGUF rows, under the name that is still that of the others' layout."""
     target = tmp_path / "m.stpk"
-    packed.pack(write_model(tmp_path / "m.gguf", **SHAPE | {"down_transposed": True}), target)
+    pack(write_model(tmp_path / "m.gguf", **SHAPE | {"down_transposed": True}), target)
     assert b"tile16-3" in target.read_bytes()
     assert b"tile16-2" in Path(stpk).read_bytes()
     target.write_bytes(target.read_bytes().replace(b"tile16-3", b"tile16-2"))
-    for open_ in (SmallThinker, packed.verify, lambda path: packed.unpack(path, tmp_path / "back.gguf")):
+    for open_ in (SmallThinker, packed.verify, lambda path: unpack(path, tmp_path / "back.gguf")):
         with pytest.raises(ModelFormatError, match=r"stpk\.layout.*tile16-2.*transposed down: pack the model again"):
             open_(target)
     assert not (tmp_path / "back.gguf").exists()
@@ -105,7 +110,7 @@ def test_logits_do_not_depend_on_slots_where_down_is_transposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = write_model(tmp_path / "m.gguf", **SHAPE | {"down_transposed": True}), tmp_path / "m.stpk"
-    packed.pack(source, target)
+    pack(source, target)
     check_logits_at_slots(source, str(target), 16, 2, 1, monkeypatch)
 
 
@@ -131,7 +136,7 @@ def test_memory_of_an_empty_kv_cache_holds_experts_until_it_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = write_model(tmp_path / "m.gguf", **SHAPE | {"window": None}), tmp_path / "m.stpk"
-    packed.pack(source, target)
+    pack(source, target)
     tokens = np.resize(TOKENS, 1000)
     with SmallThinker(source) as model:
         expected = model.session().decode(tokens)
@@ -153,14 +158,14 @@ def test_memory_of_an_empty_kv_cache_holds_experts_until_it_is_needed(
 def test_what_the_kv_cache_takes_back_is_given_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"window": None, "d_ffn": 1024, "head_dim": 128, "context_length": 4096}  # 1 MiB for 256 positions
     source, target = write_model(tmp_path / "m.gguf", **SHAPE | shape), tmp_path / "m.stpk"
-    packed.pack(source, target)
+    pack(source, target)
     set_slots(monkeypatch, 20, lent=18 << 20)
     with SmallThinker(target) as model, model.session() as session:
         session.decode(np.resize(TOKENS, 256))
-        before = budget.process_memory()["rss_bytes"]
+        before = process_memory()["rss_bytes"]
         slots = int(str(model.stats()["slots"]))
         session.decode(np.resize(TOKENS, 15 * 256))
-        after = budget.process_memory()["rss_bytes"]
+        after = process_memory()["rss_bytes"]
         returned = (slots - int(str(model.stats()["slots"]))) * model.plan.slot_bytes
         assert session.kv_bytes == 16 << 20
         assert returned > 14 << 20
@@ -181,7 +186,7 @@ def resident_pages(path: str | os.PathLike[str], offset: int, nbytes: int) -> in
 def test_rows_of_an_untied_embedding_do_not_pile_up_in_the_page_cache(tmp_path: Path) -> None:
     source = write_model(tmp_path / "m.gguf", **SHAPE | {"tied": False, "vocab_size": 8000, "types": "Q8_0"})
     target = tmp_path / "m.stpk"
-    packed.pack(source, target)  # to the disk, too: pages that are not written yet cannot be dropped
+    pack(source, target)  # to the disk, too: pages that are not written yet cannot be dropped
     with GGUFFile(target) as file:
         info = file.tensors["token_embd.weight"]
         place = target, info.offset, info.nbytes
@@ -301,20 +306,20 @@ def test_a_failed_pack_leaves_nothing_behind(gguf: str, tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        packed.pack(gguf, target, fail)
+        pack(gguf, target, fail)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_pack_is_started_again(gguf: str, stpk: str, tmp_path: Path) -> None:
     target = tmp_path / "m.stpk"
     wait = "lambda done, total: (print(done, flush=True), time.sleep(60)) if done == 20 else None"
-    code = f"import sys, time; from smallthinker_edge import packed; packed.pack(*sys.argv[1:], {wait})"
+    code = f"import sys, time; from smallthinker_edge.files.pack import pack; pack(*sys.argv[1:], {wait})"
     with subprocess.Popen([sys.executable, "-c", code, gguf, target], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "20\n"
         process.send_signal(signal.SIGKILL)
     assert not target.exists()
-    packed.pack(gguf, target)
+    pack(gguf, target)
     assert target.read_bytes() == Path(stpk).read_bytes()
     assert list(tmp_path.iterdir()) == [target]
 
@@ -337,18 +342,18 @@ def test_a_damaged_packed_file_is_not_unpacked(stpk: str, tmp_path: Path) -> Non
     damaged[-5000] ^= 4
     (tmp_path / "damaged.stpk").write_bytes(damaged)
     with pytest.raises(ModelFormatError, match="does not give its source back"):
-        packed.unpack(tmp_path / "damaged.stpk", tmp_path / "m.gguf")
+        unpack(tmp_path / "damaged.stpk", tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 
 
 @pytest.mark.parametrize("name", ["back.gguf", "back", "back-00001-of-{count:05d}.gguf"])
 def test_what_was_packed_from_a_split_model_gives_the_same_parts(tmp_path: Path, name: str) -> None:
     parts, target = write_split_model(tmp_path / "split.gguf", **SHAPE), tmp_path / "m.stpk"
-    packed.pack(parts[1], target)
+    pack(parts[1], target)
     assert np.array_equal(*(SmallThinker(path).session().decode(TOKENS) for path in (parts[0], target)))
     folder = tmp_path / "back"
     folder.mkdir()
-    written = packed.unpack(target, folder / name.format(count=len(parts)))
+    written = unpack(target, folder / name.format(count=len(parts)))
     assert written == [str(folder / Path(part).name.replace("split", "back")) for part in parts]
     assert sorted(folder.iterdir()) == sorted(Path(path) for path in written)
     for part, back in zip(parts, written, strict=True):
@@ -361,19 +366,19 @@ def test_a_split_model_whose_tensors_begin_in_its_second_part(tmp_path: Path) ->
     with GGUFFile(parts[0]) as file:
         assert len(parts) > 2
         assert all(info.part > 0 for info in file.tensors.values())
-    packed.pack(parts[0], target)
-    written = packed.unpack(target, tmp_path / "back.gguf")
+    pack(parts[0], target)
+    written = unpack(target, tmp_path / "back.gguf")
     assert [Path(back).read_bytes() for back in written] == [Path(part).read_bytes() for part in parts]
 
 
 def test_a_damaged_split_model_leaves_no_part_behind(tmp_path: Path) -> None:
     parts, target = write_split_model(tmp_path / "split.gguf", **SHAPE), tmp_path / "m.stpk"
-    packed.pack(parts[0], target)
+    pack(parts[0], target)
     damaged = bytearray(target.read_bytes())
     damaged[-5000] ^= 4
     target.write_bytes(damaged)
     with pytest.raises(ModelFormatError, match="does not give its source back"):
-        packed.unpack(target, tmp_path / "back.gguf")
+        unpack(target, tmp_path / "back.gguf")
     assert not list(tmp_path.glob("back*"))
 
 
@@ -383,7 +388,7 @@ def test_a_damaged_split_model_leaves_no_part_behind(tmp_path: Path) -> None:
 )
 def test_a_damaged_list_of_parts_is_an_error(tmp_path: Path, key: str, value: object) -> None:
     parts, target = write_split_model(tmp_path / "split.gguf", **SHAPE), tmp_path / "m.stpk"
-    packed.pack(parts[0], target)
+    pack(parts[0], target)
     with GGUFFile(target) as file:
         layout = str(file.metadata["stpk.source_layout"])
     assert len(json.loads(layout)["part_of"]) == 42
@@ -391,7 +396,7 @@ def test_a_damaged_list_of_parts_is_an_error(tmp_path: Path, key: str, value: ob
     assert len(changed) <= len(layout)
     target.write_bytes(target.read_bytes().replace(layout.encode(), changed.ljust(len(layout)).encode()))
     with pytest.raises(ModelFormatError, match=r"stpk\.source_layout"):
-        packed.unpack(target, tmp_path / "back.gguf")
+        unpack(target, tmp_path / "back.gguf")
 
 
 @pytest.mark.parametrize(
@@ -429,7 +434,7 @@ def test_the_share_within_tokens_leaves_out_what_follows_a_tokens_last_expert(
 
 def test_packing_twice_is_refused(stpk: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="already"):
-        packed.pack(stpk, tmp_path / "again.stpk")
+        pack(stpk, tmp_path / "again.stpk")
 
 
 def test_a_budget_below_one_layers_experts_is_refused(stpk: str) -> None:

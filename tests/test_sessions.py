@@ -12,7 +12,7 @@ from gguf_files import write_model
 from test_engine import SHAPE, tokens
 
 from smallthinker_edge import Session, SessionFormatError, SmallThinker
-from smallthinker_edge.session_file import HEADER
+from smallthinker_edge.files.session_file import HEADER
 
 KINDS = ("f16", "q8_0", "q8_0-all")
 

@@ -17,7 +17,8 @@ import pytest
 import soak
 from gguf_files import write_model
 
-from smallthinker_edge import SmallThinker, packed
+from smallthinker_edge import SmallThinker
+from smallthinker_edge.files.pack import pack
 
 TOKENS = int(os.environ.get("SOAK_TOKENS", "30000"))
 WARM_UP = max(10_000, TOKENS // 20)  # tokens until every buffer has been as full as it gets
@@ -35,7 +36,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def report(gguf: str) -> dict[str, Any]:
     target = gguf.replace(".gguf", ".stpk")
-    packed.pack(gguf, target)
+    pack(gguf, target)
     command = [sys.executable, soak.__file__, target, "--tokens", str(TOKENS)]
     run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
     report = json.loads(run.stdout)

@@ -17,12 +17,12 @@ from smallthinker_edge._native import kernels
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
-from smallthinker_edge.config import ModelConfig
-from smallthinker_edge.loader import Loader
+from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.pack import pack, unpack
+from smallthinker_edge.generation.speculation import BatchCosts
 from smallthinker_edge.model import plan_memory
-from smallthinker_edge.packed import pack, unpack
+from smallthinker_edge.opening import Loader
 from smallthinker_edge.session import Session
-from smallthinker_edge.speculation import BatchCosts
 
 INNER = 64
 PREDICTED: dict[str, Any] = SHAPE | {"window": 64, "lm_head_profiler": INNER}

@@ -11,7 +11,7 @@ from gguf_files import write_model
 from test_engine import SHAPE, tokens
 
 from smallthinker_edge import SmallThinker
-from smallthinker_edge.speculation import BatchCosts, PromptLookup
+from smallthinker_edge.generation.speculation import BatchCosts, PromptLookup
 
 
 @pytest.fixture(scope="module", params=["f16", "q8_0"])
@@ -26,7 +26,7 @@ def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times of a tiny model mean nothing: let a batch take as long as a token, so that every guess is worth trying."""
     monkeypatch.setattr(BatchCosts, "worthwhile", True)
     monkeypatch.setattr(BatchCosts, "seconds", lambda self, tokens: 1.0)
-    monkeypatch.setattr("smallthinker_edge.speculation.WORTH", 0.0)
+    monkeypatch.setattr("smallthinker_edge.generation.speculation.WORTH", 0.0)
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -17,7 +17,7 @@ import pytest
 from reference import Reference
 
 from smallthinker_edge._native.gguf import GGUFFile
-from smallthinker_edge.config import ModelConfig
+from smallthinker_edge.files.config import ModelConfig
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_synthetic.py"
 EXPERTS, USED, LAYERS, HOT = 32, 4, 3, 7

@@ -12,7 +12,7 @@ from gguf_files import MERGES, write_model
 
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.tokenizer import Tokenizer
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 TEXTS = [
     "hello world",

@@ -11,7 +11,7 @@ from gguf_files import write_model
 from reference import Reference
 
 from smallthinker_edge import ModelFormatError, SmallThinker
-from smallthinker_edge.trace import Trace, draw_heatmap, record
+from smallthinker_edge.measure.trace import Trace, draw_heatmap, record
 
 
 @pytest.fixture(scope="module")

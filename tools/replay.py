@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smallthinker_edge.trace import Trace
+from smallthinker_edge.measure.trace import Trace
 
 HALF_LIFE = 128.0  # tokens, as in src/eviction.c
 Accesses = list[list[int]]  # of every layer of every token, the experts it needs together

@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from smallthinker_edge import SmallThinker
 from smallthinker_edge._native.gguf import GGUFFile
-from smallthinker_edge.config import tensor_name
-from smallthinker_edge.packed import is_packed
+from smallthinker_edge.files.config import tensor_name
+from smallthinker_edge.files.packed import is_packed
 
 Array = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]

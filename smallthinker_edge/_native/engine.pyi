@@ -3,7 +3,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge.config import ModelConfig
+from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.session import CancelSignal
 
 Matrix = tuple[int, npt.NDArray[np.uint8]]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from smallthinker_edge import cgroup
+from smallthinker_edge.machine import cgroup
 
 # A core counts as big with at least half the capacity of the largest one (the kernel scales it by clock: the RK3588's
 # Cortex-A55 have 0.4 of its A76), or, where the kernel states no capacity, 0.8 of the highest clock (the same: 0.75).

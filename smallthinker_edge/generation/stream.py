@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.errors import DecodeCancelled
-from smallthinker_edge.overflow import TurnDropper, shift_limit
-from smallthinker_edge.reuse import SessionStore, common_prefix
+from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
+from smallthinker_edge.generation.reuse import SessionStore, common_prefix
+from smallthinker_edge.generation.speculation import BatchCosts, PromptLookup
 from smallthinker_edge.session import CancelSignal, Session
-from smallthinker_edge.speculation import BatchCosts, PromptLookup
-from smallthinker_edge.tokenizer import Tokenizer
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

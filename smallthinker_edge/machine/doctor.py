@@ -20,8 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from smallthinker_edge import bench, cgroup, cpus, heat
 from smallthinker_edge._native import kernels
+from smallthinker_edge.machine import cgroup, cpus, thermal
+from smallthinker_edge.measure import limits as read_limits
 
 Rows = list[tuple[str, str]]
 
@@ -74,7 +75,7 @@ def processor(root: Path = Path("/")) -> Rows:
     ]
     if forced and forced not in tables:
         rows.append(("warning", f"this CPU cannot run the kernel table {forced!r}"))
-    for name, value in heat.readings(root).items():
+    for name, value in thermal.readings(root).items():
         rows.append((name.replace("_", " "), str(value) or "no"))
     return rows
 
@@ -98,8 +99,8 @@ def memory(root: Path = Path("/")) -> Rows:
 
 def memory_reads(threads: int) -> Rows:
     """Speed of reading memory that no cache holds, with one thread and with all: what decode is bound by."""
-    space = bench.arbitrary_weights(bench.streaming_bytes())
-    limits = [bench.read_limit(count, space, patterns=[(4, 0), (4, 4096)]) for count in sorted({1, threads})]
+    space = read_limits.arbitrary_weights(read_limits.streaming_bytes())
+    limits = [read_limits.read_limit(count, space, patterns=[(4, 0), (4, 4096)]) for count in sorted({1, threads})]
     speeds = [f"{_mb(limit.bytes_per_second)} with {limit.threads}" for limit in limits]
     return [("memory reads", ", ".join(speeds) + (" threads" if threads > 1 else " thread"))]
 

@@ -13,11 +13,8 @@ import numpy as np
 
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import TensorInfo
-from smallthinker_edge.config import ModelConfig, tensor_name
 from smallthinker_edge.errors import ModelFormatError
-
-# Type numbers of the GGUF format, which the C core shares (packed.h).
-TYPE_NUMBER = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
+from smallthinker_edge.files.config import TYPE_NUMBER, ModelConfig, tensor_name
 
 
 class ModelSource(Protocol):

@@ -1,6 +1,6 @@
 """The process's control groups (version 2 or 1): where they are mounted, and the memory they allow.
 
-Called by cpus.py, budget.py and doctor.py. It reads /proc and /sys only; `root` is there for the tests.
+Called by cpus.py, memory.py, doctor.py and measure/limits.py. It reads /proc and /sys only; `root` is for the tests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What kernels and memory of this machine do: `smallthinker-edge bench`, and the yardstick of make bench.
+"""What every kernel takes on this machine: `smallthinker-edge bench kernels`.
 
 Everything is timed in C (_native/timing.pxi); here the work is laid out and the results are put into words. It never
 opens a model: the shapes are those of the real ones, the weights are arbitrary.
@@ -6,24 +6,14 @@ opens a model: the shapes are those of the real ones, the weights are arbitrary.
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import psutil
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import Timer
-from smallthinker_edge.cgroup import memory_limit
-from smallthinker_edge.cpus import auto_threads
-
-Bytes = npt.NDArray[np.uint8]
+from smallthinker_edge.measure.limits import Bytes, ReadLimit, rate, warm_up
 
 
 @dataclass(frozen=True)
@@ -42,103 +32,6 @@ class Shape:
 
 SHAPES = (Shape("4b", 1536, 12, 2, 128, 768, 32, 4), Shape("21b", 2560, 28, 4, 128, 768, 64, 6))
 ACTIVE_SHARE = 0.38  # neurons of a chosen expert whose gate is positive (technical report, figures 4-6)
-# Loads side by side and bytes of prefetch ahead: which is fastest differs between machines.
-READ_PATTERNS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
-READ_ITEM = 1 << 20
-REPETITIONS = 3
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache that the first CPU reports; 32 MiB where it reports none."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
-        unit = {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
-        sizes.append(int(text.rstrip("KM")) * unit)
-    return max(sizes) or 32 << 20
-
-
-def streaming_bytes() -> int:
-    """Memory to walk through so that no cache holds it: twice the largest cache, at most a third of what is free."""
-    free = int(psutil.virtual_memory().available)
-    return max(64 << 20, min(2 * last_level_cache(), min(free, memory_limit() or free) // 3))
-
-
-def arbitrary_weights(size: int) -> Bytes:
-    """Bytes that are sound fp16 scales wherever a kernel looks for one: no infinities, NaN or denormals."""
-    memory = kernels.allocate(size)
-    block = np.random.default_rng(0).integers(0x24, 0x38, min(size, 1 << 20), np.uint8)
-    for start in range(0, size, block.size):
-        memory[start : start + block.size] = block[: size - start]
-    return memory
-
-
-def rate(run: Callable[[int, int], float], threads: int, seconds: float) -> float:
-    """Items per second of run(first, count) -> seconds: the median of REPETITIONS, each about `seconds` long.
-
-    Each repetition goes on where the last one stopped, so that memory larger than the caches stays out of them. Each
-    thread has an item at least.
-    """
-    first, count = 0, threads
-    while (taken := run(first, count)) < seconds:
-        first += count
-        # Short runs tell little about the length needed: go there in steps.
-        count = -(-min(16 * count, max(2 * count, int(count * seconds / max(taken, 1e-9)))) // threads) * threads
-    rates = []
-    for _ in range(REPETITIONS):
-        first += count
-        rates.append(count / run(first, count))
-    return statistics.median(rates)
-
-
-def warm_up(timer: Timer, memory: Bytes) -> None:
-    """Reads for a moment: a new thread may share its maker's CPU until the scheduler notices."""
-    timer.run("read", memory, READ_ITEM, 0, 1000 * timer.threads)
-
-
-@dataclass(frozen=True)
-class ReadLimit:
-    """How fast memory is read.
-
-    Attributes:
-        bytes_per_second: of the best pattern, the median of its repetitions.
-        threads: how many read at once.
-        streams, ahead: the best pattern: pieces that each thread reads side by side, bytes of prefetch.
-        patterns: bytes per second of each, by "streams/ahead".
-    """
-
-    bytes_per_second: float
-    threads: int
-    streams: int
-    ahead: int
-    patterns: dict[str, float]
-
-
-def read_limit(
-    threads: int,
-    memory: Bytes | None = None,
-    seconds: float = 0.05,
-    patterns: Sequence[tuple[int, int]] = READ_PATTERNS,
-) -> ReadLimit:
-    """Measures how fast `threads` threads read memory that no cache holds.
-
-    Args:
-        memory: what to read, for callers that have some; default: streaming_bytes() of it.
-        seconds: least time of each repetition of each pattern. patterns: (streams, ahead) to try.
-    """
-    memory = arbitrary_weights(streaming_bytes()) if memory is None else memory
-    timer = Timer("ref", threads)
-    warm_up(timer, memory)
-    measured = {}
-    for streams, ahead in patterns:
-
-        def run(first: int, count: int, streams: int = streams, ahead: int = ahead) -> float:
-            return timer.run("read", memory, READ_ITEM, first, count, streams=streams, ahead=ahead)
-
-        measured[streams, ahead] = rate(run, threads, seconds) * READ_ITEM
-    best = max(measured, key=lambda pattern: measured[pattern])
-    named = {f"{streams}/{ahead}": value for (streams, ahead), value in measured.items()}
-    return ReadLimit(measured[best], threads, *best, named)
 
 
 @dataclass(frozen=True)
@@ -346,76 +239,3 @@ def _figure(result: KernelResult, limits: dict[int, ReadLimit]) -> str:
     if result.streaming and result.threads in limits:
         text += f" ({result.bytes_per_second / limits[result.threads].bytes_per_second:.0%})"
     return text
-
-
-def foreign_seconds() -> float:
-    """CPU seconds that all processes but this one have used since the start of the system, in ticks of about 10 ms."""
-    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    waiting = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
-    return float(sum(times) - waiting - own.user - own.system)
-
-
-class OtherProcesses:
-    """What other processes compute from now on."""
-
-    def __init__(self) -> None:
-        self._busy, self._started = foreign_seconds(), time.perf_counter()
-
-    @property
-    def cpus(self) -> float:
-        """How many CPUs they used so far, on average."""
-        return max(0.0, (foreign_seconds() - self._busy) / (time.perf_counter() - self._started))
-
-    def __str__(self) -> str:
-        return f"Other processes used {self.cpus:.2f} CPUs meanwhile."
-
-
-def run_bench(
-    what: str,
-    *,
-    threads: int | None = None,
-    tables: Sequence[str] | None = None,
-    shapes: Sequence[str] = ("4b", "21b"),
-    json_path: str | None = None,
-    plot: str | None = None,
-) -> str:
-    """What `smallthinker-edge bench` does; returns what it prints.
-
-    Args:
-        what: "memory", "kernels" or "sparsity".
-        threads: the largest team; one thread is measured too. Default: the usable CPUs.
-        tables, shapes: names; json_path: where all figures are written too. plot: image file of "sparsity".
-
-    Raises ValueError for unknown names, ImportError for a plot without matplotlib.
-    """
-    from smallthinker_edge import bench_sparsity as sparsity
-
-    if plot:
-        import matplotlib  # noqa: F401  (known before minutes are spent)
-    memory = arbitrary_weights(streaming_bytes())
-    teams = sorted({1, threads or auto_threads()})
-    chosen = [shape for shape in SHAPES if shape.name in shapes]
-    others = OtherProcesses()
-    limits = {count: read_limit(count, memory) for count in teams}
-    text = [
-        f"Memory reads, {count} thread{'s' if count > 1 else ''}: {limit.bytes_per_second / 1e9:.1f} GB/s"
-        for count, limit in limits.items()
-    ]
-    figures: dict[str, object] = {"read_limits": [asdict(limit) for limit in limits.values()]}
-    if what == "kernels":
-        results = list(bench_kernels(memory, tables=tables, shapes=chosen, threads=teams))
-        text.append(kernel_table(results, limits))
-        figures["kernels"] = [asdict(result) for result in results]
-    elif what == "sparsity":
-        curves = list(sparsity.bench_sparsity(memory, tables=tables, shapes=chosen, threads=teams))
-        text.append(sparsity.sparsity_table(curves))
-        figures["sparsity"] = [asdict(result) for result in curves]
-        if plot:
-            sparsity.plot_sparsity(curves, plot)
-    elif what != "memory":
-        raise ValueError(f"cannot measure {what!r}")
-    figures["foreign_cpus"] = others.cpus
-    text.append(f"{date.today().isoformat()}. {others}")
-    if json_path:
-        Path(json_path).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return "\n\n".join(text)

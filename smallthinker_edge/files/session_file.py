@@ -15,8 +15,8 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from smallthinker_edge._native.engine import KVCache
-from smallthinker_edge.config import ModelFile, tensor_name
 from smallthinker_edge.errors import SessionFormatError
+from smallthinker_edge.files.config import ModelFile, tensor_name
 
 MAGIC, VERSION = b"STKVSESS", 1
 # magic, version, type of the KV cache, the model's hash, positions, positions lost by window layers, blocks, their

@@ -1,6 +1,6 @@
 """Prompt-lookup speculation: guesses the next tokens where the text repeats itself, where that pays.
 
-Called by generation.py, which verifies every guess with the model itself, so that the output is that of plain decoding.
+Called by stream.py, which verifies every guess with the model itself, so that the output is that of plain decoding.
 (Saxena 2023, "Prompt lookup decoding"; verification: Leviathan et al. 2023.) It never sees the model.
 """
 

@@ -1,10 +1,6 @@
-"""The packed model file (.stpk): a GGUF container whose experts are laid out for reading one at a time.
+"""Writes packed files (see packed.py) from GGUF models, and gives the source back.
 
-Called by model.py to open one, and by `smallthinker-edge pack|verify|unpack`. It is a valid GGUF: the source's own
-metadata entries, copied as they are; its dense tensors, unchanged; and per layer one tensor `blk.N.experts.weight`,
-F32 in name only, of one 4096-aligned blob per expert (gate, up, down in the kernels' order: see packed.h). Keys
-`stpk.*` hold the layout's name, the source's tensor table and checksums. So one reader and one set of checks serve
-both kinds of file, and other GGUF tools can list it.
+Called by `smallthinker-edge pack|unpack`. It streams: never more than one expert is in memory.
 """
 
 from __future__ import annotations
@@ -12,11 +8,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,207 +19,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native import kernels
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
-from smallthinker_edge.config import ModelConfig, tensor_name
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.loader import TYPE_NUMBER
+from smallthinker_edge.files.config import TYPE_NUMBER, ModelConfig
+from smallthinker_edge.files.packed import (
+    ALIGN,
+    EXPERT_ROLES,
+    LAYOUTS,
+    Bytes,
+    ExpertLayout,
+    PackedFile,
+    Progress,
+    blob_name,
+    expert_infos,
+    is_packed,
+)
 
-# By whether down is transposed: the experts of such files kept their GGUF rows in "tile16-2".
-LAYOUTS = {False: "tile16-2", True: "tile16-3"}
-ALIGN = 4096
-EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-# Bytes and weights of a block of each type (FORMATS of GGUF).
-BLOCKS = {"F32": (4, 1), "F16": (2, 1), "BF16": (2, 1), "Q4_0": (18, 32), "Q4_1": (20, 32), "Q8_0": (34, 32),
-          "Q6_K": (210, 256)}  # fmt: skip
 U32, STRING, ARRAY, F32_TYPE = 4, 8, 9, 0
-Bytes = npt.NDArray[np.uint8]
-Progress = Callable[[int, int], None]
-
-
-def is_packed(gguf: GGUFFile) -> bool:
-    """Whether an opened file is a packed one."""
-    return "stpk.layout" in gguf.metadata
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """How one layer's experts stand in their blobs. types: GGUF names of gate, up and down."""
-
-    d_model: int
-    d_ffn: int
-    types: tuple[str, str, str]
-    interleaved: bool
-    transposed: bool
-    sizes: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, config: ModelConfig, infos: tuple[TensorInfo, TensorInfo, TensorInfo]) -> ExpertLayout:
-        gate, up, down = infos
-        types = (gate.type, up.type, down.type)
-        # The rule of Engine.expert_layout: everything else stays in GGUF rows.
-        interleaved = set(types) == {"Q4_0"} and config.d_ffn % 32 == 0
-        sizes = (gate.nbytes // config.n_experts, up.nbytes // config.n_experts, down.nbytes // config.n_experts)
-        return cls(config.d_model, config.d_ffn, types, interleaved, config.down_transposed, sizes)
-
-    @property
-    def ends(self) -> tuple[int, int, int]:
-        """Where gate, up and down end in a blob."""
-        if not self.interleaved:
-            gate, up, down = np.cumsum(self.sizes).tolist()
-            return gate, up, down
-        gate = -(-self.d_ffn // 16) * 16 * self.d_model // 32 * 18
-        up = gate + self.sizes[1]
-        return gate, up, up + -(-self.d_model // 128) * (self.d_ffn // 32 * 256 + self.d_ffn * 64)
-
-    def pack(self, gate: Bytes, up: Bytes, down: Bytes) -> Bytes:
-        """GGUF rows of one expert to its blob, without padding."""
-        if not self.interleaved:
-            return np.concatenate([gate, up, down])
-        return np.concatenate(
-            [
-                kernels.pack_tile16(TYPE_NUMBER["Q4_0"], gate, self.d_ffn, self.d_model),
-                kernels.pack_rows(up, self.d_ffn, self.d_model),
-                kernels.pack_down(down, self.d_model, self.d_ffn, self.transposed),
-            ]
-        )
-
-    def unpack(self, blob: Bytes) -> tuple[Bytes, Bytes, Bytes]:
-        """The GGUF rows of gate, up and down that a blob was made of."""
-        gate_end, up_end, down_end = self.ends
-        if not self.interleaved:
-            return blob[:gate_end], blob[gate_end:up_end], blob[up_end:down_end]
-        q4_0 = TYPE_NUMBER["Q4_0"]
-        return (
-            kernels.unpack_tile16(q4_0, np.ascontiguousarray(blob[:gate_end]), self.d_ffn, self.d_model),
-            kernels.pack_rows(np.ascontiguousarray(blob[gate_end:up_end]), self.d_ffn, self.d_model, True),
-            kernels.unpack_down(np.ascontiguousarray(blob[up_end:down_end]), self.d_model, self.d_ffn, self.transposed),
-        )
-
-
-def expert_infos(gguf: GGUFFile | PackedFile, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
-    """The tensor entries of a layer's gate, up and down."""
-    gate, up, down = (gguf.tensors[tensor_name(role, layer)] for role in EXPERT_ROLES)
-    return gate, up, down
-
-
-class PackedFile:
-    """A packed file seen as the model it was made of: what ModelConfig and the loader need.
-
-    Attributes: metadata, tensors (the source's entries), paths and path as in GGUFFile; container: the file itself.
-    Raises ModelFormatError where the `stpk.*` keys or blobs are not what pack() writes.
-    """
-
-    def __init__(self, gguf: GGUFFile) -> None:
-        self.container = gguf
-        self.path, self.paths = gguf.path, gguf.paths
-        if gguf.metadata["stpk.layout"] not in LAYOUTS.values():
-            raise self._layout_error(" or ".join(map(repr, LAYOUTS.values())))
-        self.metadata = {key: value for key, value in gguf.metadata.items() if not key.startswith("stpk.")}
-        self.tensors: dict[str, TensorInfo] = {}
-        try:
-            for name, kind, shape, offset, nbytes in json.loads(str(gguf.metadata["stpk.source_tensors"])):
-                known = (
-                    isinstance(name, str) and kind in TYPE_NUMBER and all(isinstance(n, int) and n > 0 for n in shape)
-                )
-                size, weights = BLOCKS.get(kind, (0, 1))
-                if not known or not isinstance(offset, int) or nbytes != math.prod(shape) // weights * size:
-                    raise ValueError(name)
-                self.tensors[name] = TensorInfo(name, kind, tuple(shape), offset, nbytes, 0)
-        except (KeyError, TypeError, ValueError) as problem:
-            raise self._error("stpk.source_tensors", f"is damaged: {problem}") from None
-        self._check_dense()
-
-    def _error(self, field: str, message: str) -> ModelFormatError:
-        return ModelFormatError(message, path=self.path, field=field)
-
-    def _layout_error(self, known: str) -> ModelFormatError:
-        found = self.container.metadata["stpk.layout"]
-        return self._error("stpk.layout", f"is {found!r}, this version reads {known}: pack the model again")
-
-    def _check_dense(self) -> None:
-        for name, info in self.tensors.items():
-            if name.split(".")[-2] in EXPERT_ROLES:
-                continue
-            own = self.container.tensors.get(name)
-            if own is None or (own.type, own.shape) != (info.type, info.shape):
-                raise self._error(name, "is missing or differs from the source's entry")
-
-    def data(self, name: str) -> Bytes:
-        """Bytes of a dense tensor; see GGUFFile.data."""
-        return self.container.data(name)
-
-    def release(self, name: str, cache: bool = False) -> None:
-        """See GGUFFile.release."""
-        if name in self.container.tensors:
-            self.container.release(name, cache)
-
-    def expect_rows(self, name: str) -> None:
-        """See GGUFFile.expect_rows."""
-        if name in self.container.tensors:
-            self.container.expect_rows(name)
-
-    def close(self) -> None:
-        """See GGUFFile.close."""
-        self.container.close()
-
-    def drop_cache(self) -> None:
-        """Takes the file's pages out of the system's cache, which counts towards a memory limit; a hint."""
-        self.container.release()
-        if hasattr(os, "posix_fadvise"):
-            with open(self.path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    @property
-    def dense(self) -> list[TensorInfo]:
-        """The source's entries of all tensors but experts, in file order."""
-        return [info for name, info in self.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
-
-    def checksums(self, experts: int) -> npt.NDArray[np.uint32]:
-        """CRC-32 of every dense tensor, then of every expert's blob. ModelFormatError where they are not all there."""
-        sums = self.container.metadata.get("stpk.crc32")
-        if not isinstance(sums, list) or len(sums) != len(self.dense) + experts:
-            raise self._error("stpk.crc32", "does not hold a checksum for every part")
-        return np.array(sums, np.uint32)
-
-    def check_dense(self, sums: npt.NDArray[np.uint32]) -> None:
-        """Raises ModelFormatError naming the first dense tensor that is damaged."""
-        for info, expected in zip(self.dense, sums, strict=False):
-            if zlib.crc32(self.data(info.name).data) != expected:
-                raise self._error(info.name, "is damaged: its checksum does not match")
-
-    def experts(self, config: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
-        """(offset of every expert's blob [L * E], bytes of one blob); checks that all are there and aligned."""
-        offsets, size = [], 0
-        if self.container.metadata["stpk.layout"] != LAYOUTS[config.down_transposed]:
-            kind = "transposed" if config.down_transposed else "ordinary"
-            raise self._layout_error(f"{LAYOUTS[config.down_transposed]!r} for a model with {kind} down")
-        for layer in range(config.n_layers):
-            name = blob_name(layer)
-            info = self.container.tensors.get(name)
-            needed = ExpertLayout.of(config, expert_infos(self, layer))
-            if info is None or len(info.shape) != 2 or info.shape[1] != config.n_experts:
-                raise self._error(name, "is missing or does not hold one blob per expert")
-            bytes_ = info.shape[0] * 4
-            if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < needed.ends[2]:
-                raise self._error(name, f"has blobs of {bytes_} bytes at {info.offset}: not aligned, or too small")
-            size = bytes_
-            offsets += [info.offset + e * size for e in range(config.n_experts)]
-        return np.array(offsets, np.int64), size
-
-
-def blob_name(layer: int) -> str:
-    return f"blk.{layer}.experts.weight"
-
-
-def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
-    """Bytes of the largest layer's blob, padded: every expert of the file takes as many."""
-    layers = range(config.n_layers)
-    largest = max(ExpertLayout.of(config, expert_infos(gguf, layer)).ends[2] for layer in layers)
-    return -(-largest // ALIGN) * ALIGN
-
-
-# Writing
 
 
 def _text(value: str) -> bytes:
@@ -321,6 +132,13 @@ def _write(fd: int, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> 
     _write_at(fd, 0, np.frombuffer(header, np.uint8))
 
 
+def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
+    """Bytes of the largest layer's blob, padded: every expert of the file takes as many."""
+    layers = range(config.n_layers)
+    largest = max(ExpertLayout.of(config, expert_infos(gguf, layer)).ends[2] for layer in layers)
+    return -(-largest // ALIGN) * ALIGN
+
+
 def _blobs(gguf: GGUFFile, config: ModelConfig, blob: int) -> Iterator[Bytes]:
     """Every expert's padded blob, layer by layer."""
     for layer in range(config.n_layers):
@@ -401,36 +219,6 @@ def _write_at(fd: int, offset: int, data: Bytes) -> None:
     while view:
         done = os.pwrite(fd, view, offset)
         view, offset = view[done:], offset + done
-
-
-# Checking
-
-
-def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> int:
-    """Checks every checksum of a packed file; returns how many parts it has.
-
-    Raises ModelFormatError naming the first tensor or expert that is damaged.
-    """
-    with GGUFFile(path) as gguf:
-        if not is_packed(gguf):
-            raise ModelFormatError("is not a packed file", path=gguf.path, field="stpk.layout")
-        packed = PackedFile(gguf)
-        config = ModelConfig.from_gguf(packed)
-        offsets, size = packed.experts(config)
-        sums = packed.checksums(len(offsets))
-        packed.check_dense(sums)
-        for i in range(len(offsets)):
-            layer, e = divmod(i, config.n_experts)
-            if (
-                zlib.crc32(gguf.data(blob_name(layer))[e * size : (e + 1) * size].data)
-                != sums[len(sums) - len(offsets) + i]
-            ):
-                raise ModelFormatError(
-                    "is damaged: its checksum does not match", path=gguf.path, field=f"expert {e} of layer {layer}"
-                )
-            if progress:
-                progress(i + 1, len(offsets))
-        return len(sums)
 
 
 def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> list[str]:
@@ -534,16 +322,3 @@ def _write_experts(files: dict[str, int], packed: PackedFile, config: ModelConfi
                 _write_at(files[info.name], info.offset + e * part.size, part)
             progress(layer * config.n_experts + e + 1, config.n_layers * config.n_experts)
         packed.container.release(blob_name(layer))
-
-
-def unpack_layer(path: str | os.PathLike[str], layer: int) -> tuple[Bytes, Bytes, Bytes]:
-    """The stacked gate, up and down tensors of a layer as they stood in the source GGUF."""
-    with GGUFFile(path) as gguf:
-        packed = PackedFile(gguf)
-        config = ModelConfig.from_gguf(packed)
-        layout = ExpertLayout.of(config, expert_infos(packed, layer))
-        _, size = packed.experts(config)
-        blobs = gguf.data(blob_name(layer)).reshape(config.n_experts, size)
-        parts = [layout.unpack(blob) for blob in blobs]
-        gate, up, down = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        return gate, up, down

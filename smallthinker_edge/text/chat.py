@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from smallthinker_edge.errors import ChatTemplateError
-from smallthinker_edge.tokenizer import Tokenizer
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
 

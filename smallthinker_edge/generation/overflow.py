@@ -1,13 +1,13 @@
 """What to drop when a conversation outgrows its context: works on token ids and computes nothing.
 
-Called by model.py for a prompt that is too long, and by generation.py for an answer.
+Called by model.py for a prompt that is too long, and by stream.py for an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smallthinker_edge.tokenizer import Tokenizer
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 POLICIES = ("error", "shift")
 

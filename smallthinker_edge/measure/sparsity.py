@@ -16,7 +16,8 @@ import numpy as np
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import Timer
-from smallthinker_edge.bench import SHAPES, Bytes, Shape, warm_up
+from smallthinker_edge.measure.kernels import SHAPES, Shape
+from smallthinker_edge.measure.limits import Bytes, warm_up
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.38, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DOWNS = ("normal", "transposed")

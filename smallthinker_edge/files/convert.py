@@ -15,8 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge.checkpoint import MAX_CONTEXT, MAX_LAYERS, Checkpoint, CheckpointConfig, optional_json, read_json
 from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
+from smallthinker_edge.files.checkpoint import (
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    Checkpoint,
+    CheckpointConfig,
+    optional_json,
+    read_json,
+)
 
 Progress = Callable[[int, int, str], None]
 Array = npt.NDArray[Any]

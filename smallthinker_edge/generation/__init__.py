@@ -1,0 +1,1 @@
+"""One answer: the loop of decoding and sampling, what is reused, guessed or dropped on the way."""

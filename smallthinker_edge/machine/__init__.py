@@ -1,0 +1,1 @@
+"""What this computer is and allows: processors, memory, limits, temperature. It knows nothing of models."""

@@ -1,0 +1,142 @@
+"""How fast this machine reads memory, which bounds decoding, and what else disturbs a measurement.
+
+Called by `smallthinker-edge bench` and `doctor`, and by benchmarks/ as their yardstick. Reads are timed in C
+(_native/timing.pxi). It never opens a model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from smallthinker_edge._native import kernels
+from smallthinker_edge._native.kernels import Timer
+from smallthinker_edge.machine.cgroup import memory_limit
+
+Bytes = npt.NDArray[np.uint8]
+# Loads side by side and bytes of prefetch ahead: which is fastest differs between machines.
+READ_PATTERNS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
+READ_ITEM = 1 << 20
+REPETITIONS = 3
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the first CPU reports; 32 MiB where it reports none."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        unit = {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KM")) * unit)
+    return max(sizes) or 32 << 20
+
+
+def streaming_bytes() -> int:
+    """Memory to walk through so that no cache holds it: twice the largest cache, at most a third of what is free."""
+    free = int(psutil.virtual_memory().available)
+    return max(64 << 20, min(2 * last_level_cache(), min(free, memory_limit() or free) // 3))
+
+
+def arbitrary_weights(size: int) -> Bytes:
+    """Bytes that are sound fp16 scales wherever a kernel looks for one: no infinities, NaN or denormals."""
+    memory = kernels.allocate(size)
+    block = np.random.default_rng(0).integers(0x24, 0x38, min(size, 1 << 20), np.uint8)
+    for start in range(0, size, block.size):
+        memory[start : start + block.size] = block[: size - start]
+    return memory
+
+
+def rate(run: Callable[[int, int], float], threads: int, seconds: float) -> float:
+    """Items per second of run(first, count) -> seconds: the median of REPETITIONS, each about `seconds` long.
+
+    Each repetition goes on where the last one stopped, so that memory larger than the caches stays out of them. Each
+    thread has an item at least.
+    """
+    first, count = 0, threads
+    while (taken := run(first, count)) < seconds:
+        first += count
+        # Short runs tell little about the length needed: go there in steps.
+        count = -(-min(16 * count, max(2 * count, int(count * seconds / max(taken, 1e-9)))) // threads) * threads
+    rates = []
+    for _ in range(REPETITIONS):
+        first += count
+        rates.append(count / run(first, count))
+    return statistics.median(rates)
+
+
+def warm_up(timer: Timer, memory: Bytes) -> None:
+    """Reads for a moment: a new thread may share its maker's CPU until the scheduler notices."""
+    timer.run("read", memory, READ_ITEM, 0, 1000 * timer.threads)
+
+
+@dataclass(frozen=True)
+class ReadLimit:
+    """How fast memory is read.
+
+    Attributes:
+        bytes_per_second: of the best pattern, the median of its repetitions.
+        threads: how many read at once.
+        streams, ahead: the best pattern: pieces that each thread reads side by side, bytes of prefetch.
+        patterns: bytes per second of each, by "streams/ahead".
+    """
+
+    bytes_per_second: float
+    threads: int
+    streams: int
+    ahead: int
+    patterns: dict[str, float]
+
+
+def read_limit(
+    threads: int,
+    memory: Bytes | None = None,
+    seconds: float = 0.05,
+    patterns: Sequence[tuple[int, int]] = READ_PATTERNS,
+) -> ReadLimit:
+    """Measures how fast `threads` threads read memory that no cache holds.
+
+    Args:
+        memory: what to read, for callers that have some; default: streaming_bytes() of it.
+        seconds: least time of each repetition of each pattern. patterns: (streams, ahead) to try.
+    """
+    memory = arbitrary_weights(streaming_bytes()) if memory is None else memory
+    timer = Timer("ref", threads)
+    warm_up(timer, memory)
+    measured = {}
+    for streams, ahead in patterns:
+
+        def run(first: int, count: int, streams: int = streams, ahead: int = ahead) -> float:
+            return timer.run("read", memory, READ_ITEM, first, count, streams=streams, ahead=ahead)
+
+        measured[streams, ahead] = rate(run, threads, seconds) * READ_ITEM
+    best = max(measured, key=lambda pattern: measured[pattern])
+    named = {f"{streams}/{ahead}": value for (streams, ahead), value in measured.items()}
+    return ReadLimit(measured[best], threads, *best, named)
+
+
+def foreign_seconds() -> float:
+    """CPU seconds that all processes but this one have used since the start of the system, in ticks of about 10 ms."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    waiting = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
+    return float(sum(times) - waiting - own.user - own.system)
+
+
+class OtherProcesses:
+    """What other processes compute from now on."""
+
+    def __init__(self) -> None:
+        self._busy, self._started = foreign_seconds(), time.perf_counter()
+
+    @property
+    def cpus(self) -> float:
+        """How many CPUs they used so far, on average."""
+        return max(0.0, (foreign_seconds() - self._busy) / (time.perf_counter() - self._started))
+
+    def __str__(self) -> str:
+        return f"Other processes used {self.cpus:.2f} CPUs meanwhile."
