@@ -21,12 +21,12 @@ from report import publish
 from tokenizers import ByteLevelBPETokenizer
 
 from smallthinker_edge import SmallThinker
-from smallthinker_edge.demo import COMMANDS, load_commands
+from smallthinker_edge.cli.demo import SENTENCES, load_commands
 from smallthinker_edge.generation.stream import Generation, TextStream, Timings
 from smallthinker_edge.measure.limits import OtherProcesses
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = {"JSON": COMMANDS, "code": ROOT / "smallthinker_edge/session.py", "prose": ROOT / "docs/performance.md"}
+TEXTS = {"JSON": SENTENCES, "code": ROOT / "smallthinker_edge/session.py", "prose": ROOT / "docs/performance.md"}
 
 
 class Dictation:
@@ -42,7 +42,7 @@ class Dictation:
 def texts(vocabulary: int, tokens: int) -> dict[str, list[int]]:
     """Tokens of each kind of text, `tokens` of them."""
     bpe = ByteLevelBPETokenizer()
-    files = [str(path) for path in (*ROOT.glob("*/*.py"), *ROOT.glob("docs/*.md"), COMMANDS)]
+    files = [str(path) for path in (*(ROOT / "smallthinker_edge").rglob("*.py"), *ROOT.glob("docs/*.md"), SENTENCES)]
     bpe.train(files, vocab_size=8192, show_progress=False)
     scattered = np.random.default_rng(0).permutation(vocabulary)
     found = {name: bpe.encode(path.read_text(encoding="utf-8")).ids[:tokens] for name, path in TEXTS.items()}
@@ -75,7 +75,7 @@ def warm_up(model: SmallThinker) -> None:
 
 
 def commands(model: SmallThinker) -> Callable[[int], list[Timings]]:
-    chats = [[{"role": "user", "content": entry.command}] for entry in load_commands(COMMANDS)]
+    chats = [[{"role": "user", "content": entry.command}] for entry in load_commands(SENTENCES)]
     return lambda speculate: [model.chat(chat, speculate=speculate).timings for chat in chats]
 
 

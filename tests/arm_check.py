@@ -102,9 +102,10 @@ def compare(folder: Path, table: str) -> None:
 
 def demo_answers() -> str:
     """What the embedded model makes of its first two sentences, greedy."""
-    from smallthinker_edge import SmallThinker, demo
+    from smallthinker_edge import SmallThinker
+    from smallthinker_edge.cli import demo
 
-    commands = demo.load_commands(demo.COMMANDS)[:2]
+    commands = demo.load_commands(demo.SENTENCES)[:2]
     with SmallThinker(demo.MODEL, threads=2) as model:
         return "\n".join(demo.answer(model, command.command).text for command in commands)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import gguf_files
 import pytest
 
-from smallthinker_edge import SmallThinker, cli, demo
+from smallthinker_edge import SmallThinker, cli
+from smallthinker_edge.cli import demo
 from smallthinker_edge.errors import ContextFull
 
 
@@ -434,7 +435,7 @@ def test_demo_shows_every_command_and_the_speed(
     commands = tmp_path / "commands.json"
     commands.write_text(json.dumps([{"command": "lamp on", "expected": {"action": "on"}}]))
     monkeypatch.setattr(demo, "MODEL", tiny_model)
-    monkeypatch.setattr(demo, "COMMANDS", commands)
+    monkeypatch.setattr(demo, "SENTENCES", commands)
     monkeypatch.setattr(demo, "MAX_TOKENS", 8)
     code, out, err = run(capsys, "demo")
     assert (code, err) == (0, "")
@@ -451,7 +452,7 @@ def test_demo_reads_stdin_only_when_asked(
 ) -> None:
     (tmp_path / "commands.json").write_text("[]")
     monkeypatch.setattr(demo, "MODEL", tiny_model)
-    monkeypatch.setattr(demo, "COMMANDS", tmp_path / "commands.json")
+    monkeypatch.setattr(demo, "SENTENCES", tmp_path / "commands.json")
     monkeypatch.setattr(demo, "answer", lambda model, command: pytest.fail("the demo read stdin unasked"))
     monkeypatch.setattr("sys.stdin", io.StringIO("lamp on\n"))
     assert run(capsys, "demo")[0] == 0
@@ -479,7 +480,7 @@ def test_demo_verdict(text: str, expected: str) -> None:
 
 
 def test_demo_commands_are_six_to_eight_and_come_out_as_documented(demo_model: Path) -> None:
-    commands = demo.load_commands(demo.COMMANDS)
+    commands = demo.load_commands(demo.SENTENCES)
     assert 6 <= len(commands) <= 8
     with SmallThinker(demo_model) as model:
         answers = [demo.answer(model, command.command).text for command in commands]

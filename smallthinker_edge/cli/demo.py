@@ -1,10 +1,11 @@
-"""The demo: home commands that the embedded model was not trained on, each with the JSON it makes of them.
+"""`demo`: home commands that the embedded model was not trained on, each with the JSON it makes of them.
 
-Called by `smallthinker-edge demo`; works the same with output to a file. Shows, and judges nothing else.
+It works the same with output to a file. Shows, and judges nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 
 import psutil
 
+from smallthinker_edge.cli.arguments import OK, Command, positive_int
 from smallthinker_edge.errors import ContextFull
 from smallthinker_edge.generation.stream import GenerationResult
 from smallthinker_edge.model import SmallThinker
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 MODEL = DATA / "demo.gguf"
-COMMANDS = DATA / "demo_commands.json"
+SENTENCES = DATA / "demo_commands.json"
 # The longest answers of the demo's grammar, several commands in one sentence, have about half as many tokens.
 MAX_TOKENS = 256
 
@@ -67,10 +69,10 @@ def run_demo(*, interactive: bool = False, threads: int | None = None) -> None:
 
     Raises FileNotFoundError where this installation lacks the embedded model or its commands.
     """
-    for path in (MODEL, COMMANDS):
+    for path in (MODEL, SENTENCES):
         if not path.is_file():
             raise FileNotFoundError(f"the embedded demo model is not part of this installation ({path} is missing)")
-    commands = load_commands(COMMANDS)
+    commands = load_commands(SENTENCES)
     with SmallThinker(MODEL, threads=threads) as model:
         config = model.config
         print(
@@ -135,3 +137,16 @@ def program() -> str:
     if not script.exists():
         return f"{sys.executable} -m smallthinker_edge"
     return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--interactive", action="store_true", help="then type commands of your own")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    run_demo(interactive=arguments.interactive, threads=arguments.threads)
+    return OK
+
+
+COMMANDS = (Command("demo", "turn home commands into JSON with the embedded model", demo_arguments, demo),)

@@ -1,0 +1,121 @@
+"""What several commands share: exit codes, argument types, the options of a model and how it is opened."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from smallthinker_edge.errors import SmallThinkerError
+
+if TYPE_CHECKING:
+    from smallthinker_edge.model import SmallThinker
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class UsageError(Exception):
+    """An argument that only the library could judge, such as a context longer than the model's."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: name, one line of help, what adds its arguments, what runs it and gives the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def memory_size(text: str) -> int:
+    """Bytes, from "1GiB", "900MB" or a plain number."""
+    from smallthinker_edge.machine.memory import parse_memory
+
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def head_threshold(text: str) -> float | str | None:
+    """A score, "auto", or None from "full"."""
+    if text in ("auto", "full"):
+        return text if text == "auto" else None
+    return float(text)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", required=True, metavar="FILE", help="GGUF file of a SmallThinker model")
+    parser.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="budget of the whole process, such as 8GiB (default: none)",
+    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
+    parser.add_argument("--pin", action="store_true", help="keep each compute thread on one CPU")
+    parser.add_argument(
+        "--context",
+        type=positive_int,
+        metavar="N",
+        help="positions to make room for (default: the model's, to 4096)",
+    )
+    parser.add_argument(
+        "--head-threshold",
+        type=head_threshold,
+        default="auto",
+        metavar="SCORE",
+        help="with a predictor of the LM head: compute logits above this score (default: the file's); full: all",
+    )
+    parser.add_argument("--verify", action="store_true", help="compare a packed file's checksums as it is read")
+    add_kv_argument(parser)
+
+
+def add_kv_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv",
+        choices=("f16", "q8_0", "q8_0-all", "auto"),
+        default="f16",
+        help="KV cache: q8_0 takes half the memory, but in window layers (q8_0-all: there too); auto: by the budget",
+    )
+
+
+@contextmanager
+def checking_arguments() -> Iterator[None]:
+    """What the library raises for an argument out of range becomes a UsageError."""
+    try:
+        yield
+    except SmallThinkerError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def open_model(arguments: argparse.Namespace) -> SmallThinker:
+    from smallthinker_edge.model import SmallThinker
+
+    with checking_arguments():
+        return SmallThinker(
+            arguments.model,
+            memory=arguments.memory,
+            threads=arguments.threads,
+            pin=arguments.pin,
+            context=arguments.context,
+            kv=arguments.kv,
+            head_threshold=arguments.head_threshold,
+            verify=arguments.verify,
+        )
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

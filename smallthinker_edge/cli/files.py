@@ -1,0 +1,170 @@
+"""`info`, `convert`, `pack`, `unpack`, `verify`, `plan`: what is done with model files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from smallthinker_edge.cli.arguments import OK, Command, add_kv_argument, mebibytes, memory_size, positive_int
+
+if TYPE_CHECKING:
+    from smallthinker_edge._native.gguf import GGUFFile
+    from smallthinker_edge.files.config import ModelConfig
+
+VALUE_WIDTH = 72
+
+
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="GGUF file (the first part of a split one)")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+def info(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge._native.gguf import GGUFFile
+    from smallthinker_edge.files.config import ModelConfig
+
+    with GGUFFile(arguments.file) as gguf:
+        size = sum(os.path.getsize(path) for path in gguf.paths)
+        parts = f", {len(gguf.paths)} parts" if len(gguf.paths) > 1 else ""
+        print(f"{gguf.paths[0]}: GGUF version {gguf.version}, {mebibytes(size)}{parts}")
+        print_metadata(gguf)
+        print_tensors(gguf, arguments.tensors)
+        print_config(ModelConfig.from_gguf(gguf))
+    return OK
+
+
+def print_metadata(gguf: GGUFFile) -> None:
+    print(f"\nMetadata ({len(gguf.metadata)} keys)")
+    width = max(map(len, gguf.metadata), default=0)
+    for key, value in gguf.metadata.items():
+        print(f"  {key:<{width}}  {describe(value)}")
+
+
+def describe(value: object) -> str:
+    """A metadata value on one line; arrays by their length and first items."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        items = [repr(value[i]) for i in range(min(len(value), 8))]
+        text = f"{len(value)} items: " + shorten(", ".join(items), VALUE_WIDTH - 12)
+        return text + (", ..." if len(value) > 8 and not text.endswith("...") else "")
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return shorten(repr(value), VALUE_WIDTH)
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def print_tensors(gguf: GGUFFile, each: bool) -> None:
+    print(f"\nTensors ({len(gguf.tensors)})")
+    if each:
+        width = max(map(len, gguf.tensors), default=0)
+        for name, tensor in gguf.tensors.items():
+            shape = " x ".join(map(str, tensor.shape))
+            print(f"  {name:<{width}}  {tensor.type:<5} {shape:<22} {tensor.nbytes:>13,} bytes")
+    count, size = Counter[str](), Counter[str]()
+    for name, tensor in gguf.tensors.items():
+        purpose = "experts" if "_exps." in name else "all other"
+        for key in (tensor.type, purpose):
+            count[key] += 1
+            size[key] += tensor.nbytes
+    for key in sorted(size, key=lambda key: (key in ("experts", "all other"), -size[key])):
+        print(f"  {key:<9} {count[key]:>5} tensors {size[key]:>16,} bytes  {mebibytes(size[key]):>12}")
+
+
+def print_config(config: ModelConfig) -> None:
+    print("\nModel")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, tuple):
+            layers = [str(layer) for layer, flag in enumerate(value) if flag]
+            value = "all layers" if len(layers) == len(value) else "layers " + ", ".join(layers) if layers else "none"
+        print(f"  {field.name:<22}  {value}")
+
+
+def show_progress(done: int, total: int, name: str = "") -> None:
+    """One line on stderr that is rewritten; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r\x1b[K{done}/{total} {name}", end=end, file=sys.stderr, flush=True)
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="Hugging Face checkpoint of a SmallThinker model")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
+    parser.add_argument("--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of matrices (default: q4_0)")
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.files.convert import convert as write_gguf
+
+    write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
+    return OK
+
+
+def pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="GGUF", help="model to pack")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="packed file to write")
+
+
+def pack(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.files.pack import pack as write_packed
+
+    write_packed(arguments.file, arguments.output, show_progress)
+    return OK
+
+
+def unpack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="packed file")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="GGUF", help="model file to write; of a split model all parts"
+    )
+
+
+def unpack(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.files.pack import unpack as write_source
+
+    written = write_source(arguments.file, arguments.output, show_progress)
+    if len(written) > 1:
+        print("\n".join(written))
+    return OK
+
+
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="packed file to check")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.files.packed import verify as check_packed
+
+    print(f"{check_packed(arguments.file, show_progress)} parts, every checksum matches")
+    return OK
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_kv_argument(parser)
+    parser.add_argument("file", metavar="FILE", help="GGUF or packed file")
+    parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 1GiB")
+    parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="positions (default: 4096)")
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.model import plan_memory
+
+    print(plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv).table())
+    return OK
+
+
+COMMANDS = (
+    Command("info", "print what is in a model file", info_arguments, info),
+    Command("convert", "write the GGUF of a Hugging Face checkpoint folder", convert_arguments, convert),
+    Command("pack", "write a packed file, whose experts can be paged from storage", pack_arguments, pack),
+    Command("unpack", "write the GGUF back that a packed file was made of", unpack_arguments, unpack),
+    Command("verify", "check every checksum of a packed file", verify_arguments, verify),
+    Command("plan", "show where the memory of a process would go", plan_arguments, plan),
+)
