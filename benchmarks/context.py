@@ -17,16 +17,8 @@ import numpy as np
 from report import publish
 
 from smallthinker_edge import Session, SmallThinker
+from smallthinker_edge.measure.context import fill_context
 from smallthinker_edge.measure.limits import OtherProcesses
-
-
-def fill(session: Session, position: int, rng: np.random.Generator) -> None:
-    """Makes a new session stand at a position, as if it had decoded that many tokens."""
-    cache = session._open_cache()
-    cache.restore(position, max(0, position - 256 * cache.ring_blocks) if cache.ring_blocks else 0)
-    for block in cache.blocks():
-        # As fp16 numbers between 0.008 and 0.95, as Q8_0 small positive steps and scales.
-        block[:] = rng.integers(0x20, 0x3B, block.size, np.uint8)
 
 
 def milliseconds(session: Session, batches: list[np.ndarray]) -> float:
@@ -59,15 +51,15 @@ def main() -> None:
         for _ in range(arguments.repeat):
             for position in arguments.positions:
                 for kv in ("f16", "q8_0"):
-                    session = Session(model._open_engine(), vocabulary, longest, model._turns, kv)
-                    fill(session, position, rng)
+                    session = model.session(longest, kv=kv)
+                    fill_context(session, position)
                     tokens = [rng.integers(0, vocabulary, 1) for _ in range(arguments.decode)]
                     name = f"one token after {position}, {kv}: {session.kv_bytes / 1e6:.0f} MB"
                     results.setdefault(name, []).append(milliseconds(session, tokens))
                     session.close()
             for size in arguments.batches:
                 for kind in ("random", "repeated"):
-                    session = Session(model._open_engine(), vocabulary, longest, model._turns)
+                    session = model.session(longest, kv="f16")
                     once = rng.integers(0, vocabulary, size if kind == "random" else 1)
                     batch = once if kind == "random" else np.repeat(once, size)
                     name = f"{size} {kind} token{'s' * (size > 1)} together, all logits"

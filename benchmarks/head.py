@@ -34,14 +34,15 @@ class Case:
 
     def __init__(self, name: str, session: Session, threshold: float | None = None) -> None:
         self.name, self.session, self.threshold = name, session, threshold
-        self.logits = None if name == NO_LOGITS else np.empty((1, session._vocab_size), np.float32)
         self.seconds: list[float] = []
 
     def decode(self, ids: np.ndarray) -> None:
-        cache = self.session._open_cache()
         for i in range(len(ids)):
             started = time.perf_counter()
-            self.session._engine.decode(cache, ids[i : i + 1], self.logits, self.threshold)
+            if self.name == NO_LOGITS:
+                self.session.prefill(ids[i : i + 1])
+            else:
+                self.session.decode(ids[i : i + 1], head_threshold=self.threshold)
             self.seconds.append(time.perf_counter() - started)
 
     @property
@@ -54,8 +55,7 @@ def scores_of(model: SmallThinker, path: str, ids: np.ndarray) -> np.ndarray:
     d, inner = model.config.d_model, model.config.lm_head_predictor_size
     states = np.empty((len(ids), d), np.float32)
     with model.session() as session:
-        session.decode(ids)
-        model._open_engine().final_states(states)
+        session.decode(ids, states=states)
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == tensor_name("lm_head_profiler"))
     flat = gguf.quants.dequantize(tensor.data, tensor.tensor_type).ravel()
     first, second = flat[: inner * d].reshape(inner, d), flat[inner * d :].reshape(-1, inner)

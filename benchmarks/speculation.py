@@ -20,9 +20,8 @@ import numpy as np
 from report import publish
 from tokenizers import ByteLevelBPETokenizer
 
-from smallthinker_edge import SmallThinker
+from smallthinker_edge import SmallThinker, Timings
 from smallthinker_edge.cli.demo import SENTENCES, load_commands
-from smallthinker_edge.generation.stream import Generation, TextStream, Timings
 from smallthinker_edge.measure.limits import OtherProcesses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,14 +54,8 @@ def texts(vocabulary: int, tokens: int) -> dict[str, list[int]]:
 def dictated(model: SmallThinker, text: Sequence[int]) -> Callable[[int], list[Timings]]:
     def run(speculate: int) -> list[Timings]:
         prompt = list(text[: len(text) // 2])
-        stream = TextStream(Generation(
-            model._sessions, model.tokenizer, Dictation(text), prompt, len(text) - len(prompt), (), None,  # type: ignore[arg-type]
-            speculate=speculate, costs=model._costs,
-        ))  # fmt: skip
-        for _ in stream:
-            pass
-        assert stream.result is not None
-        return [stream.result.timings]
+        rest = len(text) - len(prompt)
+        return [model.generate(prompt, max_tokens=rest, sampler=Dictation(text), speculate=speculate).timings]
 
     return run
 

@@ -18,7 +18,7 @@ from smallthinker_edge.errors import (
     SessionFormatError,
     SmallThinkerError,
 )
-from smallthinker_edge.generation.stream import GenerationResult, TextStream, Timings
+from smallthinker_edge.generation.stream import GenerationResult, TextStream, Timings, TokenSampler
 from smallthinker_edge.model import SmallThinker
 from smallthinker_edge.session import Session
 
@@ -41,4 +41,5 @@ __all__ = [
     "SmallThinkerError",
     "TextStream",
     "Timings",
+    "TokenSampler",
 ]

@@ -27,7 +27,7 @@ from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.overflow import POLICIES, TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore
 from smallthinker_edge.generation.speculation import BatchCosts
-from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream
+from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream, TokenSampler
 from smallthinker_edge.machine import cpus, thermal
 from smallthinker_edge.machine.memory import available_memory, drop_library_cache, process_memory
 from smallthinker_edge.opening import Loader
@@ -228,17 +228,26 @@ class SmallThinker:
         """Text of token ids; bytes that are no UTF-8 show as U+FFFD."""
         return self.tokenizer.decode(tokens)
 
-    def session(self, context: int | None = None) -> Session:
-        """A new session of `context` positions (default: the model's `context`) for people who sample themselves."""
+    def session(self, context: int | None = None, *, kv: str | None = None) -> Session:
+        """A new session for people who sample themselves.
+
+        Args:
+            context: positions (default: the model's `context`). kv: type of its KV cache, "f16", "q8_0" or "q8_0-all"
+                (default: the model's). The memory plan counts one session with the defaults.
+
+        Raises ValueError for a context or type that the model does not have.
+        """
         size = self.context if context is None else context
         if not 1 <= size <= self.config.context_length:
             raise ValueError(f"context must be in 1..{self.config.context_length}")
         engine = self._open_engine()
-        return Session(engine, self.config.vocab_size, size, self._turns, self.kv, self._model_hash)
+        return Session(engine, self.config.vocab_size, size, self._turns, kv or self.kv, self._model_hash)
 
-    def load_session(self, path: str | os.PathLike[str], context: int | None = None) -> Session:
-        """A new session as Session.save() wrote it; see Session.load()."""
-        session = self.session(context)
+    def load_session(
+        self, path: str | os.PathLike[str], context: int | None = None, *, kv: str | None = None
+    ) -> Session:
+        """A new session as Session.save() wrote it; see session() and Session.load()."""
+        session = self.session(context, kv=kv)
         session.load(path)
         return session
 
@@ -266,6 +275,7 @@ class SmallThinker:
         logit_bias: Mapping[int, float] | None = None,
         overflow: str = "error",
         speculate: int = 0,
+        sampler: TokenSampler | None = None,
     ) -> GenerationResult:
         """Continues a prompt.
 
@@ -281,6 +291,8 @@ class SmallThinker:
                 the rest is computed again (text without ChatML turns loses its oldest tokens).
             speculate: longest guess, in tokens, of what comes next where the text repeats itself; 0 never guesses.
                 Tokens are the same ones, also when sampling with a seed. It guesses only where that promises speed.
+            sampler: chooses every token instead of temperature to logit_bias: an object whose sample(logits, tokens)
+                gets all logits, float32 [V], and the ids so far, prompt included, and returns the next id.
 
         Raises:
             ContextFull: the prompt leaves no room. ValueError: an argument is out of range, or the prompt is empty.
@@ -300,6 +312,7 @@ class SmallThinker:
             logit_bias=logit_bias,
             overflow=overflow,
             speculate=speculate,
+            sampler=sampler,
         )
         for _ in stream:
             pass
@@ -323,10 +336,11 @@ class SmallThinker:
         logit_bias: Mapping[int, float] | None = None,
         overflow: str = "error",
         speculate: int = 0,
+        sampler: TokenSampler | None = None,
     ) -> TextStream:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
         self._open_engine()
-        sampler = Sampler(
+        usual = Sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
             repetition_window=repetition_window, seed=seed, logit_bias=logit_bias,
         )  # fmt: skip
@@ -348,10 +362,11 @@ class SmallThinker:
             if shorter is None:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
             ids = shorter
-        # A bias is for tokens of which the predictor knows nothing.
-        threshold = None if logit_bias else self.head_threshold
+        # A bias, or another sampler, may choose tokens of which the predictor knows nothing.
+        threshold = None if logit_bias or sampler is not None else self.head_threshold
+        chosen = usual if sampler is None else sampler
         return TextStream(Generation(
-            self._sessions, self.tokenizer, sampler, ids, max_tokens, stops, cancel, drop, speculate, self._costs,
+            self._sessions, self.tokenizer, chosen, ids, max_tokens, stops, cancel, drop, speculate, self._costs,
             threshold,
         ))  # fmt: skip
 

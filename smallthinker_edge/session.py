@@ -87,6 +87,7 @@ class Session:
         *,
         cancel: CancelSignal | None = None,
         head_threshold: float | None = None,
+        states: npt.NDArray[np.float32] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Appends tokens and returns logits.
 
@@ -98,6 +99,8 @@ class Session:
             head_threshold: with a model whose LM head has a predictor (`model.head_threshold` is not None then), only
                 logits whose score is above it are computed, the others are minus infinity; where no score is, all are.
                 None, the default, computes all, as probabilities need it.
+            states: an array float32 [n, d_model], C-contiguous, that is filled with what the LM head is applied to for
+                each token (normed), for those who train or measure a head.
 
         Returns:
             float32 [V] of the last token, or [n, V].
@@ -107,33 +110,13 @@ class Session:
             DecodeCancelled: `cancel` was set; its `done` says how many tokens were decoded and stay.
             ExpertReadError: expert weights could not be read; earlier chunks stay, and it may be tried again.
             SessionBusy: another thread is decoding with this session.
-            ValueError: no token, an id outside the vocabulary, or the session or its model is closed.
+            ValueError: no token, an id outside the vocabulary, states of another shape, or the session or its model is
+                closed.
             OpenedBeforeFork: this is the child of a fork.
         """
         ids = self._checked(tokens)
-        with self._busy:
-            cache = self._open_cache()
-            if cache.position + ids.size > cache.context:
-                raise ContextFull(
-                    f"{ids.size} tokens at position {cache.position} do not fit a context of {cache.context}"
-                )
-            rows = ids.size if all_logits else 1
-            logits = np.empty((rows, self._vocab_size), np.float32)
-            start = 0
-            while start < ids.size:
-                if cancel is not None and cancel.is_set():
-                    raise DecodeCancelled("decoding was cancelled", start)
-                chunk = ids[start : start + cache.room()]
-                last = start + chunk.size == ids.size
-                out = logits[start : start + chunk.size] if all_logits else logits if last else None
-                try:
-                    with self._turns.wait(cancel):
-                        self._engine.decode(cache, chunk, out, head_threshold, cancel)
-                except DecodeCancelled as cancelled:
-                    cancelled.done = start
-                    raise
-                start += chunk.size
-            return logits if all_logits else logits[0]
+        logits = self._append(ids, ids.size if all_logits else 1, cancel, head_threshold, states)
+        return logits if all_logits else logits[0]
 
     def fork(self) -> Session:
         """An independent session that stands where this one does.
@@ -211,6 +194,10 @@ class Session:
         """Frees the KV cache; where another thread is decoding with it, when that has ended. Safe to call twice."""
         self._cache, self._marks = None, []
 
+    def prefill(self, tokens: Tokens, *, cancel: CancelSignal | None = None) -> None:
+        """Appends tokens and computes no logits: for a prompt that forks will continue. Otherwise as decode()."""
+        self._append(self._checked(tokens), 0, cancel)
+
     def __enter__(self) -> Session:
         return self
 
@@ -218,6 +205,46 @@ class Session:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _append(
+        self,
+        ids: npt.NDArray[np.int32],
+        rows: int,
+        cancel: CancelSignal | None,
+        head_threshold: float | None = None,
+        states: npt.NDArray[np.float32] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Decodes ids; returns the logits [rows, V] of all of them, of the last one, or of none."""
+        width = self._engine.config.d_model
+        if states is not None and (states.shape != (ids.size, width) or states.dtype != np.float32):
+            raise ValueError(f"states must be float32 [{ids.size}, {width}]")
+        if states is not None and not states.flags.c_contiguous:
+            raise ValueError("states must be C-contiguous")
+        with self._busy:
+            cache = self._open_cache()
+            if cache.position + ids.size > cache.context:
+                raise ContextFull(
+                    f"{ids.size} tokens at position {cache.position} do not fit a context of {cache.context}"
+                )
+            logits = np.empty((rows, self._vocab_size), np.float32)
+            start = 0
+            while start < ids.size:
+                if cancel is not None and cancel.is_set():
+                    raise DecodeCancelled("decoding was cancelled", start)
+                chunk = ids[start : start + cache.room()]
+                last = start + chunk.size == ids.size
+                each = rows == ids.size
+                out = logits[start : start + chunk.size] if each else logits if rows and last else None
+                try:
+                    with self._turns.wait(cancel):
+                        self._engine.decode(cache, chunk, out, head_threshold, cancel)
+                        if states is not None:
+                            self._engine.final_states(states[start : start + chunk.size])
+                except DecodeCancelled as cancelled:
+                    cancelled.done = start
+                    raise
+                start += chunk.size
+            return logits
 
     def _holder(self, position: int) -> KVCache | None:
         """The cache, or else a mark, that can go back to a position."""

@@ -159,9 +159,17 @@ def test_bad_tokens_are_refused(path: str, bad: list[Any]) -> None:
 
 def test_a_session_serves_one_thread_at_a_time(path: str) -> None:
     session = open_session(path)
-    with session._busy, pytest.raises(SessionBusy):
-        session.decode([1])
-    session.decode([1])
+
+    class Intruder:
+        """Looked at in the middle of a decode."""
+
+        def is_set(self) -> bool:
+            with pytest.raises(SessionBusy):
+                session.decode([2])
+            return False
+
+    session.decode([1], cancel=Intruder())
+    assert session.tokens == [1]
 
 
 def test_sessions_of_one_model_run_from_several_threads(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_closing_a_stream_ends_the_generation(model: SmallThinker) -> None:
 def test_same_seed_same_text(model: SmallThinker) -> None:
     texts = [model.generate("hello", max_tokens=15, temperature=1.5, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_sampler_of_ones_own_chooses_the_tokens(model: SmallThinker) -> None:
+    text = [7, 9, 7, 9, 7, 9]
+    seen: list[tuple[tuple[int, ...], int]] = []
+
+    class Dictation:
+        def sample(self, logits: np.ndarray, history: Sequence[int], /) -> int:
+            seen.append((logits.shape, len(history)))
+            return text[len(history)]
+
+    result = model.generate(text[:2], max_tokens=4, sampler=Dictation(), temperature=3.0)
+    assert result.tokens == text[2:]
+    assert seen == [((model.config.vocab_size,), n) for n in range(2, 6)]
 
 
 def test_a_stop_string_ends_the_text_before_itself(model: SmallThinker) -> None:

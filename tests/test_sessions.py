@@ -178,10 +178,50 @@ def test_several_conversations_are_kept(path: str) -> None:
         assert model.generate([*system, *b, 7], max_tokens=3).timings.reused_tokens >= 100
 
 
-def test_closing_the_model_frees_what_was_kept(path: str) -> None:
+def test_closing_the_model_frees_what_was_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Session] = []
+    new = SmallThinker.session
+    monkeypatch.setattr(SmallThinker, "session", lambda self: made.append(new(self)) or made[-1])
     model = SmallThinker(path)
     model.generate([1, 2, 3], max_tokens=2)
-    kept = model._sessions._idle[0]
+    assert made[0].position == 4
     model.close()
     with pytest.raises(ValueError, match="closed"):
-        kept.decode([1])
+        made[0].decode([1])
+
+
+def test_prefill_is_decoding_without_logits(path: str) -> None:
+    ids = tokens(700)
+    with SmallThinker(path) as model, model.session() as plain, model.session() as filled:
+        expected = [plain.decode(ids), plain.decode([5])]
+        filled.prefill(ids[:-1])
+        assert filled.position == 699
+        assert np.array_equal(filled.decode(ids[-1:]), expected[0])
+        assert np.array_equal(filled.decode([5]), expected[1])
+
+
+def test_a_session_may_have_another_kv_type_than_the_model(path: str, tmp_path: Path) -> None:
+    ids = tokens(300)
+    with SmallThinker(path, kv="q8_0") as other, SmallThinker(path) as model:
+        expected = other.session().decode(ids)
+        session = model.session(512, kv="q8_0")
+        assert np.array_equal(session.decode(ids), expected)
+        session.save(tmp_path / "session")
+        assert model.load_session(tmp_path / "session", kv="q8_0").position == 300
+        with pytest.raises(ValueError, match="kv must be one of"):
+            model.session(kv="q4")
+
+
+def test_states_are_those_of_every_token_whatever_the_chunks(path: str) -> None:
+    ids = tokens(700)  # two chunks of 512
+    with SmallThinker(path) as model:
+        whole, single = (np.empty((n, model.config.d_model), np.float32) for n in (700, 1))
+        model.session().decode(ids, states=whole)
+        session = model.session()
+        for i in (0, 1, 2):
+            session.decode(ids[i : i + 1], states=single)
+            assert np.array_equal(single[0], whole[i])
+        for bad in (whole, single.astype(np.float64)):
+            with pytest.raises(ValueError, match="states must be"):
+                session.decode([1], states=bad)
+        assert session.position == 3

@@ -79,9 +79,8 @@ def test_selected_logits_are_those_of_the_full_head(variant: str, table: str, tm
     model = write_model(tmp_path / "model.gguf", **PREDICTED | VARIANTS[variant])
     ids = tokens(20)
     session = open_session(model, table=table)
-    full = session.decode(ids, all_logits=True)
     states = np.empty((20, SHAPE["d_model"]), np.float32)
-    session._engine.final_states(states)
+    full = session.decode(ids, all_logits=True, states=states)
     scores = Reference.from_gguf(model).head_scores(states.astype(np.float64))
     for threads, batch in ((1, 512), (2, 512), (3, 7), (2, 1)):
         session = open_session(model, table=table, threads=threads, batch=batch)
@@ -104,11 +103,11 @@ def test_full_logits_do_not_depend_on_the_predictor(path: str) -> None:
 
 def test_where_no_row_is_selected_all_are(path: str) -> None:
     ids = tokens(12)
-    session = open_session(path, threads=2)
-    full = session.decode(ids, all_logits=True)
-    session.reset()
-    assert np.array_equal(session.decode(ids, all_logits=True, head_threshold=np.inf), full)
-    assert session._engine.head_share == 1.0
+    with SmallThinker(path, threads=2) as model, model.session() as session:
+        full = session.decode(ids, all_logits=True)
+        session.reset()
+        assert np.array_equal(session.decode(ids, all_logits=True, head_threshold=np.inf), full)
+        assert model.stats()["head_share"] == 1.0
     scores = open_session(path).decode(ids, all_logits=True, head_threshold=-np.inf)
     assert np.array_equal(scores, full)
 
@@ -116,9 +115,8 @@ def test_where_no_row_is_selected_all_are(path: str) -> None:
 def test_one_token_without_rows_leaves_the_others_sparse(path: str) -> None:
     ids = tokens(40)
     session = open_session(path)
-    full = session.decode(ids, all_logits=True)
     states = np.empty((40, SHAPE["d_model"]), np.float32)
-    session._engine.final_states(states)
+    full = session.decode(ids, all_logits=True, states=states)
     best = np.sort(Reference.from_gguf(path).head_scores(states.astype(np.float64)).max(1))
     threshold = float((best[20] + best[19]) / 2)
     got = open_session(path, threads=3).decode(ids, all_logits=True, head_threshold=threshold)

@@ -48,8 +48,7 @@ def states_of(path: str, count: int) -> Array:
     """The head's inputs [count, d] for random tokens."""
     with SmallThinker(path, context=count, head_threshold=None) as model, model.session() as session:
         states = np.empty((count, model.config.d_model), np.float32)
-        session.decode(np.random.default_rng(0).integers(0, model.config.vocab_size, count))
-        model._open_engine().final_states(states)
+        session.decode(np.random.default_rng(0).integers(0, model.config.vocab_size, count), states=states)
     return states
 
 

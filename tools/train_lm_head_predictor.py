@@ -71,9 +71,8 @@ def collect(model: SmallThinker, sequences: Tokens) -> States:
     with model.session(SEQUENCE) as session:
         for ids in sequences:
             session.reset()
-            logits = session.decode(ids, all_logits=True)
             x = np.empty((len(ids), model.config.d_model), np.float32)
-            model._open_engine().final_states(x)
+            logits = session.decode(ids, all_logits=True, states=x)
             kept = min(KEPT, logits.shape[1])
             rows = np.argpartition(logits, -kept, axis=1)[:, -kept:].astype(np.int32)
             order = np.argsort(-np.take_along_axis(logits, rows, 1), axis=1)

@@ -32,6 +32,7 @@ def kv_bytes(config: ModelConfig, context: int, kv: str = ...) -> int: ...
 def part_bytes(config: ModelConfig, batch: int) -> int: ...
 
 class Engine:
+    config: ModelConfig
     threads: int
     exact: bool
     routing: list[bytes] | None

@@ -138,7 +138,7 @@ cdef class Engine:
     cdef list keep
     cdef readonly int threads
     cdef readonly bint exact
-    cdef object config
+    cdef readonly object config
     cdef public object forget_rows  # None, or what to call now and then where the embedding is read from a file
     cdef int64_t rows_read          # since it was called
     cdef int64_t head_rows, head_tokens  # computed by sparse heads
