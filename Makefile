@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
-TEST_C_FILES := $(wildcard tests/native/*.[ch] tools/*.c)
+TEST_C_FILES := $(wildcard tests/native/*.[ch] tools/*/*.c)
 NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
 
 # make bench: the model, and Pythons that have llama-cpp-python. Without them it is built into environments of its own,
@@ -37,22 +37,22 @@ demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 	@$(BIN)/python -m smallthinker_edge demo
 
 demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL_4B=file.gguf; default: synthetic)
-	@$(BIN)/python tools/demo_1gib.py $(MODEL_4B) $(addprefix --llama-python ,$(wildcard $(LLAMA_PYTHON)))
+	@$(BIN)/python tools/paging/demo_1gib.py $(MODEL_4B) $(addprefix --llama-python ,$(wildcard $(LLAMA_PYTHON)))
 
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 test-sanitize: $(VENV)/dev ## Run pager, reader and thread team under the thread, address and undefined-behaviour sanitizers
-	@timeout 900 $(BIN)/python -m pytest -q -rs tests/test_native.py $(ARGS)
+	@timeout 900 $(BIN)/python -m pytest -q -rs tests/engine/test_native.py $(ARGS)
 
 test-soak: $(VENV)/dev ## Run a million tokens through sessions that come and go, in constant memory (minutes)
-	@SOAK_TOKENS=1000000 timeout 1800 $(BIN)/python -m pytest -q tests/test_soak.py $(ARGS)
+	@SOAK_TOKENS=1000000 timeout 1800 $(BIN)/python -m pytest -q tests/model/test_soak.py $(ARGS)
 
 test-arm: $(VENV)/wheels ## Test the ARM wheels under qemu (skips where qemu or the network is missing)
-	@$(BIN)/python tools/test_arm.py $(ARGS)
+	@$(BIN)/python tools/arm/run_on_arm.py $(ARGS)
 
 wheels: $(VENV)/wheels ## Cross-compile wheels for x86_64, aarch64 and armv7l into dist/, and check them
-	@$(BIN)/python tools/build_wheels.py $(ARGS)
+	@$(BIN)/python tools/build/build_wheels.py $(ARGS)
 
 lint: $(VENV)/dev ## Check style and types of Python, Cython and C
 	$(BIN)/ruff check
@@ -99,7 +99,7 @@ $(VENV)/built: pyproject.toml $(NATIVE)
 install:
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { echo "error: $(PYTHON) was not found. On Debian, Ubuntu and \
 	Raspberry Pi OS: sudo apt-get install python3. Another Python: make PYTHON=..." >&2; exit 1; }
-	@"$(PYTHON)" tools/check_setup.py
+	@"$(PYTHON)" tools/build/check_setup.py
 	@echo "Setting up $(VENV): downloading the dependencies, compiling the engine (a few minutes, once) ..."
 	@"$(PYTHON)" -m venv "$(VENV)"
 	@$(PIP) install "setuptools>=77.0.3" "cython>=3.0"
@@ -114,7 +114,7 @@ $(VENV)/dev: $(VENV)/built
 # Synthetic models of the real shapes, for the benchmark: make bench MODEL=build/models/4b.gguf (2.3 GB), or 21b (12 GB).
 build/models/%.gguf: $(VENV)/built
 	@mkdir -p $(@D)
-	@[ -f $@ ] || $(BIN)/python tools/make_synthetic.py $* -o $@ --stats $(@:.gguf=.json)
+	@[ -f $@ ] || $(BIN)/python tools/models/make_synthetic.py $* -o $@ --stats $(@:.gguf=.json)
 
 .venv-llama/bin/python: LLAMA_FLAGS = -DGGML_NATIVE=ON
 .venv-llama-avx2/bin/python: LLAMA_FLAGS = -DGGML_NATIVE=OFF -DGGML_AVX512=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \

@@ -2,10 +2,10 @@
 
     python benchmarks/head.py MODEL.gguf [--shares 0.01 0.05 0.2] [--output docs/measurements/head.md]
 
-MODEL needs a predictor (tools/train_lm_head_predictor.py). For every share a threshold is searched that lets so many
-rows through, so that the times hold for any predictor of that inner width. The model is opened without its predictor,
-with it, and without it again; meanwhile the cases take turns of a few tokens, in random order. The head's time is the
-token's less that of the same tokens without any logits, in the same opening. Needs the [convert] extra.
+MODEL needs a predictor (tools/models/train_lm_head_predictor.py). For every share a threshold is searched that lets so
+many rows through, so that the times hold for any predictor of that inner width. The model is opened without its
+predictor, with it, and without it again; meanwhile the cases take turns of a few tokens, in random order. The head's
+time is the token's less that of the same tokens without any logits, in the same opening. Needs the [convert] extra.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
         with SmallThinker(arguments.model, threads=arguments.threads, head_threshold=threshold) as model:
             inner, stats = model.config.lm_head_predictor_size, model.stats()
             if not inner:
-                raise SystemExit("error: the model has no predictor; tools/train_lm_head_predictor.py adds one")
+                raise SystemExit("error: the model has no predictor; tools/models/train_lm_head_predictor.py adds one")
             shape = -(-arguments.decode // TURN), TURN
             turns = np.random.default_rng(0).integers(0, model.config.vocab_size, shape).astype(np.int32)
             rows += measure(model, arguments.model, arguments.shares, turns)

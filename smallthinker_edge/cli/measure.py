@@ -44,7 +44,7 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("-p", "--prompt", metavar="TEXT", help="text to run; - is stdin")
     source.add_argument("--random", type=positive_int, metavar="N", help="that many random tokens instead")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="go on for N greedy tokens (default: 0)")
-    parser.add_argument("-o", "--output", metavar="FILE", help="trace to write (.npz), for tools/replay.py")
+    parser.add_argument("-o", "--output", metavar="FILE", help="trace to write (.npz), for tools/paging/replay.py")
     parser.add_argument("--heatmap", metavar="PNG", help="draw how often each expert is used; needs matplotlib")
     parser.add_argument("--save-profile", action="store_true", help="keep the hot experts beside a packed model")
 

@@ -1,6 +1,6 @@
 """What model a GGUF file holds: its sizes and options, from the metadata, checked against every tensor.
 
-Called by the loader, the packer, the memory plan and `info` before anything else is done with a file. Never
+Called by opening.py, the packer, the memory plan and `info` before anything else is done with a file. Never
 reads tensor data, and nothing about a particular model is hard-coded here.
 """
 

@@ -102,7 +102,7 @@ def expert_infos(gguf: GGUFFile | PackedFile, layer: int) -> tuple[TensorInfo, T
 
 
 class PackedFile:
-    """A packed file seen as the model it was made of: what ModelConfig and the loader need.
+    """A packed file seen as the model it was made of: what ModelConfig and the Loader need.
 
     Attributes: metadata, tensors (the source's entries), paths and path as in GGUFFile; container: the file itself.
     Raises ModelFormatError where the `stpk.*` keys or blobs are not what pack() writes.

@@ -1,6 +1,7 @@
-"""Routing traces: which experts every token chose. Recorded here, replayed by tools/replay.py, drawn as a heatmap.
+"""Routing traces: which experts every token chose. Recorded here and drawn as a heatmap.
 
-Called by `smallthinker-edge trace`. A trace is an .npz file: `routing` uint16 [tokens, L, K], and `experts` (E).
+Called by `smallthinker-edge trace`; tools/paging/replay.py replays them. A trace is an .npz file: `routing` uint16
+[tokens, L, K], and `experts` (E).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 /* Random wants, reads ahead, takes and releases against a slow and faulty fake reader, checked byte by byte. Run by
- * tests/test_native.py, plain and under sanitizers. Prints "ok" or dies. */
+ * tests/engine/test_native.py, plain and under sanitizers. Prints "ok" or dies. */
 #include "smallthinker/crc32.h"
 #include "smallthinker/pager.h"
 

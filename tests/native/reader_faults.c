@@ -1,5 +1,6 @@
 /* src/reader.c against a system that reads short, is interrupted, fails, and refuses direct I/O. Run by
- * tests/test_native.py, plain and under sanitizers, with an empty folder as its argument. Prints "ok" or dies. */
+ * tests/engine/test_native.py, plain and under sanitizers, with an empty folder as its argument.
+ * Prints "ok" or dies. */
 #define _GNU_SOURCE
 #include "smallthinker/reader.h"
 

@@ -1,0 +1,252 @@
+"""benchmarks/: what they count and how they put it, on made-up figures and tiny models."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import compare
+import gguf_files
+import pytest
+import report
+import worker
+from traffic import Traffic, traffic_of
+
+from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
+from smallthinker_edge.files.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# What a token reads
+
+
+def test_traffic_of_the_4b_is_that_of_the_plan() -> None:
+    """Tensor sizes by hand: 4 values of 18/32 bytes; a layer has q, k, v, o, router, norms, and 32 experts."""
+    layers, d, f, experts, used, vocab = 32, 1536, 768, 32, 4, 151936
+    q4 = 18 / 32
+    tensors = {"token_embd.weight": (vocab * d * q4, "Q4_0"), "output_norm.weight": (4 * d, "F32")}
+    for layer in range(layers):
+        matrices = {"attn_q": d * 1536, "attn_k": d * 256, "attn_v": d * 256, "attn_output": 1536 * d}
+        matrices |= {f"ffn_{part}_exps": experts * d * f for part in ("gate", "up", "down")}
+        tensors |= {f"blk.{layer}.{name}.weight": (n * q4, "Q4_0") for name, n in matrices.items()}
+        vectors = {"attn_norm": d, "ffn_norm": d, "ffn_gate_inp": experts * d}
+        tensors |= {f"blk.{layer}.{name}.weight": (4 * n, "F32") for name, n in vectors.items()}
+    info = {name: TensorInfo(name, kind, (), 0, int(size), 0) for name, (size, kind) in tensors.items()}
+
+    class Config:
+        tied, down_transposed, window, window_layout = True, False, 0, (False,) * layers
+        n_layers, n_experts, n_experts_used, vocab_size = layers, experts, used, vocab
+        n_kv_heads, head_dim = 2, 128
+
+    traffic = traffic_of(info, Config(), 0.38)  # type: ignore[arg-type]
+    attention, head, router, norms = layers * 3584 * d * q4, vocab * d * q4, layers * 4 * experts * d, 4 * d * 65
+    assert traffic.dense == round(attention + head + router + norms + d * q4)
+    assert traffic.experts_whole == layers * used * 3 * d * f * 18 // 32
+    # gate whole, 0.38 of up, of down 2 of 18 bytes and 0.38 of the other 16
+    share = (1 + 0.38 + (2 + 0.38 * 16) / 18) / 3
+    assert traffic.experts == pytest.approx(traffic.experts_whole * share, abs=1)
+    assert share == pytest.approx(0.61, abs=0.005)
+    assert traffic.kv_position == 32 * 1024  # 32 KiB per token
+    assert traffic.at(100) == traffic.dense + traffic.experts + 100 * 32 * 1024
+    assert traffic.whole_at(0) == pytest.approx(485e6, rel=0.02)
+
+
+def test_traffic_counts_whole_experts_where_nothing_is_skipped(tmp_path: Path) -> None:
+    """A file of F32 and F16 tensors has no layout that skips; its dense bytes are those of the file's tensors."""
+    path = gguf_files.write_model(tmp_path / "model.gguf")
+    with GGUFFile(path) as file:
+        config = ModelConfig.from_gguf(file)
+        traffic = traffic_of(file.tensors, config, 0.1)
+        experts = sum(t.nbytes for name, t in file.tensors.items() if "_exps" in name)
+    types = {t.type for name, t in file.tensors.items() if "_exps" in name}
+    assert traffic.experts_whole == experts * config.n_experts_used // config.n_experts
+    assert (traffic.experts == traffic.experts_whole) == (types != {"Q4_0"})
+
+
+def test_traffic_of_a_transposed_down_has_the_scales_of_active_neurons_only(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"types": "Q4_0", "d_model": 256, "d_ffn": 64, "n_experts": 4, "n_experts_used": 2}
+    experts = []
+    for transposed in (False, True):
+        with GGUFFile(gguf_files.write_model(tmp_path / "m.gguf", **shape, down_transposed=transposed)) as file:
+            experts.append(traffic_of(file.tensors, ModelConfig.from_gguf(file), 0.5).experts)
+    matrix = 256 * 64 * 18 // 32
+    layers = 4
+    assert experts == [layers * 2 * (2 * matrix + matrix // 18), layers * 4 * matrix]
+
+
+def test_traffic_of_a_window_stops_growing() -> None:
+    traffic = Traffic(dense=1000, experts=200, experts_whole=500, kv_position=10, kv_position_window=30, window=64)
+    assert traffic.at(64) == 1200 + 64 * 40
+    assert traffic.at(164) == 1200 + 164 * 10 + 64 * 30
+    assert traffic.whole_at(0) == 1500
+
+
+# The worker
+
+
+class FakeEngine:
+    """Remembers what it was asked to run."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "fake"}
+
+    def reset(self, stream: str) -> None:
+        self.calls.append(("reset", stream))
+
+    def run(self, stream: str, tokens: Sequence[int]) -> None:
+        self.calls.append((stream, list(tokens)))
+
+    def twice(self, number: int) -> dict[str, Any]:
+        return {"twice": 2 * number}
+
+
+def test_worker_runs_prompts_whole_and_decodes_token_by_token() -> None:
+    engine, answers = FakeEngine(), io.StringIO()
+    jobs = [
+        {"stream": "a", "tokens": [1, 2, 3], "steps": False, "reset": True},
+        {"stream": "b", "tokens": [4, 5], "steps": True, "reset": False},
+        {"call": "twice", "arguments": {"number": 21}},
+    ]
+    worker.serve(engine, io.StringIO("".join(json.dumps(job) + "\n" for job in jobs)), answers)
+    head, prompt, decode, called = (json.loads(line) for line in answers.getvalue().splitlines())
+    assert engine.calls == [("reset", "a"), ("a", [1, 2, 3]), ("b", [4]), ("b", [5])]
+    assert head == {"engine": "fake"}
+    assert prompt["seconds"] > 0
+    assert called["twice"] == 42
+    assert all("idle_cpu_seconds" in answer for answer in (prompt, decode, called))
+
+
+# The report
+
+
+def result_of(ours: Sequence[float], rivals: dict[str, Sequence[float]], context: int = 0) -> dict[str, Any]:
+    """A result whose decode job of 10 tokens ran at the given tokens per second."""
+    job = {"tokens": 10, "context": context, "steps": True}
+    runs = [
+        {"job": job, "contender": name, "repetition": i, "seconds": 10 / rate, "idle_cpu_seconds": 0.002,
+         "foreign_cpu_share": 0.01}
+        for name, values in {"smallthinker_edge": ours, **rivals}.items()
+        for i, rate in enumerate(values)
+    ]  # fmt: skip
+    traffic = Traffic(
+        dense=10**6, experts=10**6, experts_whole=2 * 10**6, kv_position=1000, kv_position_window=0, window=0
+    )
+    machine = {"cpu": "A CPU", "cpus": 2, "memory_bytes": 4 << 30, "system": "Linux 6", "python": "3.11"}
+    return {
+        "date": "2026-01-02", "machine": machine, "model": {"name": "m", "file_bytes": 10**9}, "threads": 2,
+        "turns": "job by job", "active_share": 0.38, "active_share_source": "given", "traffic": traffic.as_dict(),
+        "engines": {"smallthinker_edge": {"engine": "smallthinker_edge 1", "kernels": "avx2"}},
+        "read_limits": [{"bytes_per_second": 1e9}, {"bytes_per_second": 4e8}, {"bytes_per_second": 5e8}],
+        "runs": runs, "first_token": [],
+    }  # fmt: skip
+
+
+def test_ratio_is_the_median_of_pairs_not_of_medians() -> None:
+    result = result_of([10, 40, 90], {"llama.cpp": [10, 10, 30]})
+    values = report.summary(result, report.jobs_of(result)[0])
+    assert values["ours"] == pytest.approx(40)
+    assert values["rival"] == pytest.approx(10)
+    assert values["ratios"] == pytest.approx([1, 4, 3])
+    assert values["ratio"] == pytest.approx(3)
+
+
+def test_rival_is_the_faster_of_its_settings() -> None:
+    settings = {"llama.cpp, flash attention on": [5, 5, 5], "llama.cpp, flash attention off": [4, 8, 9]}
+    result = result_of([16, 16, 16], settings)
+    values = report.summary(result, report.jobs_of(result)[0])
+    assert values["rival_name"] == "llama.cpp, flash attention off"
+    assert values["ratio"] == pytest.approx(2)
+
+
+def test_bytes_per_second_count_the_growing_context() -> None:
+    """Token i of a repetition attends to context + 10 * repetition + i positions: 5.5 on average, and 1 kB each."""
+    result = result_of([100, 100, 100], {}, context=50)
+    job = report.jobs_of(result)[0]
+    assert report.bytes_per_second(result, job, "smallthinker_edge", False) == pytest.approx(100 * (2e6 + 65_500))
+    result = result_of([100, 100, 100], {})
+    job = report.jobs_of(result)[0]
+    assert report.bytes_per_second(result, job, "smallthinker_edge", False) == pytest.approx(100 * (2e6 + 5_500))
+    assert report.bytes_per_second(result, job, "smallthinker_edge", True) == pytest.approx(100 * (3e6 + 5_500))
+
+
+def test_markdown_shows_ratio_and_share_of_the_median_read_limit() -> None:
+    text = report.markdown(result_of([100, 100, 100], {"llama.cpp": [40, 50, 60]}))
+    assert "**2.00 (1.67-2.50)**" in text
+    assert "0.5 GB/s" in text
+    assert "| smallthinker_edge, decode, empty context | 2 MB | 0.2 GB/s | 40% |" in text
+    assert "2026-01-02; A CPU, 2 CPUs, 4 GiB" in text
+
+
+def test_refreshing_replaces_only_marked_sections(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("new\n")
+    (tmp_path / "b.json").write_text(json.dumps(result_of([1], {})))
+    document = "before\n<!-- a.md -->\nold\n<!-- end -->\nbetween\n<!-- b.json -->\n<!-- end -->\nafter\n"
+    once = report.refreshed(document, tmp_path)
+    assert once.startswith("before\n<!-- a.md -->\nnew\n<!-- end -->\nbetween\n<!-- b.json -->\n| tokens per second")
+    assert once.endswith("<!-- end -->\nafter\n")
+    assert report.refreshed(once, tmp_path) == once
+
+
+def test_performance_document_shows_the_measurements_beside_it() -> None:
+    document = report.DOCUMENT.read_text(encoding="utf-8")
+    assert report.refreshed(document, report.RESULTS) == document
+
+
+def test_comparison_measures_this_library_alone(demo_model: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "compare.py"),
+        str(demo_model),
+        "--threads",
+        "1",
+        "--decode",
+        "2",
+    ]
+    command += ["--contexts", "0", "16", "--prompts", "8", "--repetitions", "2", "--starts", "1"]
+    subprocess.run([*command, "--output", str(tmp_path / "r")], check=True, capture_output=True, timeout=300)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [report.job_name(job) for job in report.jobs_of(result)] == [
+        "prompt of 8",
+        "decode, empty context",
+        "decode, context 16",
+    ]
+    assert len(result["runs"]) == 6
+    assert all(run["seconds"] > 0 for run in result["runs"])
+    assert (tmp_path / "r.md").read_text() == report.markdown(result)
+
+
+class Neighbour:
+    """A worker's stand-in: while it works, another process uses the machine as long as told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, foreign: Sequence[float]) -> None:
+        self.foreign, self.jobs, self.busy = list(foreign), 0, 0.0
+        monkeypatch.setattr(compare, "SETTLE_SECONDS", 0)
+        monkeypatch.setattr(compare, "busy_seconds", lambda: self.busy)
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.busy += 2.0 + self.foreign[self.jobs]
+        self.jobs += 1
+        return {"seconds": 1.0, "cpu_seconds": 2.0, "idle_cpu_seconds": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("foreign", "context", "attempts"),
+    [([0.05], 0, 1), ([0.9, 0.05], 0, 2), ([0.9, 0.8, 0.7], 0, 3), ([0.9], 4096, 1)],
+)
+def test_a_disturbed_turn_is_taken_again(
+    foreign: list[float], context: int, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Neighbour(monkeypatch, foreign)
+    contender, job = compare.Contender("a", "a", ""), compare.Job(4, context, True)
+    answer = compare.calm_turn(worker, contender, job, [1, 2, 3, 4])  # type: ignore[arg-type]
+    assert answer["attempts"] == worker.jobs == attempts
+    assert answer["foreign_cpu_share"] == pytest.approx(foreign[-1])
