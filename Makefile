@@ -13,25 +13,15 @@ C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/sm
 TEST_C_FILES := $(wildcard tests/native/*.[ch] tools/*/*.c)
 NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
 
-# make bench: the model, and Pythons that have llama-cpp-python. Without them it is built into environments of its own,
-# for this machine (native) and without AVX-512, which takes some minutes. BENCH passes options to compare.py.
-# make demo-1gib builds nothing, and shows llama.cpp where LLAMA_PYTHON is there.
+# The benchmarks' model, and a Python that has llama-cpp-python (see benchmarks/Makefile).
 MODEL ?= smallthinker_edge/data/demo.gguf
 LLAMA_PYTHON ?= .venv-llama/bin/python
-LLAMA_AVX2_PYTHON ?= .venv-llama-avx2/bin/python
-BENCH_NAME = build/bench/$(basename $(notdir $(MODEL)))
-COMPARE = $(BIN)/python benchmarks/compare.py
-define BENCH_EXTRA
-from importlib.metadata import requires
-print(next(line.partition(";")[0] for line in requires("smallthinker_edge") if "bench" in line))
-endef
-export BENCH_EXTRA
 
-.PHONY: help demo demo-1gib test test-sanitize test-soak test-arm wheels lint bench bench-avx2 bench-context bench-head bench-speculation bench-docs \
-  build install clean
+.PHONY: help demo demo-1gib test lint bench wheels build install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  More: make bench-NAME for each in benchmarks/Makefile, make test-NAME for each in tests/Makefile"
 
 demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
 	@$(BIN)/python -m smallthinker_edge demo
@@ -41,15 +31,6 @@ demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL
 
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
-
-test-sanitize: $(VENV)/dev ## Run pager, reader and thread team under the thread, address and undefined-behaviour sanitizers
-	@timeout 900 $(BIN)/python -m pytest -q -rs tests/engine/test_native.py $(ARGS)
-
-test-soak: $(VENV)/dev ## Run a million tokens through sessions that come and go, in constant memory (minutes)
-	@SOAK_TOKENS=1000000 timeout 1800 $(BIN)/python -m pytest -q tests/model/test_soak.py $(ARGS)
-
-test-arm: $(VENV)/wheels ## Test the ARM wheels under qemu (skips where qemu or the network is missing)
-	@$(BIN)/python tools/arm/run_on_arm.py $(ARGS)
 
 wheels: $(VENV)/wheels ## Cross-compile wheels for x86_64, aarch64 and armv7l into dist/, and check them
 	@$(BIN)/python tools/build/build_wheels.py $(ARGS)
@@ -61,23 +42,13 @@ lint: $(VENV)/dev ## Check style and types of Python, Cython and C
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint smallthinker_edge
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES) $(TEST_C_FILES)
 
-bench: $(VENV)/built $(LLAMA_PYTHON) $(MODEL) ## Compare with llama.cpp on MODEL=file.gguf (default: the embedded model)
-	@$(COMPARE) $(MODEL) --llama-python $(LLAMA_PYTHON) --output $(BENCH_NAME) $(BENCH)
+bench: bench-compare ## Compare with llama.cpp on MODEL=file.gguf (default: the embedded model)
 
-bench-avx2: $(VENV)/built $(LLAMA_AVX2_PYTHON) $(MODEL) ## The same, both engines without AVX-512
-	@SMALLTHINKER_CPU=avx2 $(COMPARE) $(MODEL) --llama-python $(LLAMA_AVX2_PYTHON) --output $(BENCH_NAME)-avx2 $(BENCH)
+bench-%:
+	@$(MAKE) -f benchmarks/Makefile $*
 
-bench-context: $(VENV)/built $(MODEL) ## Time contexts, KV types and batches of MODEL=file.gguf
-	@$(BIN)/python benchmarks/context.py $(MODEL) $(BENCH)
-
-bench-head: $(VENV)/dev $(MODEL) ## Time the sparse LM head of a MODEL=file.gguf that has a predictor
-	@$(BIN)/python benchmarks/head.py $(MODEL) $(BENCH)
-
-bench-speculation: $(VENV)/built $(MODEL) ## Time speculation on MODEL=file (BENCH="--own": on the demo's own commands)
-	@$(BIN)/python benchmarks/speculation.py $(MODEL) $(BENCH)
-
-bench-docs: $(VENV)/built ## Put docs/measurements/ into the tables of docs/performance.md
-	@$(BIN)/python benchmarks/report.py
+test-%:
+	@$(MAKE) -f tests/Makefile $*
 
 build: $(VENV)/built ## Compile what changed, in place
 
@@ -110,21 +81,6 @@ install:
 $(VENV)/dev: $(VENV)/built
 	@[ $@ -nt $(VENV)/installed ] || $(PIP) install "smallthinker_edge[dev]"
 	@touch $@
-
-# Synthetic models of the real shapes, for the benchmark: make bench MODEL=build/models/4b.gguf (2.3 GB), or 21b (12 GB).
-build/models/%.gguf: $(VENV)/built
-	@mkdir -p $(@D)
-	@[ -f $@ ] || $(BIN)/python tools/models/make_synthetic.py $* -o $@ --stats $(@:.gguf=.json)
-
-.venv-llama/bin/python: LLAMA_FLAGS = -DGGML_NATIVE=ON
-.venv-llama-avx2/bin/python: LLAMA_FLAGS = -DGGML_NATIVE=OFF -DGGML_AVX512=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
-	-DGGML_BMI2=ON
-.venv-llama/bin/python .venv-llama-avx2/bin/python: | $(VENV)/built
-	@echo "Building llama.cpp into $(@:/bin/python=) ..."
-	@"$(PYTHON)" -m venv $(@:/bin/python=).part
-	@CMAKE_ARGS="$(LLAMA_FLAGS)" $(@:/bin/python=).part/bin/python -m pip install --disable-pip-version-check --quiet \
-	  --no-binary llama-cpp-python "$$($(BIN)/python -c "$$BENCH_EXTRA")"
-	@mv $(@:/bin/python=).part $(@:/bin/python=)
 
 # The cross compiler and the wheel checkers. Without network the ARM tests skip, and `wheels` says what is missing.
 $(VENV)/wheels: $(VENV)/dev
