@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-C_FILES := $(wildcard src/*.c src/kernels/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
+C_FILES := $(wildcard src/*/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
 TEST_C_FILES := $(wildcard tests/native/*.[ch] tools/*/*.c)
 NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
 

@@ -1,6 +1,6 @@
 """Builds the Cython extensions over the C core: one object per instruction set, each with its own flags.
 
-Nothing is compiled for the building machine: which kernels run is decided at run time (src/cpu.c).
+Nothing is compiled for the building machine: which kernels run is decided at run time (src/system/cpu.c).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CORE = [
-    *("src/cpu.c", "src/memory.c", "src/packed.c", "src/threads.c", "src/kernels/ref.c"),
-    *("src/reader.c", "src/eviction.c", "src/pager.c", "src/bandwidth.c", "src/crc32.c", "src/kv.c"),
+    *("src/weights/types.c", "src/weights/layout.c", "src/kernels/kv.c", "src/kernels/ref.c"),
+    *("src/paging/pager.c", "src/paging/eviction.c", "src/paging/reader.c", "src/paging/crc32.c"),
+    *("src/system/cpu.c", "src/system/memory.c", "src/system/threads.c", "src/system/bandwidth.c"),
 ]
 X86 = {
     "src/kernels/x86/avx2.c": ["-mavx2", "-mfma", "-mf16c"],

@@ -4,7 +4,7 @@
 #ifndef SMALLTHINKER_KERNELS_H
 #define SMALLTHINKER_KERNELS_H
 
-#include "smallthinker/packed.h"
+#include "smallthinker/layout.h"
 
 #define ST_ATTN_CHUNK 256 /* positions of one attention unit */
 #define ST_FFN_PART 6     /* groups of 32 neurons whose down is summed before it is weighted */

@@ -6,7 +6,7 @@
 #include "smallthinker/kernels.h"
 
 /* Q8_0 (blocks of 32 dimensions of one position share an fp16 scale), nb = hd / 32:
- *   keys:   Tile16 of Q8_0 (packed.h), a position being a row, so that gemm_q8_0 makes the scores.
+ *   keys:   Tile16 of Q8_0 (layout.h), a position being a row, so that gemm_q8_0 makes the scores.
  *   values: per block of dimensions uint16 scale[256] (fp16, one a position), then 128 lines of 64 bytes: byte
  *           2*i + j of line p is dimension i of the block at position 2*p + j. Two positions side by side are what
  *           the 16-bit pair products of every instruction set take. */

@@ -1,50 +1,43 @@
 # The C core as Cython sees it: declarations only, for every .pyx that calls it.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
-cdef extern from "smallthinker/packed.h" nogil:
+cdef extern from "smallthinker/types.h" nogil:
     enum:
-        ST_F32
         ST_F16
         ST_Q4_0
-        ST_Q4_1
         ST_Q8_0
         ST_Q6_K
-        ST_BF16
+        ST_TYPE_NUMBERS
+    ctypedef struct st_type_info:
+        const char *name
+        int columns
+        int bytes
+    const st_type_info *st_type_of(int number)
+    int st_tiled(int type)
+    int st_sparse(int type)
+    size_t st_row_bytes(int type, int64_t cols)
+    void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out)
+
+cdef extern from "smallthinker/layout.h" nogil:
+    enum:
         ST_TILE_ROWS
-        ST_BLOCK
         ST_DOWN_CHUNK
         ST_TILE_Q4_0_BYTES
-        ST_TILE_Q8_0_BYTES
     ctypedef struct st_q8x4:
-        int8_t q[2][4][16]
-        int32_t corr[16]
-        float scale[16]
+        pass
     ctypedef struct st_active:
-        int8_t h[32]
-        uint8_t index[32]
-        int32_t corr
-        int32_t quads
-        float scale
-        int32_t count
+        pass
     ctypedef struct st_fired:
-        float h[32]
-        uint8_t index[32]
-        int32_t quads
-    size_t st_row_bytes(int type, int64_t cols)
+        pass
     size_t st_tile16_bytes(int type, int64_t rows, int64_t cols)
-    size_t st_down_bytes(int64_t d, int64_t f)
+    size_t st_down_bytes(int type, int64_t d, int64_t f)
     void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1)
     void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
-    void st_pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
-    void st_unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
-    void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
-    void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
-    void st_pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
-    void st_unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
-    void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out)
+    void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
+    void st_unpack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
+    void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
+    void st_unpack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
     void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out)
-    float st_f16_to_f32(uint16_t h)
-    uint16_t st_f32_to_f16(float f)
 
 cdef extern from "smallthinker/kernels.h" nogil:
     enum:

@@ -299,12 +299,12 @@ cdef class Engine:
         if <size_t>src.shape[0] != st_row_bytes(type, cols) * rows:
             raise ValueError("matrix bytes do not match its shape and type")
         m.type, m.rows, m.cols = type, rows, cols
-        if sparse and not self.exact and not view and type == ST_Q4_0:
+        if sparse and not self.exact and not view and st_sparse(type):
             m.layout = SPARSE_ROWS
             dst = <uint8_t *>self.arena.take(src.shape[0])
             with nogil:
-                st_pack_rows_q4_0(&src[0], rows, cols, dst)
-        elif not self.exact and not view and type in (ST_Q4_0, ST_Q8_0, ST_Q6_K) and unit % ST_TILE_ROWS == 0:
+                st_pack_rows(type, &src[0], rows, cols, dst)
+        elif not self.exact and not view and st_tiled(type) >= 0 and unit % ST_TILE_ROWS == 0:
             m.layout = TILE
             size = st_tile16_bytes(type, rows, cols)
             dst = <uint8_t *>self.arena.take(size)
@@ -388,7 +388,7 @@ cdef class Engine:
         gate_bytes, size = gs, gs + us + ds
         if layer.expert_layout == EXPERT_PACKED:
             gate_bytes = st_tile16_bytes(ST_Q4_0, s.f, s.d)
-            size = gate_bytes + us + st_down_bytes(s.d, s.f)
+            size = gate_bytes + us + st_down_bytes(ST_Q4_0, s.d, s.f)
         size = (size + 63) // 64 * 64
         blob = <uint8_t *>self.arena.take(size * E)
         with nogil:
@@ -396,11 +396,8 @@ cdef class Engine:
                 self.call.experts[l * E + e] = blob
                 if layer.expert_layout == EXPERT_PACKED:
                     st_pack_tile16(ST_Q4_0, &g[e * gs], s.f, s.d, blob, 0, tiles)
-                    st_pack_rows_q4_0(&u[e * us], s.f, s.d, blob + gate_bytes)
-                    if s.down_transposed:
-                        st_pack_down_transposed_q4_0(&d[e * ds], s.d, s.f, blob + gate_bytes + us)
-                    else:
-                        st_pack_down_q4_0(&d[e * ds], s.d, s.f, blob + gate_bytes + us)
+                    st_pack_rows(ST_Q4_0, &u[e * us], s.f, s.d, blob + gate_bytes)
+                    st_pack_down(ST_Q4_0, s.down_transposed, &d[e * ds], s.d, s.f, blob + gate_bytes + us)
                 else:
                     memcpy(blob, &g[e * gs], gs)
                     memcpy(blob + gs, &u[e * us], us)

@@ -261,7 +261,7 @@ cdef void embed(Call *c, int tid, Scratch *s, int64_t next_units) noexcept nogil
             st_dequantize_tile16_row(m.type, m.data, m.cols, c.tokens[t], c.x + t * c.s.d_padded)
         elif m.layout == SPARSE_ROWS:
             row = <uint8_t *>s.row
-            st_unpack_rows_q4_0(m.data + c.tokens[t] * st_row_bytes(m.type, m.cols), 1, m.cols, row)
+            st_unpack_rows(m.type, m.data + c.tokens[t] * st_row_bytes(m.type, m.cols), 1, m.cols, row)
             st_dequantize_row(m.type, row, m.cols, c.x + t * c.s.d_padded)
         else:
             st_dequantize_row(m.type, m.data + c.tokens[t] * st_row_bytes(m.type, m.cols), m.cols,

@@ -47,7 +47,7 @@ def kv_head_bytes(int64_t hd):
 
 
 def pack_tile16(int type, const uint8_t[::1] src, int64_t rows, int64_t cols):
-    """GGUF rows to Tile16 bytes (packed.h)."""
+    """GGUF rows to Tile16 bytes (layout.h)."""
     need(src.shape[0] == rows * <int64_t>st_row_bytes(type, cols))
     out = np.empty(st_tile16_bytes(type, rows, cols), np.uint8)
     cdef uint8_t[::1] dst = out
@@ -70,35 +70,29 @@ def pack_rows(const uint8_t[::1] src, int64_t rows, int64_t cols, bint back=Fals
     out = np.empty(src.shape[0], np.uint8)
     cdef uint8_t[::1] dst = out
     if back:
-        st_unpack_rows_q4_0(&src[0], rows, cols, &dst[0])
+        st_unpack_rows(ST_Q4_0, &src[0], rows, cols, &dst[0])
     else:
-        st_pack_rows_q4_0(&src[0], rows, cols, &dst[0])
+        st_pack_rows(ST_Q4_0, &src[0], rows, cols, &dst[0])
     return out
 
 
 def pack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
     """GGUF rows [d][f] of Q4_0 to the Down layout; transposed: rows [f][d] to Down transposed."""
     need(d % 32 == 0 or not transposed)
-    need(src.shape[0] == d * f // 32 * 18 and st_down_bytes(d, f) > 0)
-    out = np.empty(st_down_bytes(d, f), np.uint8)
+    need(src.shape[0] == d * f // 32 * 18 and st_down_bytes(ST_Q4_0, d, f) > 0)
+    out = np.empty(st_down_bytes(ST_Q4_0, d, f), np.uint8)
     cdef uint8_t[::1] dst = out
-    if transposed:
-        st_pack_down_transposed_q4_0(&src[0], d, f, &dst[0])
-    else:
-        st_pack_down_q4_0(&src[0], d, f, &dst[0])
+    st_pack_down(ST_Q4_0, transposed, &src[0], d, f, &dst[0])
     return out
 
 
 def unpack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
     """The Down layout, or Down transposed, back to GGUF rows."""
     need(d % 32 == 0 or not transposed)
-    need(src.shape[0] == <int64_t>st_down_bytes(d, f) > 0)
+    need(src.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) > 0)
     out = np.empty(d * f // 32 * 18, np.uint8)
     cdef uint8_t[::1] dst = out
-    if transposed:
-        st_unpack_down_transposed_q4_0(&src[0], d, f, &dst[0])
-    else:
-        st_unpack_down_q4_0(&src[0], d, f, &dst[0])
+    st_unpack_down(ST_Q4_0, transposed, &src[0], d, f, &dst[0])
     return out
 
 
@@ -168,7 +162,7 @@ cdef class Table:
         cdef st_neurons *stage[4]
         need(d % 32 == 0 and f % 32 == 0 and 0 <= g0 < g1 <= groups)
         need(gate.shape[0] == <int64_t>st_tile16_bytes(ST_Q4_0, f, d) and up.shape[0] == f * nb * 18)
-        need(down.shape[0] == <int64_t>st_down_bytes(d, f) and y.shape[0] >= (d + 127) // 128 * 128)
+        need(down.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) and y.shape[0] >= (d + 127) // 128 * 128)
         need(x.shape[0] >= (d + 127) // 128 * <int64_t>sizeof(st_q8x4))
         memset(stage, 0, sizeof(stage))
         for g in range(g0, g1 + 3):
@@ -184,7 +178,7 @@ cdef class Table:
              float[::1] y):
         """Chunks c0..c1 of 128 outputs; active: f / 32 entries of dtype ACTIVE."""
         cdef const uint8_t[::1] a = active.view(np.uint8)
-        need(w.shape[0] == <int64_t>st_down_bytes(d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
+        need(w.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
         self.k.down_q4_0(&w[0], d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
 
@@ -192,7 +186,7 @@ cdef class Table:
                         float[::1] y):
         """The same over Down transposed; fired: f / 32 entries of dtype FIRED."""
         cdef const uint8_t[::1] a = fired.view(np.uint8)
-        need(w.shape[0] == <int64_t>st_down_bytes(d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
+        need(w.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_fired) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
         self.k.down_transposed_q4_0(&w[0], d, f // 32, c0, c1, <const st_fired *>&a[0], weight, &y[0])
 

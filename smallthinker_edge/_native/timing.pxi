@@ -431,7 +431,7 @@ cdef class Timer:
         if kernel == "ffn_q4_0":
             return 3 * rows * st_row_bytes(ST_Q4_0, cols)
         if kernel.startswith("down"):
-            return st_down_bytes(cols, rows)
+            return st_down_bytes(ST_Q4_0, cols, rows)
         if kernel == "attention_q8":
             return 2 * st_kv_head_bytes(ST_Q8_0, cols)
         if kernel == "attention":

@@ -69,7 +69,7 @@ static void gemm_q8_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, in
     gemm_tile16(ST_Q8_0, w, rows, nb, t0, t1, x, n, y, ldy);
 }
 
-/* Column i of row r of a Q6_K block of a tile (packed.h), -32..31. */
+/* Column i of row r of a Q6_K block of a tile (layout.h), -32..31. */
 static int q6_at(const uint8_t *block, int64_t r, int i) {
     int low = block[32 + 64 * (i % 16 / 4) + 4 * r + i % 4] >> i / 16 * 4 & 15;
     int high = block[288 + 64 * (i % 16 / 8) + 4 * r + i % 4] >> (i % 8 / 4 * 4 + i / 16 * 2) & 3;

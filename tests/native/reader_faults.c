@@ -1,4 +1,4 @@
-/* src/reader.c against a system that reads short, is interrupted, fails, and refuses direct I/O. Run by
+/* src/paging/reader.c against a system that reads short, is interrupted, fails, and refuses direct I/O. Run by
  * tests/engine/test_native.py, plain and under sanitizers, with an empty folder as its argument.
  * Prints "ok" or dies. */
 #define _GNU_SOURCE
@@ -60,7 +60,7 @@ static ssize_t faulty_pread(int fd, void *buffer, size_t size, off_t offset) {
 #define open faulty_open
 #define close counted_close
 #define pread faulty_pread
-#include "../../src/reader.c"
+#include "../../src/paging/reader.c"
 #undef open
 #undef close
 #undef pread

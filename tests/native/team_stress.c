@@ -1,5 +1,5 @@
-/* src/threads.c: every unit given once, nothing before a barrier missed after it, work stolen from who is late, teams
- * made and ended in loops. Run by tests/engine/test_native.py, plain and under sanitizers. Prints "ok" or dies. */
+/* src/system/threads.c: every unit given once, nothing before a barrier missed after it, work stolen from who is late,
+ * teams made and ended in loops. Run by tests/engine/test_native.py, plain and under sanitizers. Prints "ok" or dies. */
 #define _GNU_SOURCE
 #include "smallthinker/threads.h"
 
@@ -20,7 +20,7 @@ static int scarce_create(pthread_t *thread, const pthread_attr_t *attributes, vo
 }
 
 #define pthread_create scarce_create
-#include "../../src/threads.c"
+#include "../../src/system/threads.c"
 #undef pthread_create
 
 enum { MOST_UNITS = 200, PHASES = 12, MOST_THREADS = 8 };

@@ -19,7 +19,7 @@ import numpy as np
 
 from smallthinker_edge.measure.trace import Trace
 
-HALF_LIFE = 128.0  # tokens, as in src/eviction.c
+HALF_LIFE = 128.0  # tokens, as in src/paging/eviction.c
 Accesses = list[list[int]]  # of every layer of every token, the experts it needs together
 
 

@@ -1,28 +1,17 @@
 /* Layouts of weights and quantised activations as the kernels consume them, and the permutations from and
  * to GGUF rows. One layout serves every instruction set; packing never changes a bit of a weight or a scale,
- * it only moves them. Nothing here computes with weights except st_dequantize_row. */
-#ifndef SMALLTHINKER_PACKED_H
-#define SMALLTHINKER_PACKED_H
+ * it only moves them. Nothing here computes with weights except st_dequantize_tile16_row. */
+#ifndef SMALLTHINKER_LAYOUT_H
+#define SMALLTHINKER_LAYOUT_H
 
-#include <stddef.h>
-#include <stdint.h>
-
-/* Tensor types, numbered as in GGUF. */
-typedef enum st_type {
-    ST_F32 = 0,
-    ST_F16 = 1,
-    ST_Q4_0 = 2,
-    ST_Q4_1 = 3,
-    ST_Q8_0 = 8,
-    ST_Q6_K = 14,
-    ST_BF16 = 30
-} st_type;
+#include "smallthinker/types.h"
 
 #define ST_TILE_ROWS 16   /* rows interleaved in one tile */
 #define ST_BLOCK 32       /* columns that share a scale in Q4_0 and Q8_0 */
 #define ST_DOWN_CHUNK 128 /* outputs of the down projection that stand together */
 
-/* Tile16, Q4_0: for every 16 rows, for every block of 32 columns, 288 bytes:
+/* Tile16 takes 16 times the bytes of a row's block (types.h), for every 16 rows and every block.
+ * Tile16, Q4_0: for every 16 rows, for every block of 32 columns, 288 bytes:
  *   uint16 scale[16] (fp16, one a row), then 4 groups g of 64 bytes: byte 4*r + j of group g is byte 4*g + j of
  *   row r's block, so its low nibble is column 4*g + j and its high nibble column 16 + 4*g + j.
  * Tile16, Q8_0: the same with 8 groups of 64 bytes, byte 4*r + j of group g being column 4*g + j: 544 bytes.
@@ -30,11 +19,13 @@ typedef enum st_type {
  *   scale[2][16] (of the first and the last 16 columns), the low four bits as in Q4_0, and 2 groups h of 64 bytes with
  * the two bits above: byte 4*r + j of group h holds, from its low end, those of columns 8*h + j, 16 + 8*h + j, 8*h + 4
  * + j and 16 + 8*h + 4 + j. Rows are padded to a multiple of 16 with zero bytes. */
-#define ST_TILE_Q4_0_BYTES 288
-#define ST_TILE_Q8_0_BYTES 544
-#define ST_TILE_Q6_K_BYTES 416        /* of a block */
-#define ST_TILE_Q6_K_SUPER_BYTES 3360 /* of 256 columns: 32 + 8 * 416 */
-#define ST_SUPER 256                  /* columns of a Q6_K super-block */
+enum {
+    ST_TILE_Q4_0_BYTES = ST_TILE_ROWS * ST_Q4_0_BYTES,
+    ST_TILE_Q8_0_BYTES = ST_TILE_ROWS * ST_Q8_0_BYTES,
+    ST_TILE_Q6_K_SUPER_BYTES = ST_TILE_ROWS * ST_Q6_K_BYTES, /* of 256 columns: 32 + 8 * 416 */
+    ST_TILE_Q6_K_BYTES = 416,                                /* of a block of 32 */
+    ST_SUPER = ST_Q6_K_COLUMNS                               /* columns of a Q6_K super-block */
+};
 
 /* Rows, Q4_0 ("up"; one row is read alone when its neuron fires): per row, uint16 scale[nb], then the blocks
  * of 16 nibble bytes in order. nb = cols / 32. The row takes 18 * nb bytes, as in GGUF. */
@@ -77,29 +68,22 @@ typedef struct st_fired {
     int32_t quads; /* used entries / 4, rounded up */
 } st_fired;
 
-/* Bytes of one GGUF row of cols elements; 0 where cols does not fit the type's block or the type is unknown. */
-size_t st_row_bytes(int type, int64_t cols);
-/* Bytes of a packed matrix; 0 where the type has no such layout or the shape does not fit. */
+/* Bytes of a matrix in Tile16; 0 where the type has none (types.h) or the shape does not fit. */
 size_t st_tile16_bytes(int type, int64_t rows, int64_t cols);
-size_t st_down_bytes(int64_t d, int64_t f); /* transposed as well */
+/* Bytes of Down, and of Down transposed; 0 likewise. */
+size_t st_down_bytes(int type, int64_t d, int64_t f);
 
-/* Permutations; src and dst must not overlap. Tiles t0..t1 of a matrix (16 rows each). */
+/* Permutations of a type that has the layout; src and dst must not overlap. Tiles t0..t1 of a matrix (16 rows each). */
 void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1);
 void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
-void st_pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
-void st_unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
-void st_pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
-void st_unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
-/* GGUF rows [f][d]. */
-void st_pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
-void st_unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
+/* As many bytes as the GGUF rows. */
+void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
+void st_unpack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
+/* GGUF rows [d][f], or [f][d] where transposed. */
+void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
+void st_unpack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
 
-/* One GGUF row of cols elements (any type above) as floats. */
-void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out);
 /* Row r of a Tile16 matrix as floats. */
 void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out);
-
-float st_f16_to_f32(uint16_t h);
-uint16_t st_f32_to_f16(float f); /* round to nearest even; overflow to infinity */
 
 #endif

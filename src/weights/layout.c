@@ -1,0 +1,278 @@
+/* Permutations between GGUF rows and the layouts of layout.h. Called by the loader, the packer and the experts
+ * (expert.h); the forward pass only takes single rows of an embedding from here. */
+#include "smallthinker/layout.h"
+
+#include <string.h>
+
+/* Tile16: for each tiled type, one row's block from GGUF to row r of a tile's block, and back. */
+
+static inline void pack_block_q4_0(const uint8_t *block, int r, uint8_t *tile) {
+    memcpy(tile + 2 * r, block, 2);
+    for (int g = 0; g < 4; g++)
+        memcpy(tile + 32 + 64 * g + 4 * r, block + 2 + 4 * g, 4);
+}
+
+static inline void unpack_block_q4_0(const uint8_t *tile, int r, uint8_t *block) {
+    memcpy(block, tile + 2 * r, 2);
+    for (int g = 0; g < 4; g++)
+        memcpy(block + 2 + 4 * g, tile + 32 + 64 * g + 4 * r, 4);
+}
+
+static inline void pack_block_q8_0(const uint8_t *block, int r, uint8_t *tile) {
+    memcpy(tile + 2 * r, block, 2);
+    for (int g = 0; g < 8; g++)
+        memcpy(tile + 32 + 64 * g + 4 * r, block + 2 + 4 * g, 4);
+}
+
+static inline void unpack_block_q8_0(const uint8_t *tile, int r, uint8_t *block) {
+    memcpy(block, tile + 2 * r, 2);
+    for (int g = 0; g < 8; g++)
+        memcpy(block + 2 + 4 * g, tile + 32 + 64 * g + 4 * r, 4);
+}
+
+/* Where the low four bits of columns i and 16 + i (i < 16), and the bits above of columns i, 16 + i, 4 + i and 20 + i
+ * (i < 4, 8 <= i < 12), of row r stand in a Q6_K block of a tile. */
+static int q6_low(int r, int i) { return 32 + 64 * (i / 4) + 4 * r + i % 4; }
+static int q6_high(int r, int i) { return 288 + 64 * (i / 8) + 4 * r + i % 4; }
+
+static inline void pack_block_q6_k(const uint8_t *super, int r, uint8_t *tile) {
+    memcpy(tile + 2 * r, super + 208, 2);
+    tile += 32;
+    for (int b = 0; b < ST_SUPER / ST_BLOCK; b++, tile += ST_TILE_Q6_K_BYTES) {
+        int half = b / 4, quarter = b % 4;
+        uint8_t low[ST_BLOCK], high[ST_BLOCK];
+        for (int i = 0; i < ST_BLOCK; i++) {
+            low[i] = super[64 * half + 32 * (quarter % 2) + i] >> 4 * (quarter / 2) & 15;
+            high[i] = super[128 + 32 * half + i] >> 2 * quarter & 3;
+        }
+        tile[r] = super[192 + 2 * b];
+        tile[16 + r] = super[192 + 2 * b + 1];
+        for (int i = 0; i < 16; i++)
+            tile[q6_low(r, i)] = (uint8_t)(low[i] | low[16 + i] << 4);
+        for (int h = 0; h < 16; h += 8)
+            for (int i = h; i < h + 4; i++)
+                tile[q6_high(r, i)] = (uint8_t)(high[i] | high[16 + i] << 2 | high[4 + i] << 4 | high[20 + i] << 6);
+    }
+}
+
+static inline void unpack_block_q6_k(const uint8_t *tile, int r, uint8_t *super) {
+    memset(super, 0, ST_Q6_K_BYTES);
+    memcpy(super + 208, tile + 2 * r, 2);
+    tile += 32;
+    for (int b = 0; b < ST_SUPER / ST_BLOCK; b++, tile += ST_TILE_Q6_K_BYTES) {
+        int half = b / 4, quarter = b % 4;
+        super[192 + 2 * b] = tile[r];
+        super[192 + 2 * b + 1] = tile[16 + r];
+        for (int i = 0; i < ST_BLOCK; i++) {
+            int low = tile[q6_low(r, i % 16)] >> i / 16 * 4 & 15;
+            int high = tile[q6_high(r, i % 16)] >> (i % 8 / 4 * 4 + i / 16 * 2) & 3;
+            super[64 * half + 32 * (quarter % 2) + i] |= (uint8_t)(low << 4 * (quarter / 2));
+            super[128 + 32 * half + i] |= (uint8_t)(high << 2 * quarter);
+        }
+    }
+}
+
+/* The same for tiles t0..t1 and for whole matrices, `blocks` a row; compiled for each type, as they pass gigabytes. */
+#define TILE16(NAME, name)                                                                                             \
+    static void pack_tiles_##name(const uint8_t *src, int64_t rows, int64_t blocks, uint8_t *dst, int64_t t0,          \
+                                  int64_t t1) {                                                                        \
+        const int64_t bytes = ST_##NAME##_BYTES;                                                                       \
+        for (int64_t row = t0 * ST_TILE_ROWS; row < t1 * ST_TILE_ROWS && row < rows; row++) {                          \
+            uint8_t *tile = dst + row / ST_TILE_ROWS * blocks * bytes * ST_TILE_ROWS;                                  \
+            for (int64_t b = 0; b < blocks; b++)                                                                       \
+                pack_block_##name(src + (row * blocks + b) * bytes, (int)(row % ST_TILE_ROWS),                         \
+                                  tile + b * bytes * ST_TILE_ROWS);                                                    \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void unpack_rows_of_tiles_##name(const uint8_t *src, int64_t row0, int64_t row1, int64_t blocks,            \
+                                            uint8_t *dst) {                                                            \
+        const int64_t bytes = ST_##NAME##_BYTES;                                                                       \
+        for (int64_t row = row0; row < row1; row++) {                                                                  \
+            const uint8_t *tile = src + row / ST_TILE_ROWS * blocks * bytes * ST_TILE_ROWS;                            \
+            for (int64_t b = 0; b < blocks; b++, dst += bytes)                                                         \
+                unpack_block_##name(tile + b * bytes * ST_TILE_ROWS, (int)(row % ST_TILE_ROWS), dst);                  \
+        }                                                                                                              \
+    }
+ST_TILED_TYPES(TILE16)
+
+#define TILE16_OF(NAME, name) [ST_TILED_##NAME] = {pack_tiles_##name, unpack_rows_of_tiles_##name},
+
+static const struct {
+    void (*pack)(const uint8_t *src, int64_t rows, int64_t blocks, uint8_t *dst, int64_t t0, int64_t t1);
+    void (*unpack)(const uint8_t *src, int64_t row0, int64_t row1, int64_t blocks, uint8_t *dst);
+} tile16[ST_TILED_COUNT] = {ST_TILED_TYPES(TILE16_OF)};
+
+/* Any type's block. */
+#define BLOCK_MEMBER(NAME, name, number, columns, bytes) uint8_t name[bytes];
+union block {
+    ST_TYPES(BLOCK_MEMBER)
+};
+
+/* Tiles that `rows` rows take. */
+static int64_t tiles(int64_t rows) { return (rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS; }
+
+size_t st_tile16_bytes(int type, int64_t rows, int64_t cols) {
+    if (rows <= 0 || st_tiled(type) < 0)
+        return 0;
+    return (size_t)tiles(rows) * ST_TILE_ROWS * st_row_bytes(type, cols);
+}
+
+void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1) {
+    size_t tile_bytes = st_tile16_bytes(type, ST_TILE_ROWS, cols);
+    if (t1 * ST_TILE_ROWS > rows)
+        memset(dst + (size_t)(t1 - 1) * tile_bytes, 0, tile_bytes);
+    tile16[st_tiled(type)].pack(src, rows, cols / st_type_of(type)->columns, dst, t0, t1);
+}
+
+void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    tile16[st_tiled(type)].unpack(src, 0, rows, cols / st_type_of(type)->columns, dst);
+}
+
+void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t row, float *out) {
+    const st_type_info *t = st_type_of(type);
+    int64_t blocks = cols / t->columns;
+    const uint8_t *tile = tiles + (size_t)(row / ST_TILE_ROWS) * st_tile16_bytes(type, ST_TILE_ROWS, cols);
+    union block block;
+    for (int64_t b = 0; b < blocks; b++, tile += ST_TILE_ROWS * t->bytes, out += t->columns) {
+        tile16[st_tiled(type)].unpack(tile, row % ST_TILE_ROWS, row % ST_TILE_ROWS + 1, 1, (uint8_t *)&block);
+        t->dequantize((const uint8_t *)&block, 1, out);
+    }
+}
+
+/* Rows and Down of Q4_0. */
+
+static void pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    int64_t nb = cols / ST_BLOCK;
+    for (int64_t r = 0; r < rows; r++, src += ST_Q4_0_BYTES * nb, dst += ST_Q4_0_BYTES * nb)
+        for (int64_t b = 0; b < nb; b++) {
+            memcpy(dst + 2 * b, src + ST_Q4_0_BYTES * b, 2);
+            memcpy(dst + 2 * nb + 16 * b, src + ST_Q4_0_BYTES * b + 2, 16);
+        }
+}
+
+static void unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    int64_t nb = cols / ST_BLOCK;
+    for (int64_t r = 0; r < rows; r++, src += ST_Q4_0_BYTES * nb, dst += ST_Q4_0_BYTES * nb)
+        for (int64_t b = 0; b < nb; b++) {
+            memcpy(dst + ST_Q4_0_BYTES * b, src + 2 * b, 2);
+            memcpy(dst + ST_Q4_0_BYTES * b + 2, src + 2 * nb + 16 * b, 16);
+        }
+}
+
+/* Bytes of one neuron's row: two outputs a byte, d padded to whole chunks. */
+static size_t down_line_bytes(int64_t d) {
+    return (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * (ST_DOWN_CHUNK / 2);
+}
+
+static size_t down_bytes_q4_0(int64_t d, int64_t f) {
+    return down_line_bytes(d) * ((size_t)f / ST_BLOCK * 4 + (size_t)f);
+}
+
+/* Where output o (0..127) stands in a neuron's 64-byte line: byte, and 4 for the high nibble. */
+static int down_byte(int o) { return (o % 16 / 4) * 16 + (o / 32) * 4 + o % 4; }
+static int down_shift(int o) { return o % 32 >= 16 ? 4 : 0; }
+
+/* Where neuron n stands in a Q4_0 block of 18 bytes, and 4 for the high nibble. */
+static int block_byte(int n) { return 2 + n % 16; }
+static int block_shift(int n) { return n % ST_BLOCK >= 16 ? 4 : 0; }
+
+static void pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    int64_t groups = f / ST_BLOCK;
+    size_t line = down_line_bytes(d);
+    uint8_t *lines = dst + (size_t)groups * line * 4;
+    memset(dst, 0, down_bytes_q4_0(d, f));
+    /* Chunk by chunk and group by group: the 32 pieces of 64 bytes that are written stay in the first-level cache. */
+    for (int64_t unit = 0; unit < (int64_t)(line / 64) * groups; unit++) {
+        int64_t first = unit / groups * ST_DOWN_CHUNK, g = unit % groups;
+        uint8_t *piece = lines + 32 * line * (size_t)g + first / 2;
+        for (int64_t o = first; o < first + ST_DOWN_CHUNK && o < d; o++) {
+            const uint8_t *block = src + (o * groups + g) * ST_Q4_0_BYTES;
+            uint8_t *column = piece + down_byte((int)(o - first));
+            int shift = down_shift((int)(o - first));
+            memcpy(dst + (size_t)g * line * 4 + 2 * o, block, 2);
+            for (size_t i = 0; i < 16; i++) {
+                column[i * line] |= (uint8_t)((block[2 + i] & 15) << shift);
+                column[(16 + i) * line] |= (uint8_t)(block[2 + i] >> 4 << shift);
+            }
+        }
+    }
+}
+
+static void unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    int64_t groups = f / ST_BLOCK;
+    size_t line = down_line_bytes(d);
+    const uint8_t *lines = src + (size_t)groups * line * 4;
+    memset(dst, 0, (size_t)(d * groups * ST_Q4_0_BYTES));
+    for (int64_t o = 0; o < d; o++, dst += groups * ST_Q4_0_BYTES) {
+        const uint8_t *column = lines + o / ST_DOWN_CHUNK * 64 + down_byte((int)(o % ST_DOWN_CHUNK));
+        int shift = down_shift((int)(o % ST_DOWN_CHUNK));
+        for (int64_t g = 0; g < groups; g++)
+            memcpy(dst + g * ST_Q4_0_BYTES, src + (size_t)g * line * 4 + 2 * o, 2);
+        for (int64_t n = 0; n < f; n++, column += line) {
+            int i = (int)(n % ST_BLOCK);
+            dst[n / ST_BLOCK * ST_Q4_0_BYTES + block_byte(i)] |= (uint8_t)((*column >> shift & 15) << block_shift(i));
+        }
+    }
+}
+
+/* A block's nibble bytes hold outputs j and 16 + j, as the bytes of a line do: four of them move together. */
+static size_t transposed_place(int64_t b, int four) { return (size_t)(b / 4 * 64 + 16 * four + b % 4 * 4); }
+
+static void pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    size_t line = down_line_bytes(d);
+    uint8_t *scales = dst, *lines = dst + (size_t)f / ST_BLOCK * line * 4;
+    memset(dst, 0, down_bytes_q4_0(d, f));
+    for (int64_t n = 0; n < f; n++, scales += line / 8, lines += line)
+        for (int64_t b = 0; b < d / ST_BLOCK; b++, src += ST_Q4_0_BYTES) {
+            memcpy(scales + 2 * b, src, 2);
+            for (int four = 0; four < 4; four++)
+                memcpy(lines + transposed_place(b, four), src + 2 + 4 * four, 4);
+        }
+}
+
+static void unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    size_t line = down_line_bytes(d);
+    const uint8_t *scales = src, *lines = src + (size_t)f / ST_BLOCK * line * 4;
+    for (int64_t n = 0; n < f; n++, scales += line / 8, lines += line)
+        for (int64_t b = 0; b < d / ST_BLOCK; b++, dst += ST_Q4_0_BYTES) {
+            memcpy(dst, scales + 2 * b, 2);
+            for (int four = 0; four < 4; four++)
+                memcpy(dst + 2 + 4 * four, lines + transposed_place(b, four), 4);
+        }
+}
+
+#define SPARSE_OF(NAME, name)                                                                                          \
+    [ST_TILED_##NAME] = {pack_rows_##name,                                                                             \
+                         unpack_rows_##name,                                                                           \
+                         down_bytes_##name,                                                                            \
+                         {pack_down_##name, pack_down_transposed_##name},                                              \
+                         {unpack_down_##name, unpack_down_transposed_##name}},
+
+typedef void permute(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
+
+/* By transposed, where there are two. */
+static const struct {
+    permute *pack_rows, *unpack_rows;
+    size_t (*down_bytes)(int64_t d, int64_t f);
+    permute *pack_down[2], *unpack_down[2];
+} sparse[ST_TILED_COUNT] = {ST_SPARSE_TYPES(SPARSE_OF)};
+
+void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    sparse[st_tiled(type)].pack_rows(src, rows, cols, dst);
+}
+
+void st_unpack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+    sparse[st_tiled(type)].unpack_rows(src, rows, cols, dst);
+}
+
+size_t st_down_bytes(int type, int64_t d, int64_t f) {
+    return d <= 0 || f <= 0 || f % ST_BLOCK || !st_sparse(type) ? 0 : sparse[st_tiled(type)].down_bytes(d, f);
+}
+
+void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    sparse[st_tiled(type)].pack_down[transposed != 0](src, d, f, dst);
+}
+
+void st_unpack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+    sparse[st_tiled(type)].unpack_down[transposed != 0](src, d, f, dst);
+}
