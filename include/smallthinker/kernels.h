@@ -1,6 +1,6 @@
 /* The kernel table: every operation of the forward pass that touches many numbers. One table per instruction
- * set; src/kernels/ref.c is the definition. Within one table results have a fixed summation order: they depend
- * on neither the number of threads nor on how many tokens are computed together. */
+ * set; src/kernels/ref.c is the definition, and src/system/cpu.c fills them. Within one table results have a fixed
+ * summation order: they depend on neither the number of threads nor on how many tokens are computed together. */
 #ifndef SMALLTHINKER_KERNELS_H
 #define SMALLTHINKER_KERNELS_H
 
@@ -25,6 +25,35 @@ typedef struct st_neurons {
     st_fired output;  /* and to Down transposed */
 } st_neurons;
 
+/* Signatures, written once: ST_GEMM(name) begins the declaration or the definition of a kernel, st_gemm is its type. */
+#define ST_GEMM(NAME)                                                                                                  \
+    void NAME(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x, int64_t n,  \
+              float *y, int64_t ldy)
+#define ST_ROWS(NAME)                                                                                                  \
+    void NAME(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out)
+#define ST_FFN(NAME) void NAME(int64_t nb, int64_t groups, st_neurons *const stage[4])
+#define ST_DOWN(NAME)                                                                                                  \
+    void NAME(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,              \
+              float weight, float *y)
+#define ST_DOWN_TRANSPOSED(NAME)                                                                                       \
+    void NAME(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_fired *a, float weight, \
+              float *y)
+#define ST_ATTENTION(NAME)                                                                                             \
+    void NAME(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n, float scale,     \
+              float *scores, float *acc, float *m, float *l)
+#define ST_ATTENTION_Q8(NAME)                                                                                          \
+    void NAME(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,          \
+              int64_t p1, float scale, float *scores, float *acc, float *m, float *l)
+typedef ST_GEMM(st_gemm);
+typedef ST_ROWS(st_rows);
+typedef ST_FFN(st_ffn);
+typedef ST_DOWN(st_down);
+typedef ST_DOWN_TRANSPOSED(st_down_transposed);
+typedef ST_ATTENTION(st_attention);
+typedef ST_ATTENTION_Q8(st_attention_q8);
+
+/* Kernels over weights are arrays by tiled type (types.h): gemm has all of them, the others have the sparse types and
+ * NULL for the rest. */
 typedef struct st_kernels {
     const char *name;
 
@@ -32,18 +61,12 @@ typedef struct st_kernels {
     void (*quantize)(const float *x, int64_t cols, st_q8x4 *out);
 
     /* y[i * ldy + r - 16 * t0] = W[r] . x[i] for the rows r of tiles t0..t1 that are below `rows`, i < n.
-     * W: Tile16 of the type, 64-byte aligned; x: n pointers to quantised rows of cols = 32 * nb columns. */
-    void (*gemm_q4_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
-                      int64_t n, float *y, int64_t ldy);
-    void (*gemm_q8_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
-                      int64_t n, float *y, int64_t ldy);
+     * W: Tile16 of the type, 64-byte aligned; x: n pointers to quantised rows of cols = 32 * nb columns, whole blocks
+     * of the type. */
+    st_gemm *gemm[ST_TILED_COUNT];
 
-    /* nb a multiple of 8. */
-    void (*gemm_q6_k)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
-                      int64_t n, float *y, int64_t ldy);
-
-    /* out[i] = W[index[i]] . x for i < n.  W: Rows layout of Q4_0, nb blocks a row. */
-    void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out);
+    /* out[i] = W[index[i]] . x for i < n.  W: Rows layout, nb blocks of 32 columns a row. */
+    st_rows *rows[ST_TILED_COUNT];
 
     /* One step of the FFN of a few tokens: each of stage[0..3] (NULL: none; all different) goes one stage further.
      *   stage[0]: its gate is computed, and which neurons fire.
@@ -52,18 +75,16 @@ typedef struct st_kernels {
      *   stage[3]: y[d] += W_down[:, its 32 neurons] . h; y has room for whole chunks of ST_DOWN_CHUNK.
      * The steps of different groups share a call because the gate streams from memory, and the rest of the arithmetic
      * fits into its waits.  nb: d / 32; groups: of the expert. */
-    void (*ffn_q4_0)(int64_t nb, int64_t groups, st_neurons *const stage[4]);
+    st_ffn *ffn[ST_TILED_COUNT];
 
     /* y[o - 128 * c0] += weight * (W_down . h)[o] for the outputs o of chunks c0..c1 (128 each; y has room for whole
      * chunks), summed by parts of ST_FFN_PART groups: each part's sum is weighted and added by itself, as for one token
-     * (ffn_q4_0) it has to be.  down: Down layout of d outputs and 32 * groups neurons; a[groups]. */
-    void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                      float weight, float *y);
+     * (ffn) it has to be.  down: Down layout of d outputs and 32 * groups neurons; a[groups]. */
+    st_down *down[ST_TILED_COUNT];
 
     /* The same over Down transposed. For every block b of 32 outputs, the products h[k] * scale[index[k]][b] of a group
      * are rounded to bytes q[k] by the rule of quantize, and their sum with the nibbles is taken times their scale. */
-    void (*down_transposed_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
-                                 const st_fired *a, float weight, float *y);
+    st_down_transposed *down_transposed[ST_TILED_COUNT];
 
     /* g[32] (gate, before relu) and up[32] (read only where g > 0) -> the 32 neurons' st_active. */
     void (*activate)(const float *g, const float *up, st_active *out);
@@ -72,17 +93,15 @@ typedef struct st_kernels {
      * chunk: m[h] = largest score, l[h] = sum of exp(score - m), acc[h][hd] = sum of exp(score - m) * v.
      * q: [G][hd] floats; k, v: [n][hd] fp16; scores: scratch of G * ST_ATTN_CHUNK floats. hd % 8 == 0 for the
      * vector tables; n >= 1. */
-    void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
-                      float scale, float *scores, float *acc, float *m, float *l);
+    st_attention *attention;
 
     /* The same over positions p0..p1 (0 <= p0 < p1 <= ST_ATTN_CHUNK) of one KV head in a Q8_0 page.
      * q: 2 * G pointers to quantised rows of hd columns, the queries and then what their rounding left (kv.h), so
      * that a query counts in 16 bits; k, v: the page's keys and values (kv.h), written at least at
      * p0..p1, zero or older positions elsewhere; scores: scratch of 2 * G * ST_ATTN_CHUNK floats; hd % 32 == 0.
-     * Scores come from gemm_q8_0. The weights of a block of dimensions are exp(score - m) times the values' scales,
-     * rounded to 15 bits of the largest scale, so that the sum over the positions is one of integers: exact. */
-    void (*attention_q8)(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l);
+     * Scores come from the gemm of Q8_0. The weights of a block of dimensions are exp(score - m) times the values'
+     * scales, rounded to 15 bits of the largest scale, so that the sum over the positions is one of integers: exact. */
+    st_attention_q8 *attention_q8;
 
     /* out[n] = x / sqrt(mean(x^2) + eps) * w */
     void (*rmsnorm)(const float *x, const float *w, int64_t n, float eps, float *out);
@@ -99,7 +118,8 @@ typedef struct st_kernels {
     void (*top_k)(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids);
 } st_kernels;
 
-extern const st_kernels st_kernels_ref;
+/* What every table's ffn does alike (src/kernels/neurons.c). */
+
 /* Fills fired and index from g. */
 void st_neurons_choose(st_neurons *n);
 /* What stood at a stage stands at the next one; the first is free. */
@@ -108,10 +128,5 @@ void st_neurons_advance(st_neurons *stage[4]);
 void st_neurons_spread(const st_neurons *n, const float *value, float *up);
 /* Gate times up of the neurons that fired, for a transposed down. */
 void st_neurons_multiply(const st_neurons *n, const float *value, st_fired *out);
-#if defined(__x86_64__)
-extern const st_kernels st_kernels_avx2, st_kernels_avxvnni, st_kernels_avx512vnni;
-#elif defined(__aarch64__)
-extern const st_kernels st_kernels_neon, st_kernels_dotprod, st_kernels_i8mm;
-#endif
 
 #endif

@@ -6,8 +6,8 @@ cdef extern from "smallthinker/types.h" nogil:
         ST_F16
         ST_Q4_0
         ST_Q8_0
-        ST_Q6_K
         ST_TYPE_NUMBERS
+        ST_TILED_Q4_0
     ctypedef struct st_type_info:
         const char *name
         int columns
@@ -56,28 +56,31 @@ cdef extern from "smallthinker/kernels.h" nogil:
         float g[32]
         st_active active
         st_fired output
+    ctypedef void st_gemm(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
+                          int64_t n, float *y, int64_t ldy) noexcept nogil
+    ctypedef void st_rows(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
+                          float *out) noexcept nogil
+    ctypedef void st_ffn(int64_t nb, int64_t groups, st_neurons *const *stage) noexcept nogil
+    ctypedef void st_down(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
+                          float weight, float *y) noexcept nogil
+    ctypedef void st_down_transposed(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                                     const st_fired *a, float weight, float *y) noexcept nogil
+    ctypedef void st_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
+                               float scale, float *scores, float *acc, float *m, float *l) noexcept nogil
+    ctypedef void st_attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v,
+                                  int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
+                                  float *l) noexcept nogil
     ctypedef struct st_kernels:
         const char *name
+        st_gemm *gemm[1]  # and the others: by st_tiled()
+        st_rows *rows[1]
+        st_ffn *ffn[1]
+        st_down *down[1]
+        st_down_transposed *down_transposed[1]
+        st_attention *attention
+        st_attention_q8 *attention_q8
         void (*quantize)(const float *x, int64_t cols, st_q8x4 *out) noexcept nogil
-        void (*gemm_q4_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
-                          const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
-        void (*gemm_q8_0)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
-                          const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
-        void (*gemm_q6_k)(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
-                          const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) noexcept nogil
-        void (*rows_q4_0)(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
-                          float *out) noexcept nogil
-        void (*ffn_q4_0)(int64_t nb, int64_t groups, st_neurons *const *stage) noexcept nogil
-        void (*down_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                          float weight, float *y) noexcept nogil
-        void (*down_transposed_q4_0)(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
-                                     const st_fired *a, float weight, float *y) noexcept nogil
         void (*activate)(const float *g, const float *up, st_active *out) noexcept nogil
-        void (*attention)(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
-                          float scale, float *scores, float *acc, float *m, float *l) noexcept nogil
-        void (*attention_q8)(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v,
-                             int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
-                             float *l) noexcept nogil
         void (*rmsnorm)(const float *x, const float *w, int64_t n, float eps, float *out) noexcept nogil
         float (*dot)(const float *a, const float *b, int64_t n) noexcept nogil
         void (*axpy)(float a, const float *x, float *y, int64_t n) noexcept nogil

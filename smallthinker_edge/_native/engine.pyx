@@ -298,13 +298,13 @@ cdef class Engine:
         cdef size_t size
         if <size_t>src.shape[0] != st_row_bytes(type, cols) * rows:
             raise ValueError("matrix bytes do not match its shape and type")
-        m.type, m.rows, m.cols = type, rows, cols
+        m.type, m.tiled, m.rows, m.cols = type, st_tiled(type), rows, cols
         if sparse and not self.exact and not view and st_sparse(type):
             m.layout = SPARSE_ROWS
             dst = <uint8_t *>self.arena.take(src.shape[0])
             with nogil:
                 st_pack_rows(type, &src[0], rows, cols, dst)
-        elif not self.exact and not view and st_tiled(type) >= 0 and unit % ST_TILE_ROWS == 0:
+        elif not self.exact and not view and m.tiled >= 0 and unit % ST_TILE_ROWS == 0:
             m.layout = TILE
             size = st_tile16_bytes(type, rows, cols)
             dst = <uint8_t *>self.arena.take(size)

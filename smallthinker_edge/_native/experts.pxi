@@ -22,11 +22,11 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
     n.group = g
     for i in range(m):
         s.rows[c.s.batch + i] = xq[slots[i] // c.s.used]
-    c.kernels.gemm_q4_0(blob, c.s.f, c.s.nb_d, 2 * g, 2 * g + 2, s.rows + c.s.batch, m, s.gate, 32)
+    c.kernels.gemm[ST_TILED_Q4_0](blob, c.s.f, c.s.nb_d, 2 * g, 2 * g + 2, s.rows + c.s.batch, m, s.gate, 32)
     for i in range(m):
         memcpy(n.g, s.gate + i * 32, 32 * sizeof(float))
         st_neurons_choose(n)
-        c.kernels.rows_q4_0(rows, c.s.nb_d, n.index, n.fired, s.rows[c.s.batch + i], value)
+        c.kernels.rows[ST_TILED_Q4_0](rows, c.s.nb_d, n.index, n.fired, s.rows[c.s.batch + i], value)
         if c.s.down_transposed:
             st_neurons_multiply(n, value, c.fired + slots[i] * c.s.groups + g)
         else:
@@ -36,7 +36,7 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
 
 cdef void ffn_step(Call *c, Scratch *s) noexcept nogil:
     """Moves what is on its way through the FFN of a few tokens a stage further; stage 0 is free afterwards."""
-    c.kernels.ffn_q4_0(c.s.nb_d, c.s.groups, s.stage)
+    c.kernels.ffn[ST_TILED_Q4_0](c.s.nb_d, c.s.groups, s.stage)
     st_neurons_advance(s.stage)
 
 
@@ -114,10 +114,11 @@ cdef void down_packed(Call *c, const uint8_t *blob, int64_t e, int64_t unit) noe
     for i in range(m):
         x = c.x + slots[i] // c.s.used * c.s.d_padded + c0 * ST_DOWN_CHUNK
         if c.s.down_transposed:
-            c.kernels.down_transposed_q4_0(down, c.s.d, groups, c0, c1, c.fired + slots[i] * groups,
-                                           c.weight[slots[i]], x)
+            c.kernels.down_transposed[ST_TILED_Q4_0](down, c.s.d, groups, c0, c1, c.fired + slots[i] * groups,
+                                                     c.weight[slots[i]], x)
         else:
-            c.kernels.down_q4_0(down, c.s.d, groups, c0, c1, c.active + slots[i] * groups, c.weight[slots[i]], x)
+            c.kernels.down[ST_TILED_Q4_0](down, c.s.d, groups, c0, c1, c.active + slots[i] * groups,
+                                          c.weight[slots[i]], x)
 
 
 cdef bint silent(Call *c, const int32_t *slots, int64_t m, int64_t n) noexcept nogil:

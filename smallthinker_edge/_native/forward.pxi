@@ -3,9 +3,9 @@
 # share of the units, and no unit's result depends on who computed it or with which other tokens.
 
 cdef enum:
-    TILE = 1   # Tile16 of Q4_0, Q8_0 or Q6_K, integer kernels
+    TILE = 1   # Tile16 of a tiled type, integer kernels
     ROWS = 2   # rows as in GGUF, dequantised one at a time, float arithmetic
-    SPARSE_ROWS = 3  # Q4_0 in the Rows layout, integer kernels: where few rows of many are read
+    SPARSE_ROWS = 3  # a sparse type in the Rows layout, integer kernels: where few rows of many are read
     EXPERT_PACKED = 1
     EXPERT_ROWS = 2
     FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/performance.md, short batches)
@@ -16,6 +16,7 @@ cdef enum:
 cdef struct Matrix:
     int layout
     int type
+    int tiled             # st_tiled(type)
     int64_t rows
     int64_t cols
     const uint8_t *data
@@ -195,16 +196,11 @@ cdef void mat_unit(Call *c, const Matrix *m, int64_t r0, int64_t r1, const st_q8
             index[(r - r0) % 64] = <int32_t>r
             if (r - r0) % 64 == 63 or r == r1 - 1:
                 for i in range(n):
-                    c.kernels.rows_q4_0(m.data, m.cols // 32, index, (r - r0) % 64 + 1, xq[i],
-                                        y + i * ldy + (r - r0) // 64 * 64)
+                    c.kernels.rows[m.tiled](m.data, m.cols // 32, index, (r - r0) % 64 + 1, xq[i],
+                                            y + i * ldy + (r - r0) // 64 * 64)
         return
     if m.layout == TILE:
-        if m.type == ST_Q4_0:
-            c.kernels.gemm_q4_0(m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
-        elif m.type == ST_Q6_K:
-            c.kernels.gemm_q6_k(m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
-        else:
-            c.kernels.gemm_q8_0(m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
+        c.kernels.gemm[m.tiled](m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
         return
     row_bytes = st_row_bytes(m.type, m.cols)
     for r in range(r0, r1):

@@ -113,7 +113,7 @@ cdef void mat_rows(Call *c, const Matrix *m, const int32_t *index, int64_t count
     cdef int64_t i, tile = -1
     cdef float values[ST_TILE_ROWS]
     if m.layout == SPARSE_ROWS:
-        c.kernels.rows_q4_0(m.data, m.cols // 32, index, count, xq[0], y)
+        c.kernels.rows[m.tiled](m.data, m.cols // 32, index, count, xq[0], y)
         return
     for i in range(count):
         if m.layout == ROWS:

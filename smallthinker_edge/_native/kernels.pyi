@@ -14,6 +14,7 @@ ACTIVE: np.dtype[Any]
 FIRED: np.dtype[Any]
 
 READ_STEP: int
+KERNELS: dict[str, tuple[int, str, int]]
 
 def tables() -> list[str]: ...
 def kv_head_bytes(hd: int) -> int: ...

@@ -133,7 +133,9 @@ cdef class Table:
              const uint8_t[:, ::1] x, float[::1] y, int64_t ldy, int64_t repeat=1):
         """x: [n][quantised row]; y[i * ldy + r - 16 * t0]. repeat: for timing."""
         cdef int64_t n = x.shape[0], i, _
-        need(w.shape[0] == <int64_t>st_tile16_bytes(type, rows, cols) and 0 <= t0 < t1 <= (rows + 15) // 16)
+        cdef int tiled = st_tiled(type)
+        need(tiled >= 0 and w.shape[0] == <int64_t>st_tile16_bytes(type, rows, cols))
+        need(0 <= t0 < t1 <= (rows + 15) // 16)
         need(x.shape[1] >= (cols + 127) // 128 * <int64_t>sizeof(st_q8x4))
         need(y.shape[0] >= (n - 1) * ldy + min(rows, 16 * t1) - 16 * t0)
         cdef const st_q8x4 **p = <const st_q8x4 **>malloc(n * sizeof(void *))
@@ -141,54 +143,56 @@ cdef class Table:
             p[i] = <const st_q8x4 *>&x[i, 0]
         with nogil:
             for _ in range(repeat):
-                if type == ST_Q4_0:
-                    self.k.gemm_q4_0(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
-                elif type == ST_Q6_K:
-                    self.k.gemm_q6_k(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
-                else:
-                    self.k.gemm_q8_0(&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
+                self.k.gemm[tiled](&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
         free(p)
 
-    def rows(self, const uint8_t[::1] w, int64_t cols, const int32_t[::1] index, const uint8_t[::1] x, float[::1] out):
-        need(out.shape[0] >= index.shape[0])
+    def rows(self, const uint8_t[::1] w, int64_t cols, const int32_t[::1] index, const uint8_t[::1] x, float[::1] out,
+             int type=ST_Q4_0):
+        need(st_sparse(type) and out.shape[0] >= index.shape[0])
         if index.shape[0]:
-            self.k.rows_q4_0(&w[0], cols // 32, &index[0], index.shape[0], <const st_q8x4 *>&x[0], &out[0])
+            self.k.rows[st_tiled(type)](&w[0], cols // 32, &index[0], index.shape[0], <const st_q8x4 *>&x[0],
+                                        &out[0])
 
     def ffn(self, const uint8_t[::1] gate, const uint8_t[::1] up, const uint8_t[::1] down, int64_t d, int64_t f,
-            const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y, bint transposed=False):
+            const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y, bint transposed=False,
+            int type=ST_Q4_0):
         """y += what the groups g0..g1 (32 neurons each) of an expert [f] add to the outputs, one step after another."""
         cdef int64_t g, groups = f // 32, nb = d // 32
         cdef st_neurons[4] neurons
         cdef st_neurons *stage[4]
         need(d % 32 == 0 and f % 32 == 0 and 0 <= g0 < g1 <= groups)
-        need(gate.shape[0] == <int64_t>st_tile16_bytes(ST_Q4_0, f, d) and up.shape[0] == f * nb * 18)
-        need(down.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) and y.shape[0] >= (d + 127) // 128 * 128)
+        cdef int64_t tile_bytes = st_tile16_bytes(type, 16, d)
+        need(st_sparse(type) and gate.shape[0] == f // 16 * tile_bytes and up.shape[0] == f // 16 * tile_bytes)
+        need(down.shape[0] == <int64_t>st_down_bytes(type, d, f) and y.shape[0] >= (d + 127) // 128 * 128)
         need(x.shape[0] >= (d + 127) // 128 * <int64_t>sizeof(st_q8x4))
         memset(stage, 0, sizeof(stage))
         for g in range(g0, g1 + 3):
             if g < g1:
                 stage[0] = &neurons[g % 4]
-                stage[0].gate, stage[0].up, stage[0].down = &gate[2 * g * nb * ST_TILE_Q4_0_BYTES], &up[0], &down[0]
+                stage[0].gate, stage[0].up, stage[0].down = &gate[2 * g * tile_bytes], &up[0], &down[0]
                 stage[0].x, stage[0].transposed = <const st_q8x4 *>&x[0], transposed
                 stage[0].y, stage[0].group = &y[0], g
-            self.k.ffn_q4_0(nb, groups, stage)
+            self.k.ffn[st_tiled(type)](nb, groups, stage)
             st_neurons_advance(stage)
 
     def down(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,
-             float[::1] y):
+             float[::1] y, int type=ST_Q4_0):
         """Chunks c0..c1 of 128 outputs; active: f / 32 entries of dtype ACTIVE."""
         cdef const uint8_t[::1] a = active.view(np.uint8)
-        need(w.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
+        need(w.shape[0] == <int64_t>st_down_bytes(type, d, f) > 0)
+        need(0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
-        self.k.down_q4_0(&w[0], d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
+        self.k.down[st_tiled(type)](&w[0], d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
 
     def down_transposed(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, fired, float weight,
-                        float[::1] y):
+                        float[::1] y, int type=ST_Q4_0):
         """The same over Down transposed; fired: f / 32 entries of dtype FIRED."""
         cdef const uint8_t[::1] a = fired.view(np.uint8)
-        need(w.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) and 0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
+        need(w.shape[0] == <int64_t>st_down_bytes(type, d, f) > 0)
+        need(0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_fired) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
-        self.k.down_transposed_q4_0(&w[0], d, f // 32, c0, c1, <const st_fired *>&a[0], weight, &y[0])
+        self.k.down_transposed[st_tiled(type)](&w[0], d, f // 32, c0, c1, <const st_fired *>&a[0], weight,
+                                               &y[0])
 
     def activate(self, const float[::1] g, const float[::1] up):
         """-> one entry of dtype ACTIVE."""

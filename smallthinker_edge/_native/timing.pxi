@@ -55,12 +55,13 @@ cdef struct Job:
     const uint8_t *data
     int64_t stride, items, first, count
     int64_t rows, cols, tokens
-    const int32_t *index      # [n_index] rows of rows_q4_0
+    int tiled                 # of kernels over weights: their type's place
+    const int32_t *index      # [n_index] rows of rows
     int64_t n_index
-    const float *gate         # [rows] of ffn_q4_0: what the gate's outputs are taken to be
+    const float *gate         # [rows] of ffn: what the gate's outputs are taken to be
     const st_active *active   # [rows / 32]
-    const st_fired *fired     # the same, of down_transposed_q4_0
-    int transposed            # down in ffn_q4_0
+    const st_fired *fired     # the same, of down_transposed
+    int transposed            # down in ffn
     const st_q8x4 *const *xq  # [tokens] quantised rows of `cols` columns
     float *x                  # [rows of attention, or cols]
     float *out                # one of out_stride floats for every thread
@@ -73,34 +74,24 @@ cdef void apply_read(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     j.out[tid * j.out_stride] = <float>st_read_memory(item, j.stride, j.streams, j.ahead)
 
 
-cdef void apply_gemm_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    j.k.gemm_q4_0(item, j.rows, j.cols // 32, 0, (j.rows + 15) // 16, j.xq, j.tokens, j.out + tid * j.out_stride,
-                  j.rows)
+cdef void apply_gemm(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.gemm[j.tiled](item, j.rows, j.cols // 32, 0, (j.rows + 15) // 16, j.xq, j.tokens, j.out + tid * j.out_stride,
+                      j.rows)
 
 
-cdef void apply_gemm_q8_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    j.k.gemm_q8_0(item, j.rows, j.cols // 32, 0, (j.rows + 15) // 16, j.xq, j.tokens, j.out + tid * j.out_stride,
-                  j.rows)
+cdef void apply_rows(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.rows[j.tiled](item, j.cols // 32, j.index, j.n_index, j.xq[0], j.out + tid * j.out_stride)
 
 
-cdef void apply_gemm_q6_k(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    j.k.gemm_q6_k(item, j.rows, j.cols // 32, 0, (j.rows + 15) // 16, j.xq, j.tokens, j.out + tid * j.out_stride,
-                  j.rows)
-
-
-cdef void apply_rows_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    j.k.rows_q4_0(item, j.cols // 32, j.index, j.n_index, j.xq[0], j.out + tid * j.out_stride)
-
-
-cdef void apply_down_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+cdef void apply_down(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """A whole matrix [cols][rows]: rows are the neurons, as everywhere here."""
-    j.k.down_q4_0(item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.active, 1e-3,
-                  j.out + tid * j.out_stride)
+    j.k.down[j.tiled](item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.active, 1e-3,
+                      j.out + tid * j.out_stride)
 
 
-cdef void apply_down_transposed_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    j.k.down_transposed_q4_0(item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.fired,
-                             1e-3, j.out + tid * j.out_stride)
+cdef void apply_down_transposed(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    j.k.down_transposed[j.tiled](item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.fired,
+                                 1e-3, j.out + tid * j.out_stride)
 
 
 cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, int transposed, const uint8_t *expert, int64_t group,
@@ -114,14 +105,14 @@ cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, int transposed, co
         neurons.gate = expert + 2 * group * (d // 32) * ST_TILE_Q4_0_BYTES
         neurons.up, neurons.down = expert + third, expert + 2 * third
         neurons.x, neurons.transposed, neurons.y, neurons.group = x, transposed, y, group
-    k.ffn_q4_0(d // 32, f // 32, stage)
+    k.ffn[ST_TILED_Q4_0](d // 32, f // 32, stage)
     if expert != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
         st_neurons_choose(neurons)
     st_neurons_advance(stage)
 
 
-cdef void apply_ffn_q4_0(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+cdef void apply_ffn(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """A whole expert of `rows` neurons for one token."""
     cdef st_neurons[4] neurons
     cdef st_neurons *stage[4]
@@ -193,33 +184,52 @@ cdef void apply_top_k(const Job *j, const uint8_t *item, int tid) noexcept nogil
 
 ctypedef void (*apply_t)(const Job *job, const uint8_t *item, int tid) noexcept nogil
 
+cdef enum:
+    NO_TYPE
+    TILED    # an array by tiled type, all there
+    SPARSE   # those of the sparse types
+
 cdef struct Named:
     const char *name
     apply_t apply
+    int types
 
-cdef Named[19] APPLY
-APPLY[0] = Named("read", apply_read)
-APPLY[1] = Named("gemm_q4_0", apply_gemm_q4_0)
-APPLY[2] = Named("gemm_q8_0", apply_gemm_q8_0)
-APPLY[3] = Named("rows_q4_0", apply_rows_q4_0)
-APPLY[4] = Named("down_q4_0", apply_down_q4_0)
-APPLY[5] = Named("attention", apply_attention)
-APPLY[6] = Named("quantize", apply_quantize)
-APPLY[7] = Named("activate", apply_activate)
-APPLY[8] = Named("rmsnorm", apply_rmsnorm)
-APPLY[9] = Named("dot", apply_dot)
-APPLY[10] = Named("axpy", apply_axpy)
-APPLY[11] = Named("to_f16", apply_to_f16)
-APPLY[12] = Named("gemm_q6_k", apply_gemm_q6_k)
-APPLY[13] = Named("attention_q8", apply_attention_q8)
-APPLY[14] = Named("ffn_q4_0", apply_ffn_q4_0)
-APPLY[15] = Named("from_f16", apply_from_f16)
-APPLY[16] = Named("rope", apply_rope)
-APPLY[17] = Named("top_k", apply_top_k)
-APPLY[18] = Named("down_transposed_q4_0", apply_down_transposed_q4_0)
+cdef Named[17] APPLY
+APPLY[0] = Named("read", apply_read, NO_TYPE)
+APPLY[1] = Named("gemm", apply_gemm, TILED)
+APPLY[2] = Named("rows", apply_rows, SPARSE)
+APPLY[3] = Named("ffn", apply_ffn, SPARSE)
+APPLY[4] = Named("down", apply_down, SPARSE)
+APPLY[5] = Named("down_transposed", apply_down_transposed, SPARSE)
+APPLY[6] = Named("attention", apply_attention, NO_TYPE)
+APPLY[7] = Named("attention_q8", apply_attention_q8, NO_TYPE)
+APPLY[8] = Named("quantize", apply_quantize, NO_TYPE)
+APPLY[9] = Named("activate", apply_activate, NO_TYPE)
+APPLY[10] = Named("rmsnorm", apply_rmsnorm, NO_TYPE)
+APPLY[11] = Named("dot", apply_dot, NO_TYPE)
+APPLY[12] = Named("axpy", apply_axpy, NO_TYPE)
+APPLY[13] = Named("to_f16", apply_to_f16, NO_TYPE)
+APPLY[14] = Named("from_f16", apply_from_f16, NO_TYPE)
+APPLY[15] = Named("rope", apply_rope, NO_TYPE)
+APPLY[16] = Named("top_k", apply_top_k, NO_TYPE)
 
 
-TILE_TYPES = {"gemm_q4_0": ST_Q4_0, "gemm_q8_0": ST_Q8_0, "gemm_q6_k": ST_Q6_K}
+def _named_kernels():
+    """What can be timed: name -> (its place in APPLY, family, number of its type or -1); gemm_q4_0 is gemm of Q4_0."""
+    cdef int i, number
+    result = {}
+    for i in range(<int>(sizeof(APPLY) // sizeof(Named))):
+        family = APPLY[i].name.decode()
+        if APPLY[i].types == NO_TYPE:
+            result[family] = (i, family, -1)
+            continue
+        for number in range(ST_TYPE_NUMBERS):
+            if st_tiled(number) >= 0 if APPLY[i].types == TILED else st_sparse(number):
+                result[f"{family}_{st_type_of(number).name.decode().lower()}"] = (i, family, number)
+    return result
+
+
+KERNELS = _named_kernels()
 
 
 cdef void run_job(void *arg, int tid) noexcept nogil:
@@ -253,8 +263,9 @@ cdef const uint8_t *expert_at(Ffn *t, int64_t token, int64_t slot) noexcept nogi
 cdef void dense_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, float *out) noexcept nogil:
     """Gate and up of 32 neurons, both whole."""
     cdef int64_t i
-    t.k.gemm_q4_0(expert, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
-    t.k.gemm_q4_0(expert + t.d * t.f * 18 // 32, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out + 32, 32)
+    t.k.gemm[ST_TILED_Q4_0](expert, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
+    t.k.gemm[ST_TILED_Q4_0](expert + t.d * t.f * 18 // 32, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out + 32,
+                            32)
     for i in range(32):
         t.hidden[slot * t.f + 32 * group + i] = max(t.gate[32 * group + i], <float>0) * out[32 + i]
 
@@ -266,7 +277,8 @@ cdef void dense_down(Ffn *t, int64_t token, int64_t chunk, const st_q8x4 *hidden
     for slot in range(t.used):
         w = expert_at(t, token, slot) + 2 * (t.d * t.f * 18 // 32)
         row = hidden + slot * ((t.f + 127) // 128)
-        t.k.gemm_q4_0(w, t.d, t.f // 32, tile, tile + ST_DOWN_CHUNK // ST_TILE_ROWS, &row, 1, out, ST_DOWN_CHUNK)
+        t.k.gemm[ST_TILED_Q4_0](w, t.d, t.f // 32, tile, tile + ST_DOWN_CHUNK // ST_TILE_ROWS, &row, 1, out,
+                                ST_DOWN_CHUNK)
         for i in range(ST_DOWN_CHUNK):
             t.y[chunk * ST_DOWN_CHUNK + i] += out[i]
 
@@ -350,7 +362,7 @@ cdef class Timer:
     @staticmethod
     def kernels():
         """Names of what run() can time."""
-        return [named.name.decode() for named in APPLY]
+        return list(KERNELS)
 
     def run(self, str kernel, const uint8_t[::1] data, int64_t stride, int64_t first, int64_t count, *, int64_t rows=0,
             int64_t cols=0, int64_t tokens=1, index=None, active=None, bint transposed=False, int streams=1,
@@ -362,33 +374,32 @@ cdef class Timer:
             data: 64-byte aligned, followed by memory that may be prefetched (allocate()).
             rows, cols, tokens: of a matrix kernel: its shape and how many inputs it is multiplied with; of attention:
                 query heads, their size and positions; of the others only cols counts, their length.
-            index: int32, rows that rows_q4_0 computes, or neurons of ffn_q4_0 that fire. active: [rows / 32] of dtype
-                ACTIVE for down_q4_0, FIRED for down_transposed_q4_0. transposed: the down of ffn_q4_0 is.
+            index: int32, rows that rows_* computes, or neurons of ffn_* that fire. active: [rows / 32] of dtype ACTIVE
+                for down_*, FIRED for down_transposed_*. transposed: the down of ffn_* is.
             streams, ahead: of "read", see bandwidth.h; stride must be a multiple of streams * READ_STEP.
 
         Returns seconds. Raises ValueError where sizes do not fit.
         """
         cdef Job job
         cdef const int32_t[::1] chosen = np.zeros(1, np.int32) if index is None else index
-        cdef int64_t a_bytes = sizeof(st_fired) if kernel == "down_transposed_q4_0" else sizeof(st_active)
+        need(kernel in KERNELS)
+        place, family, type_ = KERNELS[kernel]
+        cdef int64_t a_bytes = sizeof(st_fired) if family == "down_transposed" else sizeof(st_active)
         cdef const uint8_t[::1] a = np.zeros((rows // 32 + 1) * a_bytes, np.uint8) if active is None else \
             active.view(np.uint8)
         cdef int64_t i, q_bytes = (cols + 127) // 128 * <int64_t>sizeof(st_q8x4)
         cdef int64_t width = max(cols, 64 + rows * cols if kernel == "attention" else 64)
         cdef double started
-        job.apply = NULL
-        for named in APPLY:
-            if named.name.decode() == kernel:
-                job.apply = named.apply
-        need(job.apply != NULL and stride > 0 and count > 0 and tokens > 0 and 0 <= first)
+        job.apply, job.tiled = APPLY[<int>place].apply, st_tiled(type_)
+        need(stride > 0 and count > 0 and tokens > 0 and 0 <= first)
         need(self.item_bytes(kernel, rows, cols, tokens) <= stride <= data.shape[0])
         need(a.shape[0] >= rows // 32 * a_bytes and streams >= 1 and ahead >= 0)
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
-        need(kernel != "ffn_q4_0" or (rows % 32 == 0 and cols % 128 == 0))
+        need(family != "ffn" or (rows % 32 == 0 and cols % 128 == 0))
         need(kernel != "top_k" or tokens <= cols)
         need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
         need(kernel != "attention_q8" or (2 * rows <= tokens <= ST_ATTN_CHUNK and cols % 32 == 0))
-        picks = kernel in ("rows_q4_0", "ffn_q4_0")
+        picks = family in ("rows", "ffn")
         need(not np.any(np.asarray(chosen) < 0) and (not picks or np.all(np.asarray(chosen) < rows)))
         job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
         job.first, job.count, job.rows, job.cols, job.tokens = first % job.items, count, rows, cols, tokens
@@ -424,14 +435,15 @@ cdef class Timer:
     @staticmethod
     def item_bytes(str kernel, int64_t rows, int64_t cols, int64_t tokens=1):
         """Bytes of one item that a kernel reads, 0 where it reads none."""
-        if kernel in TILE_TYPES:
-            return st_tile16_bytes(TILE_TYPES[kernel], rows, cols)
-        if kernel == "rows_q4_0":
-            return rows * st_row_bytes(ST_Q4_0, cols)
-        if kernel == "ffn_q4_0":
-            return 3 * rows * st_row_bytes(ST_Q4_0, cols)
-        if kernel.startswith("down"):
-            return st_down_bytes(ST_Q4_0, cols, rows)
+        _, family, type_ = KERNELS[kernel]
+        if family == "gemm":
+            return st_tile16_bytes(type_, rows, cols)
+        if family == "rows":
+            return rows * st_row_bytes(type_, cols)
+        if family == "ffn":
+            return 3 * rows * st_row_bytes(type_, cols)
+        if family in ("down", "down_transposed"):
+            return st_down_bytes(type_, cols, rows)
         if kernel == "attention_q8":
             return 2 * st_kv_head_bytes(ST_Q8_0, cols)
         if kernel == "attention":

@@ -1,8 +1,8 @@
 /* Plain C: the definition of every kernel, slow and obvious. Every other table is tested against this one. */
-#include "smallthinker/kernels.h"
 #include "smallthinker/kv.h"
 
 #include "plain.h"
+#include "table.h"
 
 #include <math.h>
 #include <string.h>
@@ -59,15 +59,9 @@ static void gemm_tile16(int type, const uint8_t *w, int64_t rows, int64_t nb, in
     }
 }
 
-static void gemm_q4_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
-                      int64_t n, float *y, int64_t ldy) {
-    gemm_tile16(ST_Q4_0, w, rows, nb, t0, t1, x, n, y, ldy);
-}
+static ST_GEMM(gemm_q4_0) { gemm_tile16(ST_Q4_0, w, rows, nb, t0, t1, x, n, y, ldy); }
 
-static void gemm_q8_0(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
-                      int64_t n, float *y, int64_t ldy) {
-    gemm_tile16(ST_Q8_0, w, rows, nb, t0, t1, x, n, y, ldy);
-}
+static ST_GEMM(gemm_q8_0) { gemm_tile16(ST_Q8_0, w, rows, nb, t0, t1, x, n, y, ldy); }
 
 /* Column i of row r of a Q6_K block of a tile (layout.h), -32..31. */
 static int q6_at(const uint8_t *block, int64_t r, int i) {
@@ -76,8 +70,7 @@ static int q6_at(const uint8_t *block, int64_t r, int i) {
     return (low | high << 4) - 32;
 }
 
-static void gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
-                      int64_t n, float *y, int64_t ldy) {
+static ST_GEMM(gemm_q6_k) {
     for (int64_t row = t0 * ST_TILE_ROWS; row < t1 * ST_TILE_ROWS && row < rows; row++) {
         const uint8_t *tile = w + row / ST_TILE_ROWS * (nb / 8) * ST_TILE_Q6_K_SUPER_BYTES;
         int64_t r = row % ST_TILE_ROWS;
@@ -97,7 +90,7 @@ static void gemm_q6_k(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, in
     }
 }
 
-static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
+static ST_ROWS(rows_q4_0) {
     for (int64_t k = 0; k < n; k++) {
         const uint8_t *scales = w + index[k] * nb * 18, *nibbles = scales + 2 * nb;
         float sum = 0;
@@ -140,41 +133,6 @@ static void activate(const float *g, const float *up, st_active *out) {
         out->index[i] = out->index[used - 1];
 }
 
-void st_neurons_choose(st_neurons *n) {
-    n->fired = 0;
-    for (int i = 0; i < 32; i++) {
-        n->index[n->fired] = (int32_t)(32 * n->group + i);
-        n->fired += !(n->g[i] <= 0); /* a NaN gate is passed on, not hidden */
-    }
-}
-
-void st_neurons_advance(st_neurons *stage[4]) {
-    for (int i = 3; i > 0; i--)
-        stage[i] = stage[i - 1];
-    stage[0] = NULL;
-}
-
-void st_neurons_spread(const st_neurons *n, const float *value, float *up) {
-    memset(up, 0, 32 * sizeof *up);
-    for (int64_t i = 0; i < n->fired; i++)
-        up[n->index[i] - 32 * n->group] = value[i];
-}
-
-void st_neurons_multiply(const st_neurons *n, const float *value, st_fired *out) {
-    int used = 0;
-    for (int64_t i = 0; i < n->fired; i++) {
-        int32_t index = n->index[i] - (int32_t)(32 * n->group);
-        out->h[used] = n->g[index] * value[i];
-        out->index[used] = (uint8_t)index;
-        used += out->h[used] != 0;
-    }
-    out->quads = (used + 3) / 4;
-    for (int i = used; i < 4 * out->quads; i++) {
-        out->h[i] = 0;
-        out->index[i] = out->index[used - 1];
-    }
-}
-
 /* What outputs o of Down get from the 32 neurons of group g. */
 static float down_group(const uint8_t *down, int64_t padded, int64_t groups, int64_t g, int64_t o, const st_active *a) {
     const uint8_t *lines = down + groups * padded * 2;
@@ -185,8 +143,7 @@ static float down_group(const uint8_t *down, int64_t padded, int64_t groups, int
     return (float)dot * (u16_f32(down + (g * padded + o) * 2) * a->scale);
 }
 
-static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                      float weight, float *y) {
+static ST_DOWN(down_q4_0) {
     int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
     for (int64_t o = c0 * ST_DOWN_CHUNK; o < c1 * ST_DOWN_CHUNK; o++)
         for (int64_t part = 0; part < groups; part += ST_FFN_PART) {
@@ -228,8 +185,7 @@ static void transposed_group(const uint8_t *down, int64_t padded, int64_t groups
     }
 }
 
-static void down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
-                                 const st_fired *a, float weight, float *y) {
+static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
     int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
     for (int64_t b = 4 * c0; b < 4 * c1; b++, y += ST_BLOCK)
         for (int64_t part = 0; part < groups; part += ST_FFN_PART) {
@@ -242,7 +198,7 @@ static void down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups,
         }
 }
 
-static void ffn_q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
+static ST_FFN(ffn_q4_0) {
     int64_t padded = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
     if (stage[3] && stage[3]->transposed) {
         for (int64_t b = 0; b < padded / ST_BLOCK && stage[3]->output.quads; b++)
@@ -267,8 +223,7 @@ static void ffn_q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
     }
 }
 
-static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
-                      float scale, float *scores, float *acc, float *m, float *l) {
+static ST_ATTENTION(attention) {
     for (int64_t h = 0; h < G; h++) {
         float *s = scores + h * ST_ATTN_CHUNK, max = -INFINITY, sum = 0;
         for (int64_t p = 0; p < n; p++) {
@@ -291,8 +246,7 @@ static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, 
     }
 }
 
-static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
+static ST_ATTENTION_Q8(attention_q8) {
     int64_t t0 = p0 / ST_TILE_ROWS;
     gemm_q8_0(k, p1, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G, scores + t0 * ST_TILE_ROWS,
               ST_ATTN_CHUNK);
@@ -359,24 +313,17 @@ static void from_f16(const uint16_t *x, float *out, int64_t n) {
         out[i] = st_f16_to_f32(x[i]);
 }
 
-const st_kernels st_kernels_ref = {
-    .name = "ref",
-    .quantize = quantize,
-    .gemm_q4_0 = gemm_q4_0,
-    .gemm_q8_0 = gemm_q8_0,
-    .gemm_q6_k = gemm_q6_k,
-    .rows_q4_0 = rows_q4_0,
-    .ffn_q4_0 = ffn_q4_0,
-    .down_q4_0 = down_q4_0,
-    .down_transposed_q4_0 = down_transposed_q4_0,
-    .activate = activate,
-    .attention = attention,
-    .attention_q8 = attention_q8,
-    .rmsnorm = rmsnorm,
-    .dot = dot,
-    .axpy = axpy,
-    .to_f16 = to_f16,
-    .from_f16 = from_f16,
-    .rope = rope,
-    .top_k = top_k,
-};
+void st_fill_ref(st_kernels *k) {
+    ST_ENTER_MATRICES
+    k->quantize = quantize;
+    k->activate = activate;
+    k->attention = attention;
+    k->attention_q8 = attention_q8;
+    k->rmsnorm = rmsnorm;
+    k->dot = dot;
+    k->axpy = axpy;
+    k->to_f16 = to_f16;
+    k->from_f16 = from_f16;
+    k->rope = rope;
+    k->top_k = top_k;
+}

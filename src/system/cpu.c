@@ -1,7 +1,9 @@
-/* CPU detection and the choice of a kernel table. A new instruction set is one file of kernels and one line in
- * `tables`. Called once when a model is opened; it holds no state. */
+/* CPU detection and the choice of a kernel table. A new instruction set is one file of kernels, its flags in setup.py
+ * and one row of TABLES. Each table begins as a copy of another and enters what it does better; all are filled when the
+ * first is asked for. */
 #include "smallthinker/cpu.h"
 
+#include <pthread.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -63,53 +65,73 @@ static int has_i8mm(void) { return 0; }
 
 static int always(void) { return 1; }
 
+/* The tables, best first: X(name, the table that it begins as, whether this CPU can run it). */
+#if defined(__x86_64__)
+#define TABLES(X)                                                                                                      \
+    X(avx512vnni, avx2, has_avx512vnni)                                                                                \
+    X(avxvnni, avx2, has_avxvnni)                                                                                      \
+    X(avx2, ref, has_avx2)                                                                                             \
+    X(ref, NONE, always)
+#elif defined(__aarch64__)
+#define TABLES(X)                                                                                                      \
+    X(i8mm, dotprod, has_i8mm)                                                                                         \
+    X(dotprod, neon, has_dotprod)                                                                                      \
+    X(neon, ref, always)                                                                                               \
+    X(ref, NONE, always)
+#else
+#define TABLES(X) X(ref, NONE, always)
+#endif
+
+#define PLACE(name, base, supported) AT_##name,
+#define DECLARE(name, base, supported) void st_fill_##name(st_kernels *k);
+#define ROW(name, base, supported) {#name, AT_##base, supported, st_fill_##name},
+#define NAME(name, base, supported) #name,
+
+enum { AT_NONE = -1, TABLES(PLACE) N_TABLES };
+TABLES(DECLARE)
+
 static const struct {
     const char *name;
-    const st_kernels *kernels;
+    int base;
     int (*supported)(void);
-} tables[] = {
-#if defined(__x86_64__)
-    {"avx512vnni", &st_kernels_avx512vnni, has_avx512vnni},
-    {"avxvnni", &st_kernels_avxvnni, has_avxvnni},
-    {"avx2", &st_kernels_avx2, has_avx2},
-#elif defined(__aarch64__)
-    {"i8mm", &st_kernels_i8mm, has_i8mm},
-    {"dotprod", &st_kernels_dotprod, has_dotprod},
-    {"neon", &st_kernels_neon, always},
-#endif
-    {"ref", &st_kernels_ref, always},
-};
+    void (*fill)(st_kernels *k);
+} rows[] = {TABLES(ROW)};
 
-enum { N_TABLES = sizeof tables / sizeof tables[0] };
+static st_kernels tables[N_TABLES]; /* filled once, those that this CPU can run: filling is compiled for the set, too */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void fill(int i, st_kernels *k) {
+    if (rows[i].base != AT_NONE)
+        fill(rows[i].base, k);
+    rows[i].fill(k);
+}
+
+static void fill_all(void) {
+    for (int i = 0; i < N_TABLES; i++)
+        if (rows[i].supported()) {
+            fill(i, tables + i);
+            tables[i].name = rows[i].name;
+        }
+}
 
 const char *const *st_cpu_tables(void) {
-    static const char *const names[] = {
-#if defined(__x86_64__)
-        "avx512vnni", "avxvnni", "avx2",
-#elif defined(__aarch64__)
-        "i8mm", "dotprod", "neon",
-#endif
-        "ref", NULL};
+    static const char *const names[] = {TABLES(NAME) NULL};
     return names;
 }
 
-int st_cpu_supports(const char *name) {
-    for (int i = 0; i < N_TABLES; i++)
-        if (strcmp(tables[i].name, name) == 0)
-            return tables[i].supported();
-    return 0;
-}
-
 const st_kernels *st_cpu_table(const char *name) {
+    pthread_once(&once, fill_all);
     for (int i = 0; i < N_TABLES; i++)
-        if (strcmp(tables[i].name, name) == 0 && tables[i].supported())
-            return tables[i].kernels;
+        if (strcmp(rows[i].name, name) == 0 && rows[i].supported())
+            return tables + i;
     return NULL;
 }
 
+int st_cpu_supports(const char *name) { return st_cpu_table(name) != NULL; }
+
 const st_kernels *st_cpu_best(void) {
     int i = 0;
-    while (!tables[i].supported()) /* the last row, ref, always is */
+    while (!rows[i].supported()) /* the last row, ref, always is */
         i++;
-    return tables[i].kernels;
+    return st_cpu_table(rows[i].name);
 }

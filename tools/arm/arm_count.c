@@ -41,7 +41,7 @@ static long gemm(const st_kernels *k, int type, int64_t n, int times) {
     uint8_t *w = zeros(st_tile16_bytes(type, ROWS, COLS));
     float *y = zeros(TOKENS * ROWS * sizeof *y);
     for (int t = 0; t < times; t++)
-        (type == ST_Q4_0 ? k->gemm_q4_0 : k->gemm_q8_0)(w, ROWS, COLS / 32, 0, ROWS / 16, x, n, y, ROWS);
+        k->gemm[st_tiled(type)](w, ROWS, COLS / 32, 0, ROWS / 16, x, n, y, ROWS);
     return n * ROWS * COLS;
 }
 
@@ -57,7 +57,7 @@ static long rows(const st_kernels *k, int times) {
             for (int32_t i = 0; i < 32; i++)
                 if (i % STEP < ACTIVE)
                     index[n++] = group + i;
-            k->rows_q4_0(w, COLS / 32, index, n, x, out);
+            k->rows[ST_TILED_Q4_0](w, COLS / 32, index, n, x, out);
         }
     return (long)ROWS * ACTIVE / STEP * COLS;
 }
@@ -73,7 +73,7 @@ static long down(const st_kernels *k, int times) {
     for (int g = 0; g < FFN / 32; g++)
         k->activate(gate, up, a + g);
     for (int t = 0; t < times; t++)
-        k->down_q4_0(chunk, 128, FFN / 32, 0, 1, a, 1, y);
+        k->down[ST_TILED_Q4_0](chunk, 128, FFN / 32, 0, 1, a, 1, y);
     return (long)FFN * ACTIVE / STEP * 128;
 }
 

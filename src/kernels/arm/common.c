@@ -50,7 +50,7 @@ static inline int8x16x2_t round32(const float32x4_t x[8], float inverse) {
 
 static inline int sum_bytes(int8x16x2_t q) { return vaddlvq_s8(q.val[0]) + vaddlvq_s8(q.val[1]); }
 
-void st_neon_quantize(const float *x, int64_t cols, st_q8x4 *out) {
+static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
     for (int64_t b = 0; b < cols / ST_BLOCK; b++, x += ST_BLOCK) {
         st_q8x4 *quad = out + b / 4;
         int lane = b % 4;
@@ -189,8 +189,7 @@ ALWAYS_INLINE void attend_heads(const int N, const float *q, int64_t hd, const u
 }
 
 /* Up to four heads at a time; a head's sums do not depend on its neighbours. */
-void st_neon_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
-                       float scale, float *scores, float *acc, float *m, float *l) {
+static ST_ATTENTION(attention) {
     for (int64_t h = 0; h < G; h += 4) {
         const float *heads = q + h * hd;
         float *s = scores + h * ST_ATTN_CHUNK, *a = acc + h * hd;
@@ -305,7 +304,7 @@ ALWAYS_INLINE void values_q8(const int H, const uint8_t *lines, const int16_t *w
             vst1q_f32(out + h * hd + 4 * i, vmulq_n_f32(vcvtq_f32_s32(sum[h][i]), by));
 }
 
-void st_neon_attention_q8(gemm_fn *gemm_q8_0, const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k,
+void st_neon_attention_q8(st_gemm *gemm_q8_0, const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k,
                           const uint8_t *v, int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
                           float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS;
@@ -325,7 +324,7 @@ void st_neon_attention_q8(gemm_fn *gemm_q8_0, const st_q8x4 *const *q, int64_t G
     }
 }
 
-float st_neon_dot(const float *a, const float *b, int64_t n) {
+static float dot(const float *a, const float *b, int64_t n) {
     float32x4_t s0 = vdupq_n_f32(0), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
@@ -340,8 +339,8 @@ float st_neon_dot(const float *a, const float *b, int64_t n) {
     return sum;
 }
 
-void st_neon_rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out) {
-    float scale = 1 / sqrtf(st_neon_dot(x, x, n) / (float)n + eps);
+static void rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out) {
+    float scale = 1 / sqrtf(dot(x, x, n) / (float)n + eps);
     int64_t i = 0;
     for (; i + 4 <= n; i += 4)
         vst1q_f32(out + i, vmulq_f32(vmulq_n_f32(vld1q_f32(x + i), scale), vld1q_f32(w + i)));
@@ -349,7 +348,7 @@ void st_neon_rmsnorm(const float *x, const float *w, int64_t n, float eps, float
         out[i] = x[i] * scale * w[i];
 }
 
-void st_neon_axpy(float a, const float *x, float *y, int64_t n) {
+static void axpy(float a, const float *x, float *y, int64_t n) {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4)
         vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(x + i), a));
@@ -357,7 +356,7 @@ void st_neon_axpy(float a, const float *x, float *y, int64_t n) {
         y[i] += a * x[i];
 }
 
-void st_neon_to_f16(const float *x, uint16_t *out, int64_t n) {
+static void to_f16(const float *x, uint16_t *out, int64_t n) {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4)
         vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x + i))));
@@ -365,7 +364,7 @@ void st_neon_to_f16(const float *x, uint16_t *out, int64_t n) {
         out[i] = st_f32_to_f16(x[i]);
 }
 
-void st_neon_from_f16(const uint16_t *x, float *out, int64_t n) {
+static void from_f16(const uint16_t *x, float *out, int64_t n) {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4)
         vst1q_f32(out + i, load_f16x4(x + i));
@@ -373,6 +372,15 @@ void st_neon_from_f16(const uint16_t *x, float *out, int64_t n) {
         out[i] = st_f16_to_f32(x[i]);
 }
 
-void st_neon_rope(float *v, const float *cosine, const float *sine, int64_t half) { rope(v, cosine, sine, half); }
-
-void st_neon_top_k(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids) { top_k(x, n, k, keys, ids); }
+void st_neon_fill_common(st_kernels *k) {
+    k->quantize = quantize;
+    k->activate = st_neon_activate;
+    k->attention = attention;
+    k->rmsnorm = rmsnorm;
+    k->dot = dot;
+    k->axpy = axpy;
+    k->to_f16 = to_f16;
+    k->from_f16 = from_f16;
+    k->rope = rope;
+    k->top_k = top_k;
+}

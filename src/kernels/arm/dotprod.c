@@ -34,39 +34,16 @@ typedef int32x4_t sum8;
 #define total8(sum) (sum)
 
 #define TOKENS 8
-#define MATRIX_LINKAGE
-#define GEMM_Q4_0 st_dotprod_gemm_q4_0
-#define GEMM_Q8_0 st_dotprod_gemm_q8_0
-#define GEMM_Q6_K st_dotprod_gemm_q6_k
-#define ROWS_Q4_0 st_dotprod_rows_q4_0
-#define FFN_Q4_0 st_dotprod_ffn_q4_0
-#define DOWN_Q4_0 st_dotprod_down_q4_0
-#define DOWN_TRANSPOSED_Q4_0 st_dotprod_down_transposed_q4_0
 #include "matrix.h"
 
-static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
-    st_neon_attention_q8(st_dotprod_gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
+static ST_ATTENTION_Q8(attention_q8) {
+    st_neon_attention_q8(gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
 }
 
-const st_kernels st_kernels_dotprod = {
-    .name = "dotprod",
-    .quantize = st_neon_quantize,
-    .gemm_q4_0 = st_dotprod_gemm_q4_0,
-    .gemm_q8_0 = st_dotprod_gemm_q8_0,
-    .gemm_q6_k = st_dotprod_gemm_q6_k,
-    .rows_q4_0 = st_dotprod_rows_q4_0,
-    .ffn_q4_0 = st_dotprod_ffn_q4_0,
-    .down_q4_0 = st_dotprod_down_q4_0,
-    .down_transposed_q4_0 = st_dotprod_down_transposed_q4_0,
-    .activate = st_neon_activate,
-    .attention = st_neon_attention,
-    .attention_q8 = attention_q8,
-    .rmsnorm = st_neon_rmsnorm,
-    .dot = st_neon_dot,
-    .axpy = st_neon_axpy,
-    .to_f16 = st_neon_to_f16,
-    .from_f16 = st_neon_from_f16,
-    .rope = st_neon_rope,
-    .top_k = st_neon_top_k,
-};
+#define GEMM_OF(NAME, name) [ST_TILED_##NAME] = gemm_##name,
+st_gemm *const st_dotprod_gemm[ST_TILED_COUNT] = {ST_TILED_TYPES(GEMM_OF)};
+
+void st_fill_dotprod(st_kernels *k) {
+    ST_ENTER_MATRICES
+    k->attention_q8 = attention_q8;
+}

@@ -85,9 +85,8 @@ static void quad_q8_0(const uint8_t *tile, int64_t nb, int quad, const block8 *x
 }
 
 /* Eight tokens are interleaved once for all tiles of the call. */
-#define GEMM(NAME, TYPE, BYTES)                                                                                        \
-    static void NAME(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,      \
-                     int64_t n, float *y, int64_t ldy) {                                                               \
+#define GEMM(NAME, name)                                                                                               \
+    static ST_GEMM(gemm_##name) {                                                                                      \
         block8 blocks[MAX_BLOCKS];                                                                                     \
         int64_t t = 0;                                                                                                 \
         for (; t + TOKENS <= n && nb <= MAX_BLOCKS; t += TOKENS) {                                                     \
@@ -95,7 +94,7 @@ static void quad_q8_0(const uint8_t *tile, int64_t nb, int quad, const block8 *x
             for (int64_t tile = t0; tile < t1; tile++) {                                                               \
                 float32x4_t sum[4][PAIRS][2];                                                                          \
                 for (int quad = 0; quad < 4; quad++)                                                                   \
-                    quad_##TYPE(w + tile * nb * BYTES, nb, quad, blocks, sum[quad]);                                   \
+                    quad_##name(w + tile * nb * ST_TILE_BYTES(NAME), nb, quad, blocks, sum[quad]);                     \
                 for (int i = 0; i < TOKENS; i++) {                                                                     \
                     float32x4_t row[4];                                                                                \
                     for (int quad = 0; quad < 4; quad++) {                                                             \
@@ -107,35 +106,18 @@ static void quad_q8_0(const uint8_t *tile, int64_t nb, int quad, const block8 *x
             }                                                                                                          \
         }                                                                                                              \
         if (t < n)                                                                                                     \
-            st_dotprod_##NAME(w, rows, nb, t0, t1, x + t, n - t, y + t * ldy, ldy);                                    \
+            st_dotprod_gemm[ST_TILED_##NAME](w, rows, nb, t0, t1, x + t, n - t, y + t * ldy, ldy);                     \
     }
 
-GEMM(gemm_q4_0, q4_0, ST_TILE_Q4_0_BYTES)
-GEMM(gemm_q8_0, q8_0, ST_TILE_Q8_0_BYTES)
+GEMM(Q4_0, q4_0)
+GEMM(Q8_0, q8_0)
 
-static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
+static ST_ATTENTION_Q8(attention_q8) {
     st_neon_attention_q8(gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
 }
 
-const st_kernels st_kernels_i8mm = {
-    .name = "i8mm",
-    .quantize = st_neon_quantize,
-    .gemm_q4_0 = gemm_q4_0,
-    .gemm_q8_0 = gemm_q8_0,
-    .gemm_q6_k = st_dotprod_gemm_q6_k,
-    .rows_q4_0 = st_dotprod_rows_q4_0,
-    .ffn_q4_0 = st_dotprod_ffn_q4_0,
-    .down_q4_0 = st_dotprod_down_q4_0,
-    .down_transposed_q4_0 = st_dotprod_down_transposed_q4_0,
-    .activate = st_neon_activate,
-    .attention = st_neon_attention,
-    .attention_q8 = attention_q8,
-    .rmsnorm = st_neon_rmsnorm,
-    .dot = st_neon_dot,
-    .axpy = st_neon_axpy,
-    .to_f16 = st_neon_to_f16,
-    .from_f16 = st_neon_from_f16,
-    .rope = st_neon_rope,
-    .top_k = st_neon_top_k,
-};
+void st_fill_i8mm(st_kernels *k) {
+    ST_ENTER_GEMM(Q4_0, q4_0)
+    ST_ENTER_GEMM(Q8_0, q8_0)
+    k->attention_q8 = attention_q8;
+}

@@ -1,7 +1,5 @@
-/* The integer matrix kernels, included by neon.c and dotprod.c. The includer names the functions (MATRIX_LINKAGE,
- * GEMM_Q4_0, GEMM_Q8_0, GEMM_Q6_K, ROWS_Q4_0, DOWN_Q4_0, DOWN_TRANSPOSED_Q4_0, FFN_Q4_0), says how many TOKENS share
- * one unpacking of the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in
- * `start` = -8 * sum(x):
+/* The integer matrix kernels, included by neon.c and dotprod.c. The includer says how many TOKENS share one unpacking
+ * of the weights, and defines how bytes are multiplied. Nibbles are 0..15; the offset of 8 is in `start` = -8 * sum(x):
  *   columns, load_columns(q, lane)     32 quantised columns of one token
  *   sum4                               running sums of four outputs (rows of a tile, outputs of a down line)
  *   FIRST(start, w, x, i)              begins a sum: rows r < 4 of w[4 * r + j] * (column 4 * i + j of x)
@@ -135,8 +133,7 @@ ALWAYS_INLINE int32x4_t block_q6_k(const uint8_t *block, int quad, const st_q8x4
 }
 
 /* One token at a time: Q6_K is the head of ordinary files, which a prompt asks for its last token only. */
-MATRIX_LINKAGE void GEMM_Q6_K(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
-                              const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) {
+static ST_GEMM(gemm_q6_k) {
     for (int64_t tile = t0; tile < t1; tile++)
         for (int64_t t = 0; t < n; t++) {
             const uint8_t *super = w + tile * (nb / 8) * ST_TILE_Q6_K_SUPER_BYTES;
@@ -156,18 +153,17 @@ MATRIX_LINKAGE void GEMM_Q6_K(const uint8_t *w, int64_t rows, int64_t nb, int64_
 
 /* One token takes a tile's 16 rows together, as they stand in memory. TOKENS of them take four rows at a time: then the
  * sums of all fit the registers, and the tile is in the first cache after the first quarter. */
-#define GEMM(NAME, TYPE, BYTES)                                                                                        \
-    MATRIX_LINKAGE void NAME(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,                       \
-                             const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) {                              \
+#define GEMM(NAME, name)                                                                                               \
+    static ST_GEMM(gemm_##name) {                                                                                      \
         for (int64_t tile = t0; tile < t1; tile++) {                                                                   \
-            const uint8_t *p = w + tile * nb * BYTES;                                                                  \
+            const uint8_t *p = w + tile * nb * ST_TILE_BYTES(NAME);                                                    \
             float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
             int64_t count = rows - tile * ST_TILE_ROWS, t = 0;                                                         \
             for (; t + TOKENS <= n; t += TOKENS) {                                                                     \
                 float32x4_t sum[4][TOKENS][4];                                                                         \
                 memset(sum, 0, sizeof sum);                                                                            \
                 for (int quad = 0; quad < 4; quad++)                                                                   \
-                    quads_##TYPE(1, TOKENS, p, nb, quad, x + t, sum[quad]);                                            \
+                    quads_##name(1, TOKENS, p, nb, quad, x + t, sum[quad]);                                            \
                 for (int i = 0; i < TOKENS; i++) {                                                                     \
                     float32x4_t row[4] = {sum[0][i][0], sum[1][i][0], sum[2][i][0], sum[3][i][0]};                     \
                     store_rows(row, count, out + (t + i) * ldy);                                                       \
@@ -176,7 +172,7 @@ MATRIX_LINKAGE void GEMM_Q6_K(const uint8_t *w, int64_t rows, int64_t nb, int64_
             for (; t < n; t++) {                                                                                       \
                 float32x4_t sum[TOKENS][4];                                                                            \
                 memset(sum, 0, sizeof *sum);                                                                           \
-                quads_##TYPE(4, 1, p, nb, 0, x + t, sum);                                                              \
+                quads_##name(4, 1, p, nb, 0, x + t, sum);                                                              \
                 store_rows(sum[0], count, out + t * ldy);                                                              \
             }                                                                                                          \
         }                                                                                                              \
@@ -212,8 +208,7 @@ ALWAYS_INLINE float32x4_t row_block(float32x4_t sum, const uint8_t *const row[4]
 
 /* Four rows at a time, the last one repeated where n is no multiple: a row's result does not depend on its company.
  * Reading four scales past the end of a row's scales reads its nibbles, which are as long. */
-MATRIX_LINKAGE void ROWS_Q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
-                              float *out) {
+static ST_ROWS(rows_q4_0) {
     for (int64_t k = 0; k < n; k += 4) {
         const uint8_t *row[4];
         for (int64_t j = 0; j < 4; j++)
@@ -304,8 +299,7 @@ static void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales,
     }
 }
 
-MATRIX_LINKAGE void DOWN_Q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
-                              const st_active *a, float weight, float *y) {
+static ST_DOWN(down_q4_0) {
     size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
     const uint8_t *lines = down + (size_t)groups * line * 4;
     for (int64_t c = c0; c < c1; c++)
@@ -357,8 +351,7 @@ static void transposed_chunk(const uint8_t *lines, size_t line, const uint8_t *s
     }
 }
 
-MATRIX_LINKAGE void DOWN_TRANSPOSED_Q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
-                                         const st_fired *a, float weight, float *y) {
+static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
     size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
     for (int64_t c = c0; c < c1; c++, y += ST_DOWN_CHUNK) {
         const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64;
@@ -397,8 +390,8 @@ static void down_neurons(const st_neurons *n, int64_t groups, size_t line, int64
     }
 }
 
-GEMM(GEMM_Q4_0, q4_0, ST_TILE_Q4_0_BYTES)
-GEMM(GEMM_Q8_0, q8_0, ST_TILE_Q8_0_BYTES)
+GEMM(Q4_0, q4_0)
+GEMM(Q8_0, q8_0)
 
 enum { GATE_STEP = 8 }; /* blocks of a gate tile between parts of up; whole st_q8x4 */
 
@@ -409,7 +402,7 @@ static inline void prefetch_bytes(const uint8_t *p, size_t bytes) {
 
 /* A tile's blocks come from memory in order; four rows of up at a time, chunks of down and the prefetches of stage[1]
  * go between them, so that the one's arithmetic covers the other's waiting. As on x86; not measured on a board. */
-MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
+static ST_FFN(ffn_q4_0) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
@@ -429,7 +422,7 @@ MATRIX_LINKAGE void FFN_Q4_0(int64_t nb, int64_t groups, st_neurons *const stage
             }
             if (up) {
                 int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
-                ROWS_Q4_0(up->up, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, up->x, value + k0);
+                rows_q4_0(up->up, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, up->x, value + k0);
             }
             for (int64_t c = share(chunks, step, steps); c < share(chunks, step + 1, steps); c++)
                 down_neurons(down, groups, line, c);

@@ -1,8 +1,8 @@
-/* AVX-512 with VNNI: the matrix kernels and attention at 512 bits. The small operations of 32 numbers are those
- * of the 256-bit table, which every CPU of this table can run. */
+/* AVX-512 with VNNI: the matrix kernels and attention at 512 bits. The rest it has from
+ * the AVX2 table, which every CPU of this table can run. */
 #include "../plain.h"
+#include "../table.h"
 #include "prefetch.h"
-#include "small.h"
 
 #include <immintrin.h>
 #include <math.h>
@@ -201,21 +201,20 @@ TILE_Q8_0(tile_q8_0_x4, 4)
 TILE_Q8_0(tile_q8_0_x8, 8)
 
 /* A tile's weights stay in the first cache levels while it serves all tokens, eight at a time. */
-#define GEMM(NAME, TYPE, BYTES)                                                                                        \
-    static void NAME(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,      \
-                     int64_t n, float *y, int64_t ldy) {                                                               \
+#define GEMM(NAME, name)                                                                                               \
+    static ST_GEMM(gemm_##name) {                                                                                      \
         for (int64_t tile = t0; tile < t1; tile++) {                                                                   \
-            const uint8_t *p = w + tile * nb * BYTES;                                                                  \
+            const uint8_t *p = w + tile * nb * ST_TILE_BYTES(NAME);                                                    \
             float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
             __m512 sum[8];                                                                                             \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
                 step = n - t >= 8 ? 8 : n - t >= 4 ? 4 : n - t;                                                        \
                 switch (step) {                                                                                        \
-                case 8: tile_##TYPE##_x8(p, nb, x + t, t == 0, sum); break;                                            \
-                case 4: tile_##TYPE##_x4(p, nb, x + t, t == 0, sum); break;                                            \
-                case 3: tile_##TYPE##_x3(p, nb, x + t, t == 0, sum); break;                                            \
-                case 2: tile_##TYPE##_x2(p, nb, x + t, t == 0, sum); break;                                            \
-                default: tile_##TYPE##_x1(p, nb, x + t, t == 0, sum); break;                                           \
+                case 8: tile_##name##_x8(p, nb, x + t, t == 0, sum); break;                                            \
+                case 4: tile_##name##_x4(p, nb, x + t, t == 0, sum); break;                                            \
+                case 3: tile_##name##_x3(p, nb, x + t, t == 0, sum); break;                                            \
+                case 2: tile_##name##_x2(p, nb, x + t, t == 0, sum); break;                                            \
+                default: tile_##name##_x1(p, nb, x + t, t == 0, sum); break;                                           \
                 }                                                                                                      \
                 for (int64_t i = 0; i < step; i++)                                                                     \
                     store_rows(sum + i, rows - tile * ST_TILE_ROWS, out + (t + i) * ldy);                              \
@@ -223,9 +222,7 @@ TILE_Q8_0(tile_q8_0_x8, 8)
         }                                                                                                              \
     }
 
-GEMM(gemm_q4_0, q4_0, ST_TILE_Q4_0_BYTES)
-GEMM(gemm_q8_0, q8_0, ST_TILE_Q8_0_BYTES)
-GEMM(gemm_q6_k, q6_k, (ST_TILE_Q6_K_SUPER_BYTES / 8))
+ST_TILED_TYPES(GEMM)
 
 /* Four blocks (64 nibble bytes) a step, sixteen scales a turn; each block leaves 4 sums, which the replicated scales
  * fit. Two rows share the reads of x: `rows` and `out` have R entries. */
@@ -427,12 +424,11 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
     return _mm512_reduce_add_ps(sum);
 }
 
+#include "attention.h"
 #include "attention_q8_512.h"
 
 #define VECTOR __m512
 #define TILE_VECTORS 1
-#define SCORES 4
-#define ACTIVATE st_avx2_activate
 #include "drivers.h"
 
 static float dot(const float *a, const float *b, int64_t n) {
@@ -449,24 +445,11 @@ static float dot(const float *a, const float *b, int64_t n) {
     return _mm512_reduce_add_ps(_mm512_add_ps(s0, s1));
 }
 
-const st_kernels st_kernels_avx512vnni = {
-    .name = "avx512vnni",
-    .quantize = st_avx2_quantize,
-    .gemm_q4_0 = gemm_q4_0,
-    .gemm_q8_0 = gemm_q8_0,
-    .gemm_q6_k = gemm_q6_k,
-    .rows_q4_0 = rows_q4_0,
-    .ffn_q4_0 = ffn_q4_0,
-    .down_q4_0 = down_q4_0,
-    .down_transposed_q4_0 = down_transposed_q4_0,
-    .activate = st_avx2_activate,
-    .attention = attention,
-    .attention_q8 = attention_q8,
-    .rmsnorm = st_avx2_rmsnorm,
-    .dot = dot,
-    .axpy = st_avx2_axpy,
-    .to_f16 = st_avx2_to_f16,
-    .from_f16 = st_avx2_from_f16,
-    .rope = rope,
-    .top_k = top_k,
-};
+void st_fill_avx512vnni(st_kernels *k) {
+    ST_ENTER_MATRICES
+    k->attention = attention;
+    k->attention_q8 = attention_q8;
+    k->dot = dot;
+    k->rope = rope;
+    k->top_k = top_k;
+}

@@ -8,12 +8,12 @@
  *   weigh_blocks(scales, stride, count, a, w), transposed_chunk(lines, line, a, w, first, y)
  *                                            the same where down is transposed: weights of 16 blocks; 128 outputs
  *   add_weighted(weight, total, y)           y += weight * total of 128 outputs
- *   ACTIVATE                                 the activate of the table
- *   SCORES, scores_h(H, ...), values_h(H, ...)  attention for up to HEADS heads; SCORES positions at a time
- *   softmax_chunk(s, n, max)
  *   softmax_q8, weights_q8, values_q8_all    attention_q8_256.h, attention_q8_512.h */
 
-static void rows_q4_0(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out) {
+/* The activate of all x86 tables, of avx2.c. */
+void st_avx2_activate(const float *g, const float *up, st_active *out);
+
+static ST_ROWS(rows_q4_0) {
     for (int64_t k = 0; k < n; k += 2) {
         const uint8_t *rows[2] = {w + index[k] * nb * 18, k + 1 < n ? w + index[k + 1] * nb * 18 : NULL};
         if (rows[1])
@@ -70,15 +70,9 @@ static inline __attribute__((always_inline)) void down_chunks(const uint8_t *dow
     }
 }
 
-static void down_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                      float weight, float *y) {
-    down_chunks(down, d, groups, c0, c1, a, NULL, weight, y);
-}
+static ST_DOWN(down_q4_0) { down_chunks(down, d, groups, c0, c1, a, NULL, weight, y); }
 
-static void down_transposed_q4_0(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
-                                 const st_fired *a, float weight, float *y) {
-    down_chunks(down, d, groups, c0, c1, NULL, a, weight, y);
-}
+static ST_DOWN_TRANSPOSED(down_transposed_q4_0) { down_chunks(down, d, groups, c0, c1, NULL, a, weight, y); }
 
 /* Share `step` of `steps` of what stage[1] of ffn_q4_0 will need: up's rows and down's of the neurons that fire, and
  * their 2 * d bytes of scales. */
@@ -96,7 +90,7 @@ static inline void prefetch_fired(const st_neurons *n, int64_t nb, int64_t group
 
 /* The gate's blocks come from memory in order; the other stages' arithmetic and prefetches go between them, where the
  * core would wait. */
-static void ffn_q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
+static ST_FFN(ffn_q4_0) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
     int again = gate && ahead && gate->gate == ahead->gate; /* of another token: it is in the cache */
@@ -140,44 +134,11 @@ static void ffn_q4_0(int64_t nb, int64_t groups, st_neurons *const stage[4]) {
         st_neurons_multiply(up, value, &up->output);
     } else if (up) {
         st_neurons_spread(up, value, spread);
-        ACTIVATE(up->g, spread, &up->active);
+        st_avx2_activate(up->g, spread, &up->active);
     }
 }
 
-/* STEP(h, H) over G heads in groups of at most HEADS, of equal size as far as possible; H is a constant. */
-#define EACH_GROUP(G, STEP)                                                                                            \
-    for (int64_t groups = ((G) + HEADS - 1) / HEADS, h = 0, left; h < (G); h += left, groups--) {                      \
-        left = ((G) - h + groups - 1) / groups;                                                                        \
-        switch (left) {                                                                                                \
-        case 1: STEP(1); break;                                                                                        \
-        case 2: STEP(2); break;                                                                                        \
-        case 3: STEP(3); break;                                                                                        \
-        case 4: STEP(HEADS < 4 ? HEADS : 4); break;                                                                    \
-        case 5: STEP(HEADS < 5 ? HEADS : 5); break;                                                                    \
-        default: STEP(HEADS); break;                                                                                   \
-        }                                                                                                              \
-    }
-
-/* The values, which are read by columns, come into the second-level cache while the keys are multiplied. */
-static void attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
-                      float scale, float *scores, float *acc, float *m, float *l) {
-    for (int64_t p = 0; p < n; p += SCORES) {
-        const uint16_t *keys = k + p * hd;
-        prefetch_ahead((const uint8_t *)keys, (int)(SCORES * hd * 2));
-        prefetch_far((const uint8_t *)(v + p * hd), (SCORES < n - p ? SCORES : n - p) * hd * 2);
-#define STEP(H) scores_h(H, q + h * hd, hd, keys, n - p, scale, scores + h * ST_ATTN_CHUNK + p)
-        EACH_GROUP(G, STEP)
-#undef STEP
-    }
-    for (int64_t h = 0; h < G; h++)
-        l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
-#define STEP(H) values_h(H, scores + h * ST_ATTN_CHUNK, v, hd, n, acc + h * hd)
-    EACH_GROUP(G, STEP)
-#undef STEP
-}
-
-static void attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,
-                         int64_t p1, float scale, float *scores, float *acc, float *m, float *l) {
+static ST_ATTENTION_Q8(attention_q8) {
     int64_t t0 = p0 / ST_TILE_ROWS;
     int16_t *w = (int16_t *)(scores + G * ST_ATTN_CHUNK);
     gemm_q8_0(k, ST_ATTN_CHUNK, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G,

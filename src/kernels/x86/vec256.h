@@ -1,9 +1,9 @@
-/* The kernels of the 256-bit tables, included by avx2.c and avxvnni.c. The includer defines ST_TABLE,
- * ST_TABLE_NAME and, for unsigned bytes u times signed bytes s summed over one block of 32 columns:
- *   DOT(sum, u, s)       sum += u * s, at most 8 times with u <= 15 before
- *   TO_I32(sum)          eight 32-bit sums of four neighbouring products each
- *   DOT_SIGNED(w, s)     eight 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
+/* The integer products of the 256-bit tables, included by avx2.c and avxvnni.c. The includer defines, for unsigned
+ * bytes u times signed bytes s summed over one block of 32 columns: DOT(sum, u, s)       sum += u * s, at most 8 times
+ * with u <= 15 before TO_I32(sum)          eight 32-bit sums of four neighbouring products each DOT_SIGNED(w, s) eight
+ * 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
 #include "../plain.h"
+#include "../table.h"
 #include "prefetch.h"
 
 #include <immintrin.h>
@@ -78,24 +78,6 @@ static inline int sum_bytes(__m256i bytes) {
     __m256i s = _mm256_sad_epu8(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
     __m128i t = _mm_add_epi64(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
     return (int)(_mm_cvtsi128_si64(t) + _mm_extract_epi64(t, 1)) - 32 * 128;
-}
-
-static void quantize(const float *x, int64_t cols, st_q8x4 *out) {
-    for (int64_t b = 0; b < cols / ST_BLOCK; b++, x += ST_BLOCK) {
-        st_q8x4 *quad = out + b / 4;
-        int lane = b % 4;
-        if (lane == 0)
-            memset(quad, 0, sizeof *quad);
-        __m256 v[4];
-        for (int i = 0; i < 4; i++)
-            v[i] = _mm256_loadu_ps(x + 8 * i);
-        float amax = amax32(v);
-        __m256i q = round32(v, amax > 0 ? 127 / amax : 0);
-        _mm_storeu_si128((__m128i *)quad->q[0][lane], _mm256_castsi256_si128(q));
-        _mm_storeu_si128((__m128i *)quad->q[1][lane], _mm256_extracti128_si256(q, 1));
-        quad->corr[4 * lane] = -8 * sum_bytes(q);
-        _mm_storeu_ps(quad->scale + 4 * lane, _mm_set1_ps(amax / 127));
-    }
 }
 
 /* Blocks b0..b1 of a tile for one token, added to sum; half h is rows 8h..8h+7. */
@@ -275,20 +257,19 @@ static inline void store_rows(const __m256 sum[2], int64_t count, float *y) {
 }
 
 /* A tile's weights stay in the first cache levels while it serves all tokens, four, two and one at a time. */
-#define GEMM(NAME, TYPE, BYTES)                                                                                        \
-    static void NAME(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,      \
-                     int64_t n, float *y, int64_t ldy) {                                                               \
+#define GEMM(NAME, name)                                                                                               \
+    static ST_GEMM(gemm_##name) {                                                                                      \
         for (int64_t tile = t0; tile < t1; tile++) {                                                                   \
-            const uint8_t *p = w + tile * nb * BYTES;                                                                  \
+            const uint8_t *p = w + tile * nb * ST_TILE_BYTES(NAME);                                                    \
             float *out = y + (tile - t0) * ST_TILE_ROWS;                                                               \
             __m256 sum[4][2];                                                                                          \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
                 step = n - t >= 4 ? 4 : n - t;                                                                         \
                 switch (step) {                                                                                        \
-                case 4: tile_##TYPE##_x4(p, nb, x + t, t == 0, sum); break;                                            \
-                case 3: tile_##TYPE##_x3(p, nb, x + t, t == 0, sum); break;                                            \
-                case 2: tile_##TYPE##_x2(p, nb, x + t, t == 0, sum); break;                                            \
-                default: tile_##TYPE##_x1(p, nb, x + t, t == 0, sum); break;                                           \
+                case 4: tile_##name##_x4(p, nb, x + t, t == 0, sum); break;                                            \
+                case 3: tile_##name##_x3(p, nb, x + t, t == 0, sum); break;                                            \
+                case 2: tile_##name##_x2(p, nb, x + t, t == 0, sum); break;                                            \
+                default: tile_##name##_x1(p, nb, x + t, t == 0, sum); break;                                           \
                 }                                                                                                      \
                 for (int64_t i = 0; i < step; i++)                                                                     \
                     store_rows(sum[i], rows - tile * ST_TILE_ROWS, out + (t + i) * ldy);                               \
@@ -296,9 +277,7 @@ static inline void store_rows(const __m256 sum[2], int64_t count, float *y) {
         }                                                                                                              \
     }
 
-GEMM(gemm_q4_0, q4_0, ST_TILE_Q4_0_BYTES)
-GEMM(gemm_q8_0, q8_0, ST_TILE_Q8_0_BYTES)
-GEMM(gemm_q6_k, q6_k, (ST_TILE_Q6_K_SUPER_BYTES / 8))
+ST_TILED_TYPES(GEMM)
 
 /* Two blocks (32 nibble bytes) a step, eight scales a turn; DOT leaves 4 sums a block, which the replicated scales
  * fit. Two rows share the reads of x: `rows` and `out` have R entries. */
@@ -440,191 +419,8 @@ static inline void add_weighted(float weight, const float *total, float *y) {
                          _mm256_fmadd_ps(_mm256_set1_ps(weight), _mm256_loadu_ps(total + i), _mm256_loadu_ps(y + i)));
 }
 
-static void activate(const float *g, const float *up, st_active *out) {
-    __m256 h[4];
-    unsigned fires = 0;
-    memset(out, 0, sizeof *out);
-    for (int i = 0; i < 4; i++) {
-        __m256 gate = _mm256_loadu_ps(g + 8 * i);
-        __m256 on = _mm256_cmp_ps(gate, _mm256_setzero_ps(), _CMP_NLE_UQ);
-        fires |= (unsigned)_mm256_movemask_ps(on) << 8 * i;
-        h[i] = _mm256_and_ps(on, _mm256_mul_ps(gate, _mm256_loadu_ps(up + 8 * i)));
-    }
-    out->count = __builtin_popcount(fires);
-    if (!fires)
-        return;
-    float amax = amax32(h);
-    __m256i q = round32(h, amax > 0 ? 127 / amax : 0);
-    unsigned used = ~(unsigned)_mm256_movemask_epi8(_mm256_cmpeq_epi8(q, _mm256_setzero_si256()));
-    int8_t bytes[32];
-    int n = 0;
-    _mm256_storeu_si256((__m256i *)bytes, q);
-    for (; used; used &= used - 1) {
-        int i = __builtin_ctz(used);
-        out->index[n] = (uint8_t)i;
-        out->h[n++] = bytes[i];
-    }
-    if (n == 0 && !(amax <= 0)) /* only NaN or infinity: keep one entry so that the scale is seen */
-        n = 1;
-    out->corr = -8 * sum_bytes(q);
-    out->quads = (n + 3) / 4;
-    out->scale = amax / 127;
-    for (int i = n; i < 4 * out->quads; i++)
-        out->index[i] = out->index[n - 1];
-}
-
-enum { HEADS = 3 }; /* query heads that share a key or value: 12 sums, of 16 registers */
-
-/* Lane i = the sum of a[i]'s lanes. */
-static inline __m128 sum4x8(const __m256 a[4]) {
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-}
-
-/* Scores of H heads at four positions (the last one repeated beyond n); each key is read and widened once. */
-static inline __attribute__((always_inline)) void scores_h(const int H, const float *q, int64_t hd, const uint16_t *k,
-                                                           int64_t n, float scale, float *scores) {
-    __m256 sum[HEADS][4];
-    for (int h = 0; h < H; h++)
-        for (int p = 0; p < 4; p++)
-            sum[h][p] = _mm256_setzero_ps();
-    for (int64_t i = 0; i < hd; i += 8)
-        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) {
-            __m256 key = load_f16x8(k + (p < n ? p : n - 1) * hd + i);
-            for (int h = 0; h < H; h++)
-                sum[h][p] = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * hd + i), key, sum[h][p]);
-        }
-    for (int h = 0; h < H; h++) {
-        float four[4];
-        _mm_storeu_ps(four, _mm_mul_ps(sum4x8(sum[h]), _mm_set1_ps(scale)));
-        memcpy(scores + h * ST_ATTN_CHUNK, four, sizeof *four * (size_t)(n < 4 ? n : 4));
-    }
-}
-
-/* acc[h] = sum over n positions of scores[h][p] * v[p], 32 columns of H heads at a time, or the J * 8 that are left. */
-static inline __attribute__((always_inline)) void values_j(const int H, const int J, const float *scores,
-                                                           const uint16_t *v, int64_t hd, int64_t n, float *acc) {
-    __m256 sum[HEADS][4];
-    for (int h = 0; h < H; h++)
-        for (int j = 0; j < J; j++)
-            sum[h][j] = _mm256_setzero_ps();
-    for (int64_t p = 0; p < n; p++) {
-        for (int j = 0; j < J; j++) {
-            __m256 value = load_f16x8(v + p * hd + 8 * j);
-            for (int h = 0; h < H; h++)
-                sum[h][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(scores + h * ST_ATTN_CHUNK + p), value, sum[h][j]);
-        }
-    }
-    for (int h = 0; h < H; h++)
-        for (int j = 0; j < J; j++)
-            _mm256_storeu_ps(acc + h * hd + 8 * j, sum[h][j]);
-}
-
-static inline __attribute__((always_inline)) void values_h(const int H, const float *scores, const uint16_t *v,
-                                                           int64_t hd, int64_t n, float *acc) {
-    int64_t i = 0;
-    for (; i + 32 <= hd; i += 32)
-        values_j(H, 4, scores, v + i, hd, n, acc + i);
-    for (; i < hd; i += 8)
-        values_j(H, 1, scores, v + i, hd, n, acc + i);
-}
-
-/* scores[0..n) -> exp(score - max); returns their sum. Lanes past n count nothing. */
-static float softmax_chunk(float *s, int64_t n, float *max) {
-    int64_t padded = (n + 7) / 8 * 8;
-    for (int64_t p = n; p < padded; p++)
-        s[p] = -INFINITY;
-    __m256 m = _mm256_set1_ps(-INFINITY), sum = _mm256_setzero_ps();
-    for (int64_t p = 0; p < padded; p += 8)
-        m = _mm256_max_ps(m, _mm256_loadu_ps(s + p));
-    *max = max8(m);
-    m = _mm256_set1_ps(*max);
-    for (int64_t p = 0; p < padded; p += 8) {
-        __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + p), m));
-        if (p + 8 > n)
-            e = _mm256_and_ps(e, _mm256_cmp_ps(_mm256_loadu_ps(s + p), _mm256_set1_ps(-INFINITY), _CMP_NEQ_UQ));
-        _mm256_storeu_ps(s + p, e);
-        sum = _mm256_add_ps(sum, e);
-    }
-    return sum8(sum);
-}
-
 #include "attention_q8_256.h"
 
 #define VECTOR __m256
 #define TILE_VECTORS 2
-#define SCORES 4
-#define ACTIVATE activate
 #include "drivers.h"
-
-static float dot(const float *a, const float *b, int64_t n) {
-    __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        s0 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), s0);
-        s1 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8), s1);
-        s2 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 16), _mm256_loadu_ps(b + i + 16), s2);
-        s3 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 24), _mm256_loadu_ps(b + i + 24), s3);
-    }
-    float sum = sum8(_mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3)));
-    for (; i < n; i++)
-        sum += a[i] * b[i];
-    return sum;
-}
-
-static void rmsnorm(const float *x, const float *w, int64_t n, float eps, float *out) {
-    float scale = 1 / sqrtf(dot(x, x, n) / (float)n + eps);
-    __m256 s = _mm256_set1_ps(scale);
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), s), _mm256_loadu_ps(w + i)));
-    for (; i < n; i++)
-        out[i] = x[i] * scale * w[i];
-}
-
-static void axpy(float a, const float *x, float *y, int64_t n) {
-    __m256 s = _mm256_set1_ps(a);
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(s, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
-    for (; i < n; i++)
-        y[i] += a * x[i];
-}
-
-static void to_f16(const float *x, uint16_t *out, int64_t n) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-    for (; i < n; i++)
-        out[i] = st_f32_to_f16(x[i]);
-}
-
-static void from_f16(const uint16_t *x, float *out, int64_t n) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, load_f16x8(x + i));
-    for (; i < n; i++)
-        out[i] = st_f16_to_f32(x[i]);
-}
-
-const st_kernels ST_TABLE = {
-    .name = ST_TABLE_NAME,
-    .quantize = quantize,
-    .gemm_q4_0 = gemm_q4_0,
-    .gemm_q8_0 = gemm_q8_0,
-    .gemm_q6_k = gemm_q6_k,
-    .rows_q4_0 = rows_q4_0,
-    .ffn_q4_0 = ffn_q4_0,
-    .down_q4_0 = down_q4_0,
-    .down_transposed_q4_0 = down_transposed_q4_0,
-    .activate = activate,
-    .attention = attention,
-    .attention_q8 = attention_q8,
-    .rmsnorm = rmsnorm,
-    .dot = dot,
-    .axpy = axpy,
-    .to_f16 = to_f16,
-    .from_f16 = from_f16,
-    .rope = rope,
-    .top_k = top_k,
-};
