@@ -15,7 +15,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CORE = [
-    *("src/weights/types.c", "src/weights/layout.c", "src/kernels/kv.c", "src/kernels/neurons.c", "src/kernels/ref.c"),
+    *("src/weights/types.c", "src/weights/layout.c", "src/weights/expert.c"),
+    *("src/kernels/kv.c", "src/kernels/neurons.c", "src/kernels/ref.c"),
     *("src/paging/pager.c", "src/paging/eviction.c", "src/paging/reader.c", "src/paging/crc32.c"),
     *("src/system/cpu.c", "src/system/memory.c", "src/system/threads.c", "src/system/bandwidth.c"),
 ]

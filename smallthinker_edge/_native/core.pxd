@@ -39,6 +39,20 @@ cdef extern from "smallthinker/layout.h" nogil:
     void st_unpack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
     void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out)
 
+cdef extern from "smallthinker/expert.h" nogil:
+    ctypedef struct st_expert:
+        int64_t d, f
+        int gate, up, down
+        int transposed
+        int tiled
+        size_t rows[3]
+        size_t up_at, down_at
+        size_t bytes
+        size_t group_bytes
+    int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack)
+    void st_expert_pack(const st_expert *e, const uint8_t *gate, const uint8_t *up, const uint8_t *down, uint8_t *blob)
+    void st_expert_unpack(const st_expert *e, const uint8_t *blob, uint8_t *gate, uint8_t *up, uint8_t *down)
+
 cdef extern from "smallthinker/kernels.h" nogil:
     enum:
         ST_ATTN_CHUNK

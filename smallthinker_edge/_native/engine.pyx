@@ -374,35 +374,28 @@ cdef class Engine:
         cdef Layer *layer = self.call.layers + self.check_layer(l)
         cdef const uint8_t[::1] g = gate[1], u = up[1], d = down[1]
         cdef int64_t e, E = s.experts
-        cdef int64_t tiles = (s.f + ST_TILE_ROWS - 1) // ST_TILE_ROWS
-        cdef size_t gs = g.shape[0] // E, us = u.shape[0] // E, ds = d.shape[0] // E, gate_bytes, size
+        cdef st_expert *expert = &layer.expert
+        cdef size_t size
         cdef uint8_t *blob
-        cdef int64_t down_cols = s.d if s.down_transposed else s.f
-        cdef int64_t down_rows_ = s.f if s.down_transposed else s.d
-        layer.gate_type, layer.up_type, layer.down_type = gate[0], up[0], down[0]
-        if (st_row_bytes(layer.gate_type, s.d) * s.f * E != <size_t>g.shape[0]
-                or st_row_bytes(layer.up_type, s.d) * s.f * E != <size_t>u.shape[0]
-                or st_row_bytes(layer.down_type, down_cols) * down_rows_ * E != <size_t>d.shape[0]):
+        self.set_expert(layer, (gate[0], up[0], down[0]))
+        if (expert.rows[0] * E != <size_t>g.shape[0] or expert.rows[1] * E != <size_t>u.shape[0]
+                or expert.rows[2] * E != <size_t>d.shape[0]):
             raise ValueError("expert bytes do not match their shape and type")
-        layer.expert_layout = self.expert_layout(layer)
-        gate_bytes, size = gs, gs + us + ds
-        if layer.expert_layout == EXPERT_PACKED:
-            gate_bytes = st_tile16_bytes(ST_Q4_0, s.f, s.d)
-            size = gate_bytes + us + st_down_bytes(ST_Q4_0, s.d, s.f)
-        size = (size + 63) // 64 * 64
+        size = (expert.bytes + 63) // 64 * 64
         blob = <uint8_t *>self.arena.take(size * E)
         with nogil:
             for e in range(E):
                 self.call.experts[l * E + e] = blob
-                if layer.expert_layout == EXPERT_PACKED:
-                    st_pack_tile16(ST_Q4_0, &g[e * gs], s.f, s.d, blob, 0, tiles)
-                    st_pack_rows(ST_Q4_0, &u[e * us], s.f, s.d, blob + gate_bytes)
-                    st_pack_down(ST_Q4_0, s.down_transposed, &d[e * ds], s.d, s.f, blob + gate_bytes + us)
-                else:
-                    memcpy(blob, &g[e * gs], gs)
-                    memcpy(blob + gs, &u[e * us], us)
-                    memcpy(blob + gs + us, &d[e * ds], ds)
+                st_expert_pack(expert, &g[e * expert.rows[0]], &u[e * expert.rows[1]], &d[e * expert.rows[2]], blob)
                 blob += size
+
+    cdef int set_expert(self, Layer *layer, types) except -1:
+        """How the experts of a layer stand in their blobs, by the numbers of the types of gate, up and down."""
+        cdef Shape *s = &self.call.s
+        gate, up, down = types
+        if st_expert_init(&layer.expert, s.d, s.f, gate, up, down, s.down_transposed, not self.exact) < 0:
+            raise ValueError("experts of a type that cannot be read, or sizes that do not fit it")
+        return 0
 
     def page_experts(self, path, offsets, size_t blob_bytes, int64_t slots, types, *, int io_threads=IO_THREADS,
                      policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, size_t lent=0,
@@ -433,9 +426,7 @@ cdef class Engine:
         if io_threads < 1 or ahead < 0 or piece < 4096 or piece % 4096:
             raise ValueError("io_threads, ahead or piece is out of range")
         for l in range(self.call.s.n_layers):
-            layer = &self.call.layers[l]
-            layer.gate_type, layer.up_type, layer.down_type = types[l]
-            layer.expert_layout = self.expert_layout(layer)
+            self.set_expert(&self.call.layers[l], types[l])
         name = os.fsencode(path)
         self.reader = st_reader_open(name, cached)
         if self.reader == NULL:
@@ -482,13 +473,6 @@ cdef class Engine:
                                  (self.most_slots - slots) * self.slot_bytes)
         self.slots = slots
         return 0
-
-    cdef int expert_layout(self, Layer *layer) noexcept:
-        cdef Shape *s = &self.call.s
-        if (not self.exact and s.f % 32 == 0
-                and layer.gate_type == layer.up_type == layer.down_type == ST_Q4_0):
-            return EXPERT_PACKED
-        return EXPERT_ROWS
 
     def pager_stats(self):
         """Counts since the model was opened, or None without a pager. See docs/performance.md for what they mean."""

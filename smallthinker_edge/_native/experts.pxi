@@ -1,32 +1,23 @@
 # The forward pass, part: gate, up and down of the chosen experts, sparse where the weights are packed. Included by
 # engine.pyx after forward.pxi, whose structs it fills.
 
-cdef const uint8_t *packed_up(Call *c, const uint8_t *blob) noexcept nogil:
-    """A packed expert's up rows: they follow the gate."""
-    return blob + c.s.groups * 2 * c.s.nb_d * ST_TILE_Q4_0_BYTES
-
-
-cdef const uint8_t *packed_down(Call *c, const uint8_t *blob) noexcept nogil:
-    return packed_up(c, blob) + c.s.f * c.s.nb_d * 18
-
-
-cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, const st_q8x4 *const *xq,
+cdef void neurons_packed(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t g, const st_q8x4 *const *xq,
                          Scratch *s) noexcept nogil:
     """Gate of 32 neurons for every token of the expert, then up only where the gate is positive."""
     cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e]
     cdef int32_t *slots = c.list_slot + c.list_start[e]
     cdef st_neurons *n = s.neurons
-    cdef const uint8_t *rows = packed_up(c, blob)
+    cdef const uint8_t *rows = blob + layer.expert.up_at
     cdef float value[32]
     cdef float up[32]
     n.group = g
     for i in range(m):
         s.rows[c.s.batch + i] = xq[slots[i] // c.s.used]
-    c.kernels.gemm[ST_TILED_Q4_0](blob, c.s.f, c.s.nb_d, 2 * g, 2 * g + 2, s.rows + c.s.batch, m, s.gate, 32)
+    c.kernels.gemm[layer.expert.tiled](blob, c.s.f, c.s.nb_d, 2 * g, 2 * g + 2, s.rows + c.s.batch, m, s.gate, 32)
     for i in range(m):
         memcpy(n.g, s.gate + i * 32, 32 * sizeof(float))
         st_neurons_choose(n)
-        c.kernels.rows[ST_TILED_Q4_0](rows, c.s.nb_d, n.index, n.fired, s.rows[c.s.batch + i], value)
+        c.kernels.rows[layer.expert.tiled](rows, c.s.nb_d, n.index, n.fired, s.rows[c.s.batch + i], value)
         if c.s.down_transposed:
             st_neurons_multiply(n, value, c.fired + slots[i] * c.s.groups + g)
         else:
@@ -34,9 +25,9 @@ cdef void neurons_packed(Call *c, const uint8_t *blob, int64_t e, int64_t g, con
             c.kernels.activate(n.g, up, c.active + slots[i] * c.s.groups + g)
 
 
-cdef void ffn_step(Call *c, Scratch *s) noexcept nogil:
+cdef void ffn_step(Call *c, Layer *layer, Scratch *s) noexcept nogil:
     """Moves what is on its way through the FFN of a few tokens a stage further; stage 0 is free afterwards."""
-    c.kernels.ffn[ST_TILED_Q4_0](c.s.nb_d, c.s.groups, s.stage)
+    c.kernels.ffn[layer.expert.tiled](c.s.nb_d, c.s.groups, s.stage)
     st_neurons_advance(s.stage)
 
 
@@ -51,13 +42,12 @@ cdef float *part_of(Call *c, int64_t slot, int64_t part) noexcept nogil:
     return c.parts + (slot * c.s.ffn_parts + part) * c.s.d_padded
 
 
-cdef void ffn_part(Call *c, const uint8_t *blob, int64_t e, int64_t part, const st_q8x4 *const *xq, int64_t *steps,
-                   Scratch *s) noexcept nogil:
+cdef void ffn_part(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t part, const st_q8x4 *const *xq,
+                   int64_t *steps, Scratch *s) noexcept nogil:
     """Sends the neurons of a part of expert e through the FFN, for each of its tokens while their weights are in the
     cache; those of the last steps stay on their way until others, or nothing, follow them. steps: how many groups this
     thread has sent."""
     cdef int64_t g, i, g0 = part * ST_FFN_PART, g1 = min(g0 + ST_FFN_PART, c.s.groups)
-    cdef int64_t tile_bytes = c.s.nb_d * ST_TILE_Q4_0_BYTES
     cdef st_neurons *n
     for i in range(c.list_start[e], c.list_start[e + 1]):
         memset(part_of(c, c.list_slot[i], part), 0, c.s.d_padded * sizeof(float))
@@ -66,12 +56,12 @@ cdef void ffn_part(Call *c, const uint8_t *blob, int64_t e, int64_t part, const 
             n = &s.neurons[steps[0] % 4]
             steps[0] += 1
             n.x = xq[c.list_slot[i] // c.s.used]
-            n.gate = blob + 2 * g * tile_bytes
-            n.up = packed_up(c, blob)
-            n.down, n.transposed = packed_down(c, blob), c.s.down_transposed
+            n.gate = blob + g * layer.expert.group_bytes
+            n.up = blob + layer.expert.up_at
+            n.down, n.transposed = blob + layer.expert.down_at, c.s.down_transposed
             n.y, n.group = part_of(c, c.list_slot[i], part), g
             s.stage[0] = n
-            ffn_step(c, s)
+            ffn_step(c, layer, s)
 
 
 cdef void add_parts(Call *c, int64_t unit) noexcept nogil:
@@ -89,36 +79,36 @@ cdef void neurons_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, in
     """The same over GGUF rows in float arithmetic."""
     cdef int64_t i, n, fired, m = c.list_start[e + 1] - c.list_start[e], d = c.s.d
     cdef int32_t *slots = c.list_slot + c.list_start[e]
-    cdef size_t gate_row = st_row_bytes(layer.gate_type, d), up_row = st_row_bytes(layer.up_type, d)
-    cdef const uint8_t *up = blob + c.s.f * gate_row
+    cdef size_t gate_row = st_row_bytes(layer.expert.gate, d), up_row = st_row_bytes(layer.expert.up, d)
+    cdef const uint8_t *up = blob + layer.expert.up_at
     cdef const float *x
     for n in range(32 * g, min(32 * g + 32, c.s.f)):
-        dequantize(c, layer.gate_type, blob + n * gate_row, d, s.row)
+        dequantize(c, layer.expert.gate, blob + n * gate_row, d, s.row)
         fired = 0
         for i in range(m):
             s.gate[i] = c.kernels.dot(s.row, xf + slots[i] // c.s.used * d, d)
             fired += not s.gate[i] <= 0
         if fired:
-            dequantize(c, layer.up_type, up + n * up_row, d, s.row)
+            dequantize(c, layer.expert.up, up + n * up_row, d, s.row)
         for i in range(m):
             x = xf + slots[i] // c.s.used * d
             c.h[slots[i] * c.s.f + n] = 0 if s.gate[i] <= 0 else s.gate[i] * c.kernels.dot(s.row, x, d)
 
 
-cdef void down_packed(Call *c, const uint8_t *blob, int64_t e, int64_t unit) noexcept nogil:
+cdef void down_packed(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64_t unit) noexcept nogil:
     cdef int64_t i, m = c.list_start[e + 1] - c.list_start[e], groups = c.s.groups
     cdef int64_t c0 = unit * c.s.down_step, c1 = min(c0 + c.s.down_step, (c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
     cdef int32_t *slots = c.list_slot + c.list_start[e]
-    cdef const uint8_t *down = packed_down(c, blob)
+    cdef const uint8_t *down = blob + layer.expert.down_at
     cdef float *x
     for i in range(m):
         x = c.x + slots[i] // c.s.used * c.s.d_padded + c0 * ST_DOWN_CHUNK
         if c.s.down_transposed:
-            c.kernels.down_transposed[ST_TILED_Q4_0](down, c.s.d, groups, c0, c1, c.fired + slots[i] * groups,
-                                                     c.weight[slots[i]], x)
+            c.kernels.down_transposed[layer.expert.tiled](down, c.s.d, groups, c0, c1, c.fired + slots[i] * groups,
+                                                          c.weight[slots[i]], x)
         else:
-            c.kernels.down[ST_TILED_Q4_0](down, c.s.d, groups, c0, c1, c.active + slots[i] * groups,
-                                          c.weight[slots[i]], x)
+            c.kernels.down[layer.expert.tiled](down, c.s.d, groups, c0, c1, c.active + slots[i] * groups,
+                                               c.weight[slots[i]], x)
 
 
 cdef bint silent(Call *c, const int32_t *slots, int64_t m, int64_t n) noexcept nogil:
@@ -134,25 +124,25 @@ cdef void down_rows(Call *c, Layer *layer, const uint8_t *blob, int64_t e, int64
     cdef int64_t i, n, r, m = c.list_start[e + 1] - c.list_start[e], d = c.s.d, f = c.s.f
     cdef int64_t r0 = chunk * GENERIC_CHUNK, r1 = min(r0 + GENERIC_CHUNK, d)
     cdef int32_t *slots = c.list_slot + c.list_start[e]
-    cdef const uint8_t *down = blob + f * (st_row_bytes(layer.gate_type, d) + st_row_bytes(layer.up_type, d))
+    cdef const uint8_t *down = blob + layer.expert.down_at
     cdef size_t row_bytes
     cdef float *x
     cdef float h
     if c.s.down_transposed:
-        row_bytes = st_row_bytes(layer.down_type, d)
+        row_bytes = st_row_bytes(layer.expert.down, d)
         for n in range(f):
             if silent(c, slots, m, n):
                 continue
-            dequantize(c, layer.down_type, down + n * row_bytes + st_row_bytes(layer.down_type, r0), r1 - r0, s.row)
+            dequantize(c, layer.expert.down, down + n * row_bytes + st_row_bytes(layer.expert.down, r0), r1 - r0, s.row)
             for i in range(m):
                 h = c.h[slots[i] * f + n]
                 if h != 0:
                     x = c.x + slots[i] // c.s.used * c.s.d_padded
                     c.kernels.axpy(c.weight[slots[i]] * h, s.row, x + r0, r1 - r0)
         return
-    row_bytes = st_row_bytes(layer.down_type, f)
+    row_bytes = st_row_bytes(layer.expert.down, f)
     for r in range(r0, r1):
-        dequantize(c, layer.down_type, down + r * row_bytes, f, s.row)
+        dequantize(c, layer.expert.down, down + r * row_bytes, f, s.row)
         for i in range(m):
             x = c.x + slots[i] // c.s.used * c.s.d_padded
             x[r] += c.weight[slots[i]] * c.kernels.dot(s.row, c.h + slots[i] * f, f)
@@ -162,7 +152,7 @@ cdef bint few_tokens(Call *c, Layer *layer) noexcept nogil:
     """Whether the FFN runs by parts of experts, gate to down at once: quicker where tokens hardly share an expert, as
     measured up to two each. Changes no bit."""
     return (c.n <= FEW_TOKENS and (c.n == 1 or c.n * c.s.used < 2 * c.n_active)
-            and layer.expert_layout == EXPERT_PACKED)
+            and layer.expert.tiled >= 0)
 
 
 cdef int64_t neuron_units(Call *c, Layer *layer) noexcept nogil:
@@ -173,7 +163,7 @@ cdef int64_t output_chunks(Call *c, Layer *layer) noexcept nogil:
     """Units of the phase after the neurons: outputs, each of all experts."""
     if few_tokens(c, layer):
         return c.n * ((c.s.d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
-    if layer.expert_layout == EXPERT_PACKED:
+    if layer.expert.tiled >= 0:
         return c.s.down_units
     return (c.s.d + GENERIC_CHUNK - 1) // GENERIC_CHUNK
 
@@ -195,7 +185,7 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
     cdef int64_t u, i
     inputs(c, s, tid, layer.ffn_norm, neuron_units(c, layer), &xq, &xf)
     if few_tokens(c, layer):
-        ffn_phase(c, l, tid, xq, s)
+        ffn_phase(c, layer, l, tid, xq, s)
     else:
         neurons_phase(c, layer, l, tid, xq, xf, s)
     for i in range(c.n_active if tid == 0 else 0):  # here it can be interrupted, at the barrier it cannot
@@ -219,7 +209,7 @@ cdef bint expert_phases(Call *c, Layer *layer, int64_t l, int tid, Scratch *s, i
     return True
 
 
-cdef void ffn_phase(Call *c, int64_t l, int tid, const st_q8x4 *const *xq, Scratch *s) noexcept nogil:
+cdef void ffn_phase(Call *c, Layer *layer, int64_t l, int tid, const st_q8x4 *const *xq, Scratch *s) noexcept nogil:
     """Gate, up and down of a few tokens' experts, into c.parts."""
     cdef const uint8_t *blob
     cdef int64_t u, e, part, steps = 0
@@ -231,9 +221,9 @@ cdef void ffn_phase(Call *c, int64_t l, int tid, const st_q8x4 *const *xq, Scrat
         e = c.active_expert[expert_of_unit(c, u, c.s.ffn_parts, &part)]
         blob = expert_blob(c, l, e, tid)
         if blob != NULL:
-            ffn_part(c, blob, e, part, xq, &steps, s)
+            ffn_part(c, layer, blob, e, part, xq, &steps, s)
     for u in range(3):
-        ffn_step(c, s)
+        ffn_step(c, layer, s)
 
 
 cdef void neurons_phase(Call *c, Layer *layer, int64_t l, int tid, const st_q8x4 *const *xq, const float *xf,
@@ -249,8 +239,8 @@ cdef void neurons_phase(Call *c, Layer *layer, int64_t l, int tid, const st_q8x4
         blob = expert_blob(c, l, e, tid)
         if blob == NULL:
             continue
-        if layer.expert_layout == EXPERT_PACKED:
-            neurons_packed(c, blob, e, g, xq, s)
+        if layer.expert.tiled >= 0:
+            neurons_packed(c, layer, blob, e, g, xq, s)
         else:
             neurons_rows(c, layer, blob, e, g, xf, s)
 
@@ -262,7 +252,7 @@ cdef void down_unit(Call *c, Layer *layer, int64_t l, int64_t unit, int tid, Scr
     for i in range(c.n_active):
         e = c.active_expert[i]
         blob = expert_blob(c, l, e, tid)
-        if layer.expert_layout == EXPERT_PACKED:
-            down_packed(c, blob, e, unit)
+        if layer.expert.tiled >= 0:
+            down_packed(c, layer, blob, e, unit)
         else:
             down_rows(c, layer, blob, e, unit, s)

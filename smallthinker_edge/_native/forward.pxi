@@ -6,8 +6,6 @@ cdef enum:
     TILE = 1   # Tile16 of a tiled type, integer kernels
     ROWS = 2   # rows as in GGUF, dequantised one at a time, float arithmetic
     SPARSE_ROWS = 3  # a sparse type in the Rows layout, integer kernels: where few rows of many are read
-    EXPERT_PACKED = 1
-    EXPERT_ROWS = 2
     FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/performance.md, short batches)
     GENERIC_CHUNK = 256  # outputs of one down unit over GGUF rows; a multiple of every block size
     LOOK_NS = 50000000  # between two looks for Ctrl-C and at the cancel signal
@@ -32,10 +30,7 @@ cdef struct Layer:
     int rope
     int64_t window
     int64_t kv_index    # its page in a KV block: among the full layers, or among the window layers
-    int expert_layout
-    int gate_type
-    int up_type
-    int down_type
+    st_expert expert    # every expert's blob
 
 cdef struct Shape:
     int64_t n_layers, d, heads, kv_heads, hd, experts, used, f, vocab, batch
@@ -131,7 +126,7 @@ cdef struct Call:
     st_active *active     # [n*K][groups]
     st_fired *fired       # the same where down is transposed
     float *parts          # [FEW_TOKENS * K * ffn_parts][d_padded]: what each part of an expert adds, not yet weighted
-    float *h              # [n*K][f], EXPERT_ROWS
+    float *h              # [n*K][f], where experts stay in GGUF rows
     float *logits
 
 

@@ -61,7 +61,7 @@ cdef struct Job:
     const float *gate         # [rows] of ffn: what the gate's outputs are taken to be
     const st_active *active   # [rows / 32]
     const st_fired *fired     # the same, of down_transposed
-    int transposed            # down in ffn
+    st_expert expert          # of ffn: where its parts stand in an item
     const st_q8x4 *const *xq  # [tokens] quantised rows of `cols` columns
     float *x                  # [rows of attention, or cols]
     float *out                # one of out_stride floats for every thread
@@ -94,19 +94,17 @@ cdef void apply_down_transposed(const Job *j, const uint8_t *item, int tid) noex
                                  1e-3, j.out + tid * j.out_stride)
 
 
-cdef void step_ffn(const st_kernels *k, int64_t d, int64_t f, int transposed, const uint8_t *expert, int64_t group,
-                   const float *gate, const st_q8x4 *x, float *y, st_neurons *neurons,
-                   st_neurons **stage) noexcept nogil:
-    """Sends a group of an expert's neurons (gate, up, down: d * f weights each) into the FFN, as the forward pass does;
-    expert NULL: none. Only the cost of the computed gate counts: its outputs are replaced by `gate`."""
-    cdef int64_t third = d * f * 18 // 32
-    if expert != NULL:
+cdef void step_ffn(const st_kernels *k, const st_expert *expert, const uint8_t *blob, int64_t group, const float *gate,
+                   const st_q8x4 *x, float *y, st_neurons *neurons, st_neurons **stage) noexcept nogil:
+    """Sends a group of an expert's neurons into the FFN, as the forward pass does; blob NULL: none. Only the cost of
+    the computed gate counts: its outputs are replaced by `gate`."""
+    if blob != NULL:
         stage[0] = neurons
-        neurons.gate = expert + 2 * group * (d // 32) * ST_TILE_Q4_0_BYTES
-        neurons.up, neurons.down = expert + third, expert + 2 * third
-        neurons.x, neurons.transposed, neurons.y, neurons.group = x, transposed, y, group
-    k.ffn[ST_TILED_Q4_0](d // 32, f // 32, stage)
-    if expert != NULL:
+        neurons.gate = blob + group * expert.group_bytes
+        neurons.up, neurons.down = blob + expert.up_at, blob + expert.down_at
+        neurons.x, neurons.transposed, neurons.y, neurons.group = x, expert.transposed, y, group
+    k.ffn[expert.tiled](expert.d // 32, expert.f // 32, stage)
+    if blob != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
         st_neurons_choose(neurons)
     st_neurons_advance(stage)
@@ -119,10 +117,9 @@ cdef void apply_ffn(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     cdef int64_t g
     memset(stage, 0, sizeof(stage))
     for g in range(j.rows // 32):
-        step_ffn(j.k, j.cols, j.rows, j.transposed, item, g, j.gate, j.xq[0], j.out + tid * j.out_stride,
-                 neurons + g % 4, stage)
+        step_ffn(j.k, &j.expert, item, g, j.gate, j.xq[0], j.out + tid * j.out_stride, neurons + g % 4, stage)
     for g in range(3):
-        step_ffn(j.k, j.cols, j.rows, 0, NULL, 0, NULL, j.xq[0], NULL, NULL, stage)
+        step_ffn(j.k, &j.expert, NULL, 0, NULL, j.xq[0], NULL, NULL, stage)
 
 
 cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept nogil:
@@ -240,14 +237,13 @@ cdef void run_job(void *arg, int tid) noexcept nogil:
         i += st_team_size(j.team)
 
 
-# A token's FFN: `used` experts after one another in the pool, from expert `first` on. Each expert is gate [f][d],
-# up [f][d] and down [d][f], every one of d * f * 18 / 32 bytes in any of the layouts.
+# A token's FFN: `used` experts after one another in the pool, from expert `first` on.
 cdef struct Ffn:
     const st_kernels *k
     st_team *team
     const uint8_t *data
+    st_expert expert          # where not whole; else gate, up and down follow one another in Tile16, as large as rows
     int64_t experts, first, tokens, used, d, f, parts
-    int transposed            # down, where not whole
     const float *gate         # [f] what the gate is taken to be, so that the share of active neurons is the wanted one
     const st_q8x4 *x
     float *hidden             # whole: [used][f]; else [used][parts][d]
@@ -257,15 +253,15 @@ cdef struct Ffn:
 
 
 cdef const uint8_t *expert_at(Ffn *t, int64_t token, int64_t slot) noexcept nogil:
-    return t.data + (t.first + token * t.used + slot) % t.experts * 3 * (t.d * t.f * 18 // 32)
+    return t.data + (t.first + token * t.used + slot) % t.experts * t.expert.bytes
 
 
 cdef void dense_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, float *out) noexcept nogil:
     """Gate and up of 32 neurons, both whole."""
     cdef int64_t i
-    t.k.gemm[ST_TILED_Q4_0](expert, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
-    t.k.gemm[ST_TILED_Q4_0](expert + t.d * t.f * 18 // 32, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out + 32,
-                            32)
+    cdef st_gemm *gemm = t.k.gemm[t.expert.tiled]
+    gemm(expert, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
+    gemm(expert + t.expert.up_at, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out + 32, 32)
     for i in range(32):
         t.hidden[slot * t.f + 32 * group + i] = max(t.gate[32 * group + i], <float>0) * out[32 + i]
 
@@ -275,10 +271,10 @@ cdef void dense_down(Ffn *t, int64_t token, int64_t chunk, const st_q8x4 *hidden
     cdef int64_t slot, i, tile = chunk * (ST_DOWN_CHUNK // ST_TILE_ROWS)
     cdef const uint8_t *w
     for slot in range(t.used):
-        w = expert_at(t, token, slot) + 2 * (t.d * t.f * 18 // 32)
+        w = expert_at(t, token, slot) + t.expert.down_at
         row = hidden + slot * ((t.f + 127) // 128)
-        t.k.gemm[ST_TILED_Q4_0](w, t.d, t.f // 32, tile, tile + ST_DOWN_CHUNK // ST_TILE_ROWS, &row, 1, out,
-                                ST_DOWN_CHUNK)
+        t.k.gemm[t.expert.tiled](w, t.d, t.f // 32, tile, tile + ST_DOWN_CHUNK // ST_TILE_ROWS, &row, 1, out,
+                                 ST_DOWN_CHUNK)
         for i in range(ST_DOWN_CHUNK):
             t.y[chunk * ST_DOWN_CHUNK + i] += out[i]
 
@@ -322,11 +318,11 @@ cdef void run_sparse(void *arg, int tid) noexcept nogil:
             y = t.hidden + u * t.d
             memset(y, 0, t.d * sizeof(float))
             for g in range(u % t.parts * ST_FFN_PART, min((u % t.parts + 1) * ST_FFN_PART, groups)):
-                step_ffn(t.k, t.d, t.f, t.transposed, expert_at(t, token, u // t.parts), g, t.gate, t.x, y,
-                         neurons + steps % 4, stage)
+                step_ffn(t.k, &t.expert, expert_at(t, token, u // t.parts), g, t.gate, t.x, y, neurons + steps % 4,
+                         stage)
                 steps += 1
         for i in range(3):
-            step_ffn(t.k, t.d, t.f, 0, NULL, 0, NULL, t.x, NULL, NULL, stage)
+            step_ffn(t.k, &t.expert, NULL, 0, NULL, t.x, NULL, NULL, stage)
         st_team_barrier(t.team, t.d // ST_DOWN_CHUNK)
         while True:
             u = st_team_next(t.team, tid)
@@ -404,7 +400,8 @@ cdef class Timer:
         job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
         job.first, job.count, job.rows, job.cols, job.tokens = first % job.items, count, rows, cols, tokens
         job.index, job.n_index, job.active = &chosen[0], chosen.shape[0], <const st_active *>&a[0]
-        job.fired, job.transposed = <const st_fired *>&a[0], transposed
+        job.fired = <const st_fired *>&a[0]
+        need(family != "ffn" or st_expert_init(&job.expert, cols, rows, type_, type_, type_, transposed, True) == 0)
         job.streams, job.ahead = streams, ahead
         fires = np.full(rows + 1, -1, np.float32)
         if picks:
@@ -465,11 +462,11 @@ cdef class Timer:
         cdef double started
         need(d % 128 == 0 and f % 32 == 0 and d > 0 and f > 0 and used > 0 and tokens > 0 and first >= 0)
         need(gate.shape[0] == f)
-        t.experts = data.shape[0] // (3 * d * f * 18 // 32)
+        need(st_expert_init(&t.expert, d, f, ST_Q4_0, ST_Q4_0, ST_Q4_0, transposed, True) == 0)
+        t.experts = data.shape[0] // <int64_t>t.expert.bytes
         need(t.experts >= used)
         t.k, t.team, t.data, t.first, t.tokens, t.used = self.k, self.team, &data[0], first % t.experts, tokens, used
         t.d, t.f, t.gate, t.parts = d, f, &gate[0], (f // 32 + ST_FFN_PART - 1) // ST_FFN_PART
-        t.transposed = transposed
         t.scratch_stride = (1024 + used * ((f + 127) // 128) * <int64_t>sizeof(st_q8x4) + 4096) // 64 * 64
         cdef int64_t q_bytes = (d + 127) // 128 * <int64_t>sizeof(st_q8x4), hidden = used * max(f, t.parts * d)
         memory = Memory(q_bytes + hidden * 4 + d * 4 + self.threads * t.scratch_stride + 512)
