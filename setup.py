@@ -14,9 +14,11 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# What `layouts` links: the facts about types, experts and KV kinds, without the kernels.
+LAYOUTS = ["src/weights/types.c", "src/weights/layout.c", "src/weights/expert.c", "src/kernels/kv.c"]
 CORE = [
-    *("src/weights/types.c", "src/weights/layout.c", "src/weights/expert.c"),
-    *("src/kernels/kv.c", "src/kernels/neurons.c", "src/kernels/ref.c"),
+    *LAYOUTS,
+    *("src/kernels/neurons.c", "src/kernels/ref.c"),
     *("src/paging/pager.c", "src/paging/eviction.c", "src/paging/reader.c", "src/paging/crc32.c"),
     *("src/system/cpu.c", "src/system/memory.c", "src/system/threads.c", "src/system/bandwidth.c"),
 ]
@@ -38,8 +40,6 @@ KERNEL_FLAGS = {**X86, **ARM64}
 ABI3 = os.environ.get("SMALLTHINKER_ABI3") == "1"
 # -ffp-contract=off: the plain-C kernels are the definition, so the compiler must not fuse their roundings.
 FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
-WITH_CORE = ["engine", "kernels"]
-ALONE = [name for name in ("gguf", "sampler", "locks") if os.path.exists(f"smallthinker_edge/_native/{name}.pyx")]
 
 
 def kernel_sources() -> list[str]:
@@ -87,9 +87,10 @@ def extension(name: str, sources: list[str]) -> Extension:
 
 
 core = CORE + kernel_sources()
+extensions = {"engine": core, "kernels": core, "layouts": LAYOUTS, "gguf": [], "sampler": [], "locks": []}
 setup(
     ext_modules=cythonize(
-        [extension(name, core) for name in WITH_CORE] + [extension(name, []) for name in ALONE],
+        [extension(name, sources) for name, sources in extensions.items()],
         language_level=3,
         compiler_directives={"embedsignature": True, "freethreading_compatible": False},
     ),

@@ -15,12 +15,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native.engine import KV_TYPES, Engine
+from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
-from smallthinker_edge.files.config import TYPE_NUMBER, ModelConfig
+from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
 from smallthinker_edge.files.packed import PackedFile, expert_infos, is_packed
 from smallthinker_edge.files.session_file import model_hash
@@ -174,7 +175,7 @@ class SmallThinker:
         if sums is not None:
             sums = sums[-len(offsets) :]
         layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
-        types = [(TYPE_NUMBER[g.type], TYPE_NUMBER[u.type], TYPE_NUMBER[d.type]) for g, u, d in layers]
+        types = [(TYPES[g.type].number, TYPES[u.type].number, TYPES[d.type].number) for g, u, d in layers]
         # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:
         # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
         reserve = plan.parts["KV cache"] if self.config.tied else 0

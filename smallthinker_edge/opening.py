@@ -13,8 +13,9 @@ import numpy as np
 
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import TensorInfo
+from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.config import TYPE_NUMBER, ModelConfig, tensor_name
+from smallthinker_edge.files.config import ModelConfig, tensor_name
 
 
 class ModelSource(Protocol):
@@ -77,7 +78,7 @@ class Loader:
         number, data = self._matrix(name)
         kind = self.gguf.tensors[name].type
         if kind in ("Q4_0", "Q8_0"):
-            scales = data.reshape(-1, 18 if kind == "Q4_0" else 34)[:, :2]
+            scales = data.reshape(-1, TYPES[kind].bytes)[:, :2]
             exponents = np.ascontiguousarray(scales).view("<u2") & 0x7C00
             broken = exponents == 0x7C00
         elif kind == "F32":
@@ -107,7 +108,7 @@ class Loader:
             self.gguf.release(name(role))
 
     def _matrix(self, name: str) -> tuple[int, np.ndarray]:
-        return TYPE_NUMBER[self.gguf.tensors[name].type], self.gguf.data(name)
+        return TYPES[self.gguf.tensors[name].type].number, self.gguf.data(name)
 
     def _floats(self, name: str) -> np.ndarray:
         """A norm or router, which ModelConfig has checked to be F32, as one flat array."""

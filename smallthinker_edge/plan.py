@@ -13,6 +13,7 @@ import psutil
 
 from smallthinker_edge._native.engine import kv_bytes, part_bytes
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.layouts import kv_kinds
 from smallthinker_edge.errors import MemoryBudgetError
 from smallthinker_edge.files.config import ModelConfig, tensor_name
 from smallthinker_edge.files.packed import PackedFile
@@ -141,9 +142,7 @@ def _plan_kv(
 ) -> Plan:
     """The plan with the first type of keys and values that suits the budget, the smallest that works otherwise."""
     enough = config.n_layers * min(config.n_experts, 2 * config.n_experts_used) if slot_bytes else 0
-    types = ["f16"]
-    if config.head_dim % 32 == 0:
-        types += ["q8_0", "q8_0-all"] if config.window and any(config.window_layout) else ["q8_0"]
+    types = kv_kinds(config.head_dim, bool(config.window) and any(config.window_layout))
     for kv in types[:-1]:
         try:
             plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor)

@@ -5,6 +5,21 @@
 
 #include "smallthinker/kernels.h"
 
+/* What a user may ask for: X(name, type of layers that see the whole context, type of window layers), largest first,
+ * which is the order "auto" tries them in. Window layers do not grow with the context: their precision is cheap. */
+#define ST_KV_KINDS(X)                                                                                                 \
+    X("f16", F16, F16)                                                                                                 \
+    X("q8_0", Q8_0, F16)                                                                                               \
+    X("q8_0-all", Q8_0, Q8_0)
+
+typedef struct st_kv_kind {
+    const char *name;
+    int full, window; /* ST_F16 or ST_Q8_0 */
+} st_kv_kind;
+
+/* The kinds in order; NULL past the last. */
+const st_kv_kind *st_kv_kind_at(int i);
+
 /* Q8_0 (blocks of 32 dimensions of one position share an fp16 scale), nb = hd / 32:
  *   keys:   Tile16 of Q8_0 (layout.h), a position being a row, so that gemm_q8_0 makes the scores.
  *   values: per block of dimensions uint16 scale[256] (fp16, one a position), then 128 lines of 64 bytes: byte

@@ -41,12 +41,16 @@ cdef extern from "smallthinker/layout.h" nogil:
 
 cdef extern from "smallthinker/expert.h" nogil:
     ctypedef struct st_expert:
-        int64_t d, f
-        int gate, up, down
+        int64_t d
+        int64_t f
+        int gate
+        int up
+        int down
         int transposed
         int tiled
         size_t rows[3]
-        size_t up_at, down_at
+        size_t up_at
+        size_t down_at
         size_t bytes
         size_t group_bytes
     int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack)
@@ -108,6 +112,11 @@ cdef extern from "smallthinker/kernels.h" nogil:
     void st_neurons_multiply(const st_neurons *n, const float *value, st_fired *out)
 
 cdef extern from "smallthinker/kv.h" nogil:
+    ctypedef struct st_kv_kind:
+        const char *name
+        int full
+        int window
+    const st_kv_kind *st_kv_kind_at(int i)
     size_t st_kv_head_bytes(int type, int64_t hd)
     void st_kv_store_q8_key(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *keys)
     void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, float *rest)

@@ -21,6 +21,7 @@ import numpy as np
 
 from smallthinker_edge._native.core cimport *
 
+from smallthinker_edge._native.layouts import KV_TYPES
 from smallthinker_edge.errors import DecodeCancelled, ExpertReadError, OpenedBeforeFork
 
 include "forward.pxi"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smallthinker_edge._native.layouts import OTHER_TYPES, TYPES
 from smallthinker_edge.errors import ModelFormatError
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -56,23 +57,9 @@ ARRAY_DTYPES = {
     V_F32: "<f4", V_BOOL: "<u1", V_U64: "<u8", V_I64: "<i8", V_F64: "<f8",
 }
 
-# ggml type number -> (name, weights in a block, bytes of a block)
-SUPPORTED_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
-OTHER_TYPES = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
-    23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4",
-    32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
-}
-SUPPORTED_NAMES = ", ".join(name for name, _, _ in SUPPORTED_TYPES.values())
+# GGUF number -> (name, weights in a block, bytes of a block)
+SUPPORTED_TYPES = {info.number: (name, info.columns, info.bytes) for name, info in TYPES.items()}
+SUPPORTED_NAMES = ", ".join(TYPES)
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -82,7 +69,7 @@ class TensorInfo:
 
     Attributes:
         name: as in the file, `.weight` included.
-        type: "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1" or "Q6_K".
+        type: a name of _native.layouts.TYPES.
         shape: in elements, GGUF order: the first dimension is the contiguous one.
         offset: byte offset of the data from the start of its file (not of the data section).
         nbytes: length of the data in bytes.

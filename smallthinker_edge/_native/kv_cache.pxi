@@ -204,10 +204,6 @@ cdef KVBlock own(KVBlock block):
     return copy
 
 
-# Of full layers and of window layers. These do not grow with the context, so that their precision is cheap.
-KV_TYPES = {"f16": (ST_F16, ST_F16), "q8_0": (ST_Q8_0, ST_F16), "q8_0-all": (ST_Q8_0, ST_Q8_0)}
-
-
 cdef KVPage page_of(kv, bint window, config) except *:
     """The page of a full or a window layer of a ModelConfig. ValueError as KVCache()."""
     cdef KVPage page

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from smallthinker_edge._native.layouts import KV_TYPES
 from smallthinker_edge.errors import SmallThinkerError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_kv_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv",
-        choices=("f16", "q8_0", "q8_0-all", "auto"),
+        choices=(*KV_TYPES, "auto"),
         default="f16",
         help="KV cache: q8_0 takes half the memory, but in window layers (q8_0-all: there too); auto: by the budget",
     )

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol
 
+from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
 
 ARCHITECTURE = "smallthinker"
-# Type numbers of the GGUF format, which the C core shares (packed.h).
-TYPE_NUMBER = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
-MATRIX_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q6_K"})
+MATRIX_TYPES = frozenset(TYPES)
 # Those whose blocks fit into rows of the predictor's inner width.
 PREDICTOR_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0"})
 # Activations are quantised in blocks of 32, so every matrix row must be whole blocks.

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
+from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.config import TYPE_NUMBER, ModelConfig
+from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.packed import (
     ALIGN,
     EXPERT_ROLES,
@@ -35,7 +36,7 @@ from smallthinker_edge.files.packed import (
     is_packed,
 )
 
-U32, STRING, ARRAY, F32_TYPE = 4, 8, 9, 0
+U32, STRING, ARRAY = 4, 8, 9
 
 
 def _text(value: str) -> bytes:
@@ -135,7 +136,7 @@ def _write(fd: int, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> 
 def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
     """Bytes of the largest layer's blob, padded: every expert of the file takes as many."""
     layers = range(config.n_layers)
-    largest = max(ExpertLayout.of(config, expert_infos(gguf, layer)).ends[2] for layer in layers)
+    largest = max(ExpertLayout.of(config, expert_infos(gguf, layer)).bytes for layer in layers)
     return -(-largest // ALIGN) * ALIGN
 
 
@@ -206,9 +207,9 @@ def _header(
     ]
     sizes = [info.nbytes for info in dense] + [blob * config.n_experts] * config.n_layers
     starts = np.cumsum([0, *map(_aligned, sizes)]).tolist()
-    infos = [_tensor_entry(d.name, TYPE_NUMBER[d.type], d.shape, at) for d, at in zip(dense, starts, strict=False)]
+    infos = [_tensor_entry(d.name, TYPES[d.type].number, d.shape, at) for d, at in zip(dense, starts, strict=False)]
     layers = enumerate(starts[len(dense) : len(dense) + config.n_layers])
-    infos += [_tensor_entry(blob_name(n), F32_TYPE, (blob // 4, config.n_experts), at) for n, at in layers]
+    infos += [_tensor_entry(blob_name(n), TYPES["F32"].number, (blob // 4, config.n_experts), at) for n, at in layers]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join(entries) + b"".join(infos)
     data = _aligned(len(head))
     return head.ljust(data, b"\0"), [data + at for at in starts]

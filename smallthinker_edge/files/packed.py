@@ -3,7 +3,7 @@
 Called by model.py to open one and by `smallthinker-edge verify`; pack.py writes them. It is a valid GGUF: the
 source's own metadata entries, copied as they are; its dense tensors, unchanged; and per layer one tensor
 `blk.N.experts.weight`, F32 in name only, of one 4096-aligned blob per expert (gate, up, down in the kernels' order:
-see packed.h). Keys `stpk.*` hold the layout's name, the source's tensor table and checksums. So one reader and one set
+see expert.h). Keys `stpk.*` hold the layout's name, the source's tensor table and checksums. So one reader and one set
 of checks serve both kinds of file, and other GGUF tools can list it.
 """
 
@@ -14,23 +14,19 @@ import math
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native import kernels
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
+from smallthinker_edge._native.layouts import TYPES, Expert
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.config import TYPE_NUMBER, ModelConfig, tensor_name
+from smallthinker_edge.files.config import ModelConfig, tensor_name
 
 # By whether down is transposed: the experts of such files kept their GGUF rows in "tile16-2".
 LAYOUTS = {False: "tile16-2", True: "tile16-3"}
 ALIGN = 4096
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-# Bytes and weights of a block of each type (FORMATS of GGUF).
-BLOCKS = {"F32": (4, 1), "F16": (2, 1), "BF16": (2, 1), "Q4_0": (18, 32), "Q4_1": (20, 32), "Q8_0": (34, 32),
-          "Q6_K": (210, 256)}  # fmt: skip
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 
@@ -40,59 +36,33 @@ def is_packed(gguf: GGUFFile) -> bool:
     return "stpk.layout" in gguf.metadata
 
 
-@dataclass(frozen=True)
 class ExpertLayout:
-    """How one layer's experts stand in their blobs. types: GGUF names of gate, up and down."""
+    """How one layer's experts stand in their blobs: what expert.h says, over arrays."""
 
-    d_model: int
-    d_ffn: int
-    types: tuple[str, str, str]
-    interleaved: bool
-    transposed: bool
-    sizes: tuple[int, int, int]
+    def __init__(self, expert: Expert) -> None:
+        self.expert = expert
 
     @classmethod
     def of(cls, config: ModelConfig, infos: tuple[TensorInfo, TensorInfo, TensorInfo]) -> ExpertLayout:
-        gate, up, down = infos
-        types = (gate.type, up.type, down.type)
-        # The rule of Engine.expert_layout: everything else stays in GGUF rows.
-        interleaved = set(types) == {"Q4_0"} and config.d_ffn % 32 == 0
-        sizes = (gate.nbytes // config.n_experts, up.nbytes // config.n_experts, down.nbytes // config.n_experts)
-        return cls(config.d_model, config.d_ffn, types, interleaved, config.down_transposed, sizes)
+        types = [TYPES[info.type].number for info in infos]
+        return cls(Expert(config.d_model, config.d_ffn, types, config.down_transposed))
 
     @property
-    def ends(self) -> tuple[int, int, int]:
-        """Where gate, up and down end in a blob."""
-        if not self.interleaved:
-            gate, up, down = np.cumsum(self.sizes).tolist()
-            return gate, up, down
-        gate = -(-self.d_ffn // 16) * 16 * self.d_model // 32 * 18
-        up = gate + self.sizes[1]
-        return gate, up, up + -(-self.d_model // 128) * (self.d_ffn // 32 * 256 + self.d_ffn * 64)
+    def bytes(self) -> int:
+        """Bytes of a blob, without padding."""
+        return self.expert.bytes
 
     def pack(self, gate: Bytes, up: Bytes, down: Bytes) -> Bytes:
         """GGUF rows of one expert to its blob, without padding."""
-        if not self.interleaved:
-            return np.concatenate([gate, up, down])
-        return np.concatenate(
-            [
-                kernels.pack_tile16(TYPE_NUMBER["Q4_0"], gate, self.d_ffn, self.d_model),
-                kernels.pack_rows(up, self.d_ffn, self.d_model),
-                kernels.pack_down(down, self.d_model, self.d_ffn, self.transposed),
-            ]
-        )
+        blob = np.empty(self.expert.bytes, np.uint8)
+        self.expert.pack(gate, up, down, blob)
+        return blob
 
     def unpack(self, blob: Bytes) -> tuple[Bytes, Bytes, Bytes]:
         """The GGUF rows of gate, up and down that a blob was made of."""
-        gate_end, up_end, down_end = self.ends
-        if not self.interleaved:
-            return blob[:gate_end], blob[gate_end:up_end], blob[up_end:down_end]
-        q4_0 = TYPE_NUMBER["Q4_0"]
-        return (
-            kernels.unpack_tile16(q4_0, np.ascontiguousarray(blob[:gate_end]), self.d_ffn, self.d_model),
-            kernels.pack_rows(np.ascontiguousarray(blob[gate_end:up_end]), self.d_ffn, self.d_model, True),
-            kernels.unpack_down(np.ascontiguousarray(blob[up_end:down_end]), self.d_model, self.d_ffn, self.transposed),
-        )
+        gate, up, down = (np.empty(size, np.uint8) for size in self.expert.sizes)
+        self.expert.unpack(np.ascontiguousarray(blob), gate, up, down)
+        return gate, up, down
 
 
 def expert_infos(gguf: GGUFFile | PackedFile, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
@@ -117,11 +87,10 @@ class PackedFile:
         self.tensors: dict[str, TensorInfo] = {}
         try:
             for name, kind, shape, offset, nbytes in json.loads(str(gguf.metadata["stpk.source_tensors"])):
-                known = (
-                    isinstance(name, str) and kind in TYPE_NUMBER and all(isinstance(n, int) and n > 0 for n in shape)
-                )
-                size, weights = BLOCKS.get(kind, (0, 1))
-                if not known or not isinstance(offset, int) or nbytes != math.prod(shape) // weights * size:
+                known = isinstance(name, str) and kind in TYPES and all(isinstance(n, int) and n > 0 for n in shape)
+                if not known or not isinstance(offset, int) or shape[0] % TYPES[kind].columns:
+                    raise ValueError(name)
+                if nbytes != math.prod(shape) // TYPES[kind].columns * TYPES[kind].bytes:
                     raise ValueError(name)
                 self.tensors[name] = TensorInfo(name, kind, tuple(shape), offset, nbytes, 0)
         except (KeyError, TypeError, ValueError) as problem:
@@ -199,7 +168,7 @@ class PackedFile:
             if info is None or len(info.shape) != 2 or info.shape[1] != config.n_experts:
                 raise self._error(name, "is missing or does not hold one blob per expert")
             bytes_ = info.shape[0] * 4
-            if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < needed.ends[2]:
+            if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < needed.bytes:
                 raise self._error(name, f"has blobs of {bytes_} bytes at {info.offset}: not aligned, or too small")
             size = bytes_
             offsets += [info.offset + e * size for e in range(config.n_experts)]

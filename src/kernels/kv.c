@@ -1,8 +1,15 @@
-/* Writes positions into the pages of a KV cache (kv.h). Called by the forward pass, once per token, layer and KV
- * head; it moves bytes and never computes with them. */
+/* The kinds of KV cache, and positions written into their pages (kv.h). Called by the forward pass, once per token,
+ * layer and KV head; but for what a query's rounding leaves, it only moves bytes. */
 #include "smallthinker/kv.h"
 
 #include <string.h>
+
+#define KIND(name, full, window) {name, ST_##full, ST_##window},
+
+const st_kv_kind *st_kv_kind_at(int i) {
+    static const st_kv_kind kinds[] = {ST_KV_KINDS(KIND)};
+    return i >= 0 && i < (int)(sizeof kinds / sizeof kinds[0]) ? kinds + i : NULL;
+}
 
 size_t st_kv_head_bytes(int type, int64_t hd) {
     if (type == ST_F16)

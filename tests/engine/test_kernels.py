@@ -15,8 +15,10 @@ from gguf_files import quantize_q6_k
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import ACTIVE, FIRED, Q8X4_BYTES, Table
+from smallthinker_edge._native.layouts import TYPES as TYPE_INFOS
 
-TYPES = {2: T.Q4_0, 8: T.Q8_0, 14: T.Q6_K}
+INFOS = {info.number: info for info in TYPE_INFOS.values() if info.tiled}
+TYPES = {number: T(number) for number in INFOS}
 GUARD = 64
 pytestmark = pytest.mark.parametrize("name", kernels.tables())
 
@@ -54,7 +56,7 @@ KINDS = ("normal", "zeros", "extreme", "denormal", "spike")
 
 def columns(kind: int, cols: int) -> int:
     """cols, or where the type has longer blocks the next number of columns that fits them."""
-    return -(-cols // 256) * 256 if kind == 14 else cols
+    return -(-cols // INFOS[kind].columns) * INFOS[kind].columns
 
 
 def quantized(table: str, x: np.ndarray) -> np.ndarray:
@@ -78,7 +80,7 @@ def weights(kind: int, rows: int, cols: int, seed: int = 1, extreme: bool = Fals
     values = np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
     raw = quantize_q6_k(values) if kind == 14 else quants.quantize(values, TYPES[kind])
     if extreme:
-        block = raw.reshape(-1, {2: 18, 8: 34, 14: 210}[kind])
+        block = raw.reshape(-1, INFOS[kind].bytes)
         codes = block[:, :-2] if kind == 14 else block[:, 2:]
         codes[:] = np.random.default_rng(seed).choice([0x00, 0xFF, 0xF0, 0x80, 0x7F], codes.shape)
         raw = block.reshape(raw.shape)

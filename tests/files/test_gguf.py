@@ -26,9 +26,9 @@ from gguf_files import (
 )
 
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
+from smallthinker_edge._native.layouts import OTHER_TYPES, TYPES
 from smallthinker_edge.errors import ModelFormatError
 
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q6_K"]
 F32, F16, Q4_0, Q4_K = 0, 1, 2, 12
 U8, I8, U16, I16, U32, I32, FLOAT32, BOOL, STRING, ARRAY, U64, I64, FLOAT64 = range(13)
 
@@ -66,6 +66,14 @@ def test_tensors_of_every_supported_type_match_the_gguf_package(tmp_path: Path, 
             )  # fmt: skip
             assert model.data(tensor.name).tobytes() == tensor.data.tobytes()
         assert model.tensors["blk.0.attn_q.weight"].type == type_name
+
+
+def test_types_are_those_of_the_gguf_package() -> None:
+    for name, info in TYPES.items():
+        assert (info.columns, info.bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+        assert gguf.GGMLQuantizationType(info.number).name == name
+    others = {kind.value: kind.name for kind in gguf.GGMLQuantizationType if kind.name not in TYPES}
+    assert not {number: name for number, name in others.items() if OTHER_TYPES.get(number) != name}
 
 
 def test_metadata_of_every_type_is_read(tmp_path: Path) -> None:
