@@ -1,5 +1,5 @@
-# The C core as Cython sees it: declarations only, for every .pyx that calls it.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+# The C core as Cython sees it: declarations only, of what some .pyx calls; the contracts are in include/.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 cdef extern from "smallthinker/types.h" nogil:
     enum:
@@ -7,7 +7,6 @@ cdef extern from "smallthinker/types.h" nogil:
         ST_Q4_0
         ST_Q8_0
         ST_TYPE_NUMBERS
-        ST_TILED_Q4_0
     ctypedef struct st_type_info:
         const char *name
         int columns
@@ -22,7 +21,6 @@ cdef extern from "smallthinker/layout.h" nogil:
     enum:
         ST_TILE_ROWS
         ST_DOWN_CHUNK
-        ST_TILE_Q4_0_BYTES
     ctypedef struct st_q8x4:
         pass
     ctypedef struct st_active:
@@ -192,7 +190,6 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
-    void st_pager_get_resident(st_pager *pager, uint8_t *states)
 
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -5,7 +6,6 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Halves = npt.NDArray[np.uint16]
 
 Q8X4_BYTES: int
 ACTIVE_BYTES: int
@@ -26,78 +26,12 @@ def unpack_down(src: Bytes, d: int, f: int, transposed: bool = ...) -> Bytes: ..
 def multiply(g: Floats, up: Floats) -> Any: ...
 
 class Table:
+    """Has a method for every kernel, which tests call with arrays of their own; see kernels.pyx."""
+
     name: str
     def __init__(self, name: str) -> None: ...
-    def quantize(self, x: Floats, out: Bytes) -> None: ...
-    def gemm(
-        self,
-        type: int,
-        w: Bytes,
-        rows: int,
-        cols: int,
-        t0: int,
-        t1: int,
-        x: Bytes,
-        y: Floats,
-        ldy: int,
-        repeat: int = ...,
-    ) -> None: ...
-    def rows(self, w: Bytes, cols: int, index: npt.NDArray[np.int32], x: Bytes, out: Floats) -> None: ...
-    def ffn(
-        self,
-        gate: Bytes,
-        up: Bytes,
-        down: Bytes,
-        d: int,
-        f: int,
-        x: Bytes,
-        g0: int,
-        g1: int,
-        y: Floats,
-        transposed: bool = ...,
-    ) -> None: ...
-    def down(
-        self, w: Bytes, d: int, f: int, c0: int, c1: int, active: npt.NDArray[Any], weight: float, y: Floats
-    ) -> None: ...
-    def down_transposed(
-        self, w: Bytes, d: int, f: int, c0: int, c1: int, fired: npt.NDArray[Any], weight: float, y: Floats
-    ) -> None: ...
     def activate(self, g: Floats, up: Floats) -> Any: ...
-    def attention(
-        self,
-        q: Floats,
-        k: Halves,
-        v: Halves,
-        scale: float,
-        scores: Floats,
-        acc: Floats,
-        m: Floats,
-        l: Floats,
-        repeat: int = ...,
-    ) -> None: ...
-    def kv_store(self, keys: Floats, values: Floats, first: int, k: Bytes, v: Bytes) -> None: ...
-    def attention_q8(
-        self,
-        q: Bytes,
-        hd: int,
-        k: Bytes,
-        v: Bytes,
-        p0: int,
-        p1: int,
-        scale: float,
-        scores: Floats,
-        acc: Floats,
-        m: Floats,
-        l: Floats,
-        repeat: int = ...,
-    ) -> None: ...
-    def rmsnorm(self, x: Floats, w: Floats, eps: float, out: Floats) -> None: ...
-    def dot(self, a: Floats, b: Floats) -> float: ...
-    def axpy(self, a: float, x: Floats, y: Floats) -> None: ...
-    def to_f16(self, x: Floats, out: Halves) -> None: ...
-    def from_f16(self, x: Halves, out: Floats) -> None: ...
-    def rope(self, v: Floats, cosine: Floats, sine: Floats) -> None: ...
-    def top_k(self, x: Floats, ids: npt.NDArray[np.int32]) -> None: ...
+    def __getattr__(self, kernel: str) -> Callable[..., Any]: ...
 
 def allocate(size: int) -> Bytes: ...
 

@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
-"""The kernel tables and packed layouts, one thin method each, for tests and benchmarks.
+"""The kernel tables and the layouts of matrices, one thin method each, for tests and benchmarks.
 
 Never called by the forward pass. Buffers are the caller's NumPy arrays, so that a test can put guard zones around
 them; only their sizes are checked.

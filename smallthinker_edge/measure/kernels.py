@@ -62,10 +62,8 @@ def cases(shape: Shape) -> list[Case]:
     return [
         Case("gemm_q4_0", "gate", f, d),
         Case("gemm_q4_0", "output", d, heads),
-        Case("gemm_q4_0", "head, 512 rows", 512, d),
         Case("gemm_q4_0", "gate, 64 tokens", f, d, 64, streamed=False),
-        Case("gemm_q8_0", "head, 512 rows", 512, d),
-        Case("gemm_q6_k", "head, 512 rows", 512, d),
+        *(Case(name, "head, 512 rows", 512, d) for name in Timer.kernels() if name.startswith("gemm_")),
         Case("rows_q4_0", f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("rows_q4_0", "up, all", f, d),
         Case("ffn_q4_0", f"expert, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
