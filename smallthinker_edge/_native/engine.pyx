@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The forward pass: weights in the packed layouts, KV caches, and one decode call over the kernel table.
 
-Called by loader.py (weights) and session.py (decode). It never opens files and never sees text. One Engine
+Called by opening.py (weights) and session.py (decode). It never opens files and never sees text. One Engine
 serves one decode at a time (session.py holds the lock); a KVCache belongs to one session.
 """
 cimport cython
