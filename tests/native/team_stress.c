@@ -1,5 +1,6 @@
 /* src/system/threads.c: every unit given once, nothing before a barrier missed after it, work stolen from who is late,
- * teams made and ended in loops. Run by tests/engine/test_native.py, plain and under sanitizers. Prints "ok" or dies. */
+ * teams made and ended in loops. Run by tests/engine/test_native.py, plain and under sanitizers. Prints "ok" or dies.
+ */
 #define _GNU_SOURCE
 #include "smallthinker/threads.h"
 
