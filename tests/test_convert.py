@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from reference import Params, Reference, relative_error
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -17,14 +19,16 @@ from smallthinker_edge.cli import main
 from smallthinker_edge.convert import convert
 
 D, HEADS, KV, HEAD_DIM, EXPERTS, FFN, LAYERS, VOCAB = 64, 2, 1, 32, 4, 32, 5, 320
+FIXTURES = Path(__file__).parent / "fixtures"
+ABSENT = object()  # as a changed value: the key is left out
 
 
-def tensors(tied: bool) -> dict[str, np.ndarray]:
+def tensors(tied: bool, layers: int = LAYERS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, D), "model.norm.weight": (D,)}
     if not tied:
         shapes["lm_head.weight"] = (VOCAB, D)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         p = f"model.layers.{layer}."
         shapes |= {p + "input_layernorm.weight": (D,), p + "post_attention_layernorm.weight": (D,)}
         shapes |= {
@@ -36,7 +40,12 @@ def tensors(tied: bool) -> dict[str, np.ndarray]:
         for e in range(EXPERTS):
             q = f"{p}block_sparse_moe.experts.{e}."
             shapes |= {q + "gate.weight": (FFN, D), q + "up.weight": (FFN, D), q + "down.weight": (D, FFN)}
-    return {name: (rng.standard_normal(shape) / 8).astype(np.float32) for name, shape in shapes.items()}
+
+    def scale(name: str) -> float:
+        """Routers and experts are strong enough for logits to show how their weights were computed."""
+        return 4.0 if "router" in name else 0.5 if "experts" in name else 0.125
+
+    return {name: (rng.standard_normal(shape) * scale(name)).astype(np.float32) for name, shape in shapes.items()}
 
 
 def to_bf16_bits(values: np.ndarray) -> np.ndarray:
@@ -53,10 +62,19 @@ def write_bf16(path: Path, values: dict[str, np.ndarray]) -> None:
 
 
 def write_checkpoint(
-    folder: Path, *, tied: bool = True, changes: dict[str, Any] | None = None, shards: int = 1
+    folder: Path,
+    *,
+    tied: bool = True,
+    changes: dict[str, Any] | None = None,
+    shards: int = 1,
+    layers: int = LAYERS,
+    config: dict[str, Any] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
+    """A checkpoint folder; `config` replaces config.json, `changes` adds to it (ABSENT removes a key), `extra` adds
+    tensors. Returns the tensors as float32, with the precision they have in the file."""
     folder.mkdir()
-    values = tensors(tied)
+    values = tensors(tied, layers) | (extra or {})
     names = list(values)
     files = {}
     for i in range(shards):
@@ -65,16 +83,17 @@ def write_checkpoint(
         files |= dict.fromkeys(names[i::shards], file)
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    layout = [int(layer % 4 != 0) for layer in range(LAYERS)]
-    config = {
-        "model_type": "smallthinker", "num_hidden_layers": LAYERS, "hidden_size": D, "num_attention_heads": HEADS,
+    layout = [int(layer % 4 != 0) for layer in range(layers)]
+    config = config or {
+        "model_type": "smallthinker", "num_hidden_layers": layers, "hidden_size": D, "num_attention_heads": HEADS,
         "num_key_value_heads": KV, "head_dim": HEAD_DIM, "moe_num_primary_experts": EXPERTS,
         "moe_num_active_primary_experts": 2, "moe_ffn_hidden_size": FFN, "moe_primary_router_apply_softmax": False,
         "rope_layout": layout, "sliding_window_layout": layout, "sliding_window_size": 4096, "rope_theta": 1e4,
         "rope_scaling": None, "rms_norm_eps": 1e-6, "vocab_size": VOCAB, "tie_word_embeddings": tied,
         "max_position_embeddings": 256, "bos_token_id": 300, "eos_token_id": [300, 302],
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config | (changes or {})))
+    config = {key: value for key, value in (config | (changes or {})).items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -136,11 +155,147 @@ def test_what_llama_cpp_cannot_express_is_kept_and_told(tmp_path: Path) -> None:
 def test_the_user_is_told_that_llama_cpp_misreads_four_layers(tmp_path: Path) -> None:
     four = [0, 1, 1, 1]
     changes = {"num_hidden_layers": 4, "rope_layout": four, "sliding_window_layout": four}
-    write_checkpoint(tmp_path / "hf", changes=changes)
+    write_checkpoint(tmp_path / "hf", changes=changes, layers=4)
     with pytest.warns(UserWarning, match=r"exactly 4 layers"):
         convert(tmp_path / "hf", tmp_path / "m.gguf")
     with SmallThinker(tmp_path / "m.gguf") as model:
         assert model.config.rope_layout == (False, True, True, True)
+
+
+def shrunk(released: str) -> dict[str, Any]:
+    """A released config.json, key for key, with the sizes of this file's checkpoint."""
+    config = json.loads((FIXTURES / released).read_text())
+    sizes = {
+        "num_hidden_layers": LAYERS, "hidden_size": D, "num_attention_heads": HEADS, "num_key_value_heads": KV,
+        "head_dim": HEAD_DIM, "moe_num_primary_experts": EXPERTS, "moe_num_active_primary_experts": 2,
+        "moe_ffn_hidden_size": FFN, "vocab_size": VOCAB, "max_position_embeddings": 256,
+        "rope_layout": config["rope_layout"][:LAYERS],
+        "sliding_window_layout": config["sliding_window_layout"][:LAYERS],
+        "bos_token_id": 300, "eos_token_id": [300, 302],
+    }  # fmt: skip
+    assert sizes.keys() <= config.keys()
+    return config | sizes
+
+
+def reference_of(values: dict[str, np.ndarray], *, softmax: bool, hybrid: bool) -> Reference:
+    """The model as FORMATS describes it, from the checkpoint's own tensors: nothing of the converter is in it."""
+    layout = tuple(hybrid and layer % 4 != 0 for layer in range(LAYERS))
+    params = Params(
+        n_layers=LAYERS, n_heads=HEADS, n_kv_heads=KV, head_dim=HEAD_DIM, n_experts_used=2, rms_eps=1e-6,
+        rope_theta=1.5e6, rope_theta_swa=1.5e6, rope_dim=HEAD_DIM, gating="softmax" if softmax else "sigmoid",
+        window=4096, window_layout=layout, rope_layout=layout if hybrid else (True,) * LAYERS,
+    )  # fmt: skip
+    weights = {"token_embd": values["model.embed_tokens.weight"], "output_norm": values["model.norm.weight"]}
+    if "lm_head.weight" in values:
+        weights["output"] = values["lm_head.weight"]
+    for layer in range(LAYERS):
+        b, p = f"blk.{layer}.", f"model.layers.{layer}."
+        names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+                 "ffn_gate_inp": "block_sparse_moe.primary_router", "attn_output": "self_attn.o_proj",
+                 "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}  # fmt: skip
+        weights |= {b + ours: values[f"{p}{theirs}.weight"] for ours, theirs in names.items()}
+        for m in ("gate", "up", "down"):
+            experts = [values[f"{p}block_sparse_moe.experts.{e}.{m}.weight"] for e in range(EXPERTS)]
+            weights[f"{b}ffn_{m}_exps"] = np.stack(experts)
+    return Reference(params, {name + ".weight": value for name, value in weights.items()})
+
+
+@pytest.mark.parametrize("released", ["config-4b.json", "config-21b.json"])
+def test_a_released_config_converts_to_the_model_it_describes(tmp_path: Path, released: str) -> None:
+    large = "21b" in released
+    values = write_checkpoint(tmp_path / "hf", config=shrunk(released), tied=not large, shards=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(tmp_path / "hf", tmp_path / "m.gguf", "f16")
+    tokens = [5, 77, 210, 3, 199, 42, 260, 11]
+    expected = reference_of(values, softmax=large, hybrid=large).logits(tokens)
+    with SmallThinker(tmp_path / "m.gguf") as model, model.session() as session:
+        assert model.config.gating == ("softmax" if large else "sigmoid")
+        assert model.config.tied is not large
+        assert relative_error(expected, session.decode(tokens, all_logits=True)) < 2e-3
+    other = reference_of(values, softmax=not large, hybrid=large).logits(tokens)
+    assert relative_error(expected, other) > 0.02, "the routers' weights must matter here"
+
+
+def test_keys_left_out_have_the_defaults_of_the_authors_class(tmp_path: Path) -> None:
+    keys = ("tie_word_embeddings", "moe_primary_router_apply_softmax", "rope_layout", "sliding_window_layout")
+    write_checkpoint(tmp_path / "hf", changes=dict.fromkeys(keys, ABSENT))
+    convert(tmp_path / "hf", tmp_path / "m.gguf")
+    with SmallThinker(tmp_path / "m.gguf") as model:
+        config = model.config
+        assert (config.tied, config.gating, config.window) == (True, "sigmoid", 0)
+        assert config.rope_layout == (True,) * LAYERS
+        assert config.window_layout == (False,) * LAYERS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": ABSENT},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 5e5},
+        {"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5},
+        {"rope_scaling": {"type": "default", "factor": 1.0}, "rope_theta": 500000},
+    ],
+)
+def test_rope_theta_is_found_wherever_it_is_saved(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path / "hf", changes=changes)
+    convert(tmp_path / "hf", tmp_path / "m.gguf")
+    with SmallThinker(tmp_path / "m.gguf") as model:
+        assert model.config.rope_theta == 5e5
+
+
+def test_unknown_keys_pass_with_a_note(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", changes={"mood": "good", "quiet": None, "use_qk_norm": False, "rotary_pct": 1.0})
+    with pytest.warns(UserWarning, match=r"config\.json: .*ignored: mood$"):
+        convert(tmp_path / "hf", tmp_path / "m.gguf")
+
+
+def test_leftover_tensors_that_change_nothing_pass_with_a_note(tmp_path: Path) -> None:
+    head = tensors(True)["model.embed_tokens.weight"]
+    rope = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    write_checkpoint(tmp_path / "hf", extra={"lm_head.weight": head, rope: np.ones(HEAD_DIM // 2, np.float32)})
+    with pytest.warns(UserWarning, match="left out|used instead") as notes:
+        convert(tmp_path / "hf", tmp_path / "m.gguf")
+    assert {str(note.message).partition(":")[0] for note in notes} == {"lm_head.weight", rope}
+    with SmallThinker(tmp_path / "m.gguf") as model:
+        assert model.config.tied
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.q_proj.bias",
+                                  "model.layers.1.self_attn.q_norm.weight", "model.layers.9.input_layernorm.weight",
+                                  "model.layers.0.block_sparse_moe.shared_expert.up.weight"])  # fmt: skip
+def test_a_tensor_that_nothing_reads_is_refused(tmp_path: Path, name: str) -> None:
+    other = np.ones((VOCAB, D), np.float32)
+    write_checkpoint(tmp_path / "hf", extra={name: other})
+    with pytest.raises(ModelFormatError) as caught:
+        convert(tmp_path / "hf", tmp_path / "m.gguf")
+    assert caught.value.field == name
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_qk_norm": True}, {"moe_enable_early_router": False}, {"moe_layer_layout": [0, 1, 1, 1, 1]},
+        {"moe_shared_primary_experts": 1}, {"moe_enable_secondary_experts": True}, {"moe_num_secondary_experts": 2},
+        {"attention_bias": True}, {"hidden_act": "silu"}, {"partial_rotary_factor": 0.5}, {"norm_topk_prob": False},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, {"rope_parameters": {"full": {}}},
+        {"rope_parameters": {"rope_theta": 2e4}}, {"rope_scaling": {"type": "default", "factor": 2.0}},
+        {"rope_scaling": "yarn"}, {"rope_theta": ABSENT}, {"rope_theta": float("nan")}, {"rms_norm_eps": 0},
+        {"final_logit_softcapping": 30.0}, {"quantization_config": {"bits": 4}}, {"layer_types": ["full_attention"]},
+        {"tie_word_embeddings": None}, {"num_hidden_layers": 10**9}, {"hidden_size": -64}, {"head_dim": 33},
+        {"moe_num_active_primary_experts": 5}, {"num_key_value_heads": 3}, {"vocab_size": True},
+        {"architectures": ["SmallThinkerForSequenceClassification"]}, {"model_type": ABSENT},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_key_that_would_change_the_computation_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path / "hf", changes=changes)
+    with pytest.raises(ModelFormatError) as caught:
+        convert(tmp_path / "hf", tmp_path / "m.gguf")
+    assert caught.value.field == next(iter(changes))
+    assert "config.json" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,291 @@
+"""A Hugging Face checkpoint folder of a SmallThinker model: its config.json and the tensors of its safetensors files.
+
+Called by convert.py. Whatever would change what the model computes and is not known here is refused by name; nothing
+here writes, or knows GGUF.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from smallthinker_edge.errors import ModelFormatError
+
+ARCHITECTURE, MODEL_TYPE = "SmallThinkerForCausalLM", "smallthinker"
+DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+MAX_LAYERS, MAX_SIZE, MAX_CONTEXT = 4096, 1 << 24, (1 << 31) - 1
+
+# What convert reads.
+READ_KEYS = frozenset(
+    "architectures model_type num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim "
+    "moe_num_primary_experts moe_num_active_primary_experts moe_ffn_hidden_size moe_primary_router_apply_softmax "
+    "rope_layout sliding_window_layout sliding_window_size rope_theta rope_scaling rope_parameters rms_norm_eps "
+    "max_position_embeddings vocab_size tie_word_embeddings bos_token_id eos_token_id".split()
+)
+# Keys of the released files, and of any saved checkpoint, that say nothing about one forward pass.
+HARMLESS_KEYS = frozenset(
+    "_name_or_path attention_dropout auto_map dense_ffn_hidden_size dtype hidden_dropout initializer_range max_length "
+    "model_name output_attentions output_hidden_states output_router_logits pad_token_id repetition_penalty "
+    "return_dict router_aux_loss_coef temperature tokenizer_class top_k top_p torch_dtype transformers_version "
+    "unsloth_version use_cache".split()
+)
+# Keys that change what is computed, with the values that leave it as it is here. The first group are keys of the
+# authors' older code, the others are what Hugging Face configurations call the same things.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "use_qk_norm": (False,),
+    "moe_enable_early_router": (True,),
+    "moe_shared_primary_experts": (0, False),
+    "moe_enable_secondary_experts": (False,),
+    "norm_topk_prob": (True,),
+    **dict.fromkeys(("attention_bias", "qkv_bias", "mlp_bias", "use_bias", "lm_head_bias"), (False,)),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "moe_hidden_act"), ("relu",)),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "routed_scaling_factor"), (1,)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier"), ()),
+    **dict.fromkeys(("query_pre_attn_scalar", "quantization_config", "layer_types", "sliding_window"), ()),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "num_nextn_predict_layers"), (0,)),
+    "use_sliding_window": (False,),
+}
+SECONDARY_EXPERTS = ("moe_num_secondary_experts", "moe_secondary_expert_size")
+UNSCALED_ROPE = frozenset({"rope_type", "type", "rope_theta"})
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files; checked when opened, read when asked for.
+
+    Raises ModelFormatError naming file and field for a damaged or missing file.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._places: dict[str, tuple[str, str, tuple[int, ...], int]] = {}
+        index = os.path.join(folder, "model.safetensors.index.json")
+        if os.path.exists(index):
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        else:
+            files = ["model.safetensors"]
+        for file in files:
+            self._open(os.path.join(folder, str(file)))
+
+    def _open(self, path: str) -> None:
+        def error(message: str, field: str) -> ModelFormatError:
+            return ModelFormatError(message, path=path, field=field)
+
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise error("is too short for a safetensors file", "header")
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise error(f"a header of {length} bytes does not fit the file", "header")
+            encoded = file.read(length)
+        try:
+            header = json.loads(encoded)
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, AttributeError) as problem:
+            raise error(f"is not JSON: {problem}", "header") from None
+        for name, entry in entries.items():
+            try:
+                dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+                start, end = (int(n) for n in entry["data_offsets"])
+            except (KeyError, TypeError, ValueError):
+                raise error("has no dtype, shape and data_offsets", name) from None
+            if dtype not in DTYPES:
+                raise error(f"dtype {dtype} is not supported; supported are {', '.join(DTYPES)}", name)
+            count = int(np.prod(shape, dtype=object))
+            inside = 0 <= start <= end <= size - 8 - length
+            if not inside or min(shape, default=1) < 0 or end - start != count * DTYPES[dtype].itemsize:
+                raise error("its data_offsets do not fit its shape or the file", name)
+            self._places[name] = (path, dtype, shape, 8 + length + start)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(
+        self, name: str, shape: tuple[int, ...], first: int = 0, count: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """A tensor as float32, or `count` of its rows from `first` on.
+
+        Raises ModelFormatError where it is missing, has another shape, or the file was cut short meanwhile.
+        """
+        self.check(name, shape)
+        path, dtype, _, offset = self._places[name]
+        rows = min(shape[0] - first, shape[0] if count is None else count)
+        row = int(np.prod(shape[1:]))
+        raw = np.fromfile(path, DTYPES[dtype], rows * row, offset=offset + first * row * DTYPES[dtype].itemsize)
+        if raw.size != rows * row:
+            raise ModelFormatError("cannot be read whole", path=path, field=name)
+        if dtype == "BF16":
+            raw = (raw.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(raw, np.float32).reshape(rows, *shape[1:])
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ModelFormatError where a tensor is missing or has another shape."""
+        if name not in self._places:
+            raise ModelFormatError("is missing", path=self.folder, field=name)
+        found = self._places[name][2]
+        if found != shape:
+            raise ModelFormatError(f"has shape {list(found)}, not {list(shape)}", path=self.folder, field=name)
+
+    def size(self, name: str) -> int:
+        """Elements of a tensor that is there."""
+        return int(np.prod(self._places[name][2]))
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors that are there hold the same numbers; held in memory a slice at a time."""
+        shape = self._places[first][2]
+        if shape != self._places[second][2]:
+            return False
+        step = max(1, (1 << 22) // max(1, int(np.prod(shape[1:]))))
+        return all(
+            np.array_equal(self.read(first, shape, row, step), self.read(second, shape, row, step))
+            for row in range(0, shape[0], step)
+        )
+
+    def refuse_unread(self, read: Iterable[str], tied: bool) -> None:
+        """Raises ModelFormatError for a tensor that is not in `read` and not known to be harmless.
+
+        Harmless are tables of RoPE that older code saved, and in a tied checkpoint a copy of the embedding as head.
+        A head that differs there is refused: transformers 4 would use the embedding, transformers 5 the head.
+        """
+        for name in sorted(set(self._places) - set(read)):
+            path = self._places[name][0]
+            if name.endswith(".rotary_emb.inv_freq"):
+                warnings.warn(f"{name}: not needed and left out", stacklevel=2)
+            elif name == "lm_head.weight" and tied:
+                if not self.same(name, "model.embed_tokens.weight"):
+                    raise ModelFormatError(
+                        "differs from the embedding, but tie_word_embeddings is true (the default) in config.json: "
+                        "set it to false to use this head, or remove the tensor",
+                        path=path,
+                        field=name,
+                    )
+                warnings.warn(f"{name}: a copy of the embedding, which is used instead (tied)", stacklevel=2)
+            else:
+                raise ModelFormatError("nothing of a SmallThinker model reads this tensor", path=path, field=name)
+
+
+class CheckpointConfig:
+    """config.json, each value checked when asked for; keys left out have the defaults of the authors' class.
+
+    Raises ModelFormatError naming the key for another model, and for a value of any known key that would change the
+    computation in a way that is not supported; unknown keys are told in a warning.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = os.path.join(folder, "config.json")
+        self.values = read_json(self.path)
+        self._check_architecture()
+        self._check_neutral()
+        self.rope_theta = self._rope_theta()
+        known = READ_KEYS | HARMLESS_KEYS | NEUTRAL_VALUES.keys() | {"moe_layer_layout", *SECONDARY_EXPERTS}
+        unknown = sorted(key for key in self.values.keys() - known if self.values[key] is not None)
+        if unknown:
+            warnings.warn(f"{self.path}: unknown keys were ignored: {', '.join(unknown):.400}", stacklevel=2)
+
+    def _check_architecture(self) -> None:
+        """The 21B's file has no model_type, older ones have no architectures; one is enough, and neither may differ."""
+        kind, architectures = self.values.get("model_type"), self.values.get("architectures")
+        if architectures is not None and architectures != [ARCHITECTURE]:
+            self.refuse("architectures", f"is {architectures!r:.80}, not [{ARCHITECTURE!r}]")
+        if kind != MODEL_TYPE and (kind is not None or architectures is None):
+            self.refuse("model_type", f"is {kind!r:.80}, not {MODEL_TYPE!r}")
+
+    def _check_neutral(self) -> None:
+        for key, neutral in NEUTRAL_VALUES.items():
+            value = self.values.get(key)
+            if value is not None and not _one_of(value, neutral):
+                allowed = "".join(f" or {v!r}" for v in neutral)
+                self.refuse(key, f"{value!r:.80} is not supported, only null{allowed}")
+        layout = self.values.get("moe_layer_layout")
+        if layout is not None and not (isinstance(layout, list) and all(_one_of(kind, (1,)) for kind in layout)):
+            self.refuse("moe_layer_layout", "has layers without experts, which are not supported")
+        if self.values.get("moe_enable_secondary_experts") is None:
+            for key in SECONDARY_EXPERTS:
+                if self.values.get(key) not in (None, 0):
+                    self.refuse(key, "secondary experts are not supported")
+
+    def _rope_theta(self) -> float:
+        """Base of RoPE: its own key, or within rope_parameters or rope_scaling, which may say nothing else."""
+        thetas = {"rope_theta": self.number("rope_theta")} if self.values.get("rope_theta") is not None else {}
+        for key in ("rope_parameters", "rope_scaling"):
+            rope = self.values.get(key)
+            if rope is None:
+                continue
+            if not isinstance(rope, dict):
+                self.refuse(key, f"must be an object or null, not {rope!r:.80}")
+            for name in ("rope_type", "type"):
+                if rope.get(name, "default") != "default":
+                    self.refuse(key, f"scaled RoPE is not supported: {name} is {rope[name]!r:.80}")
+            for name in sorted(rope.keys() - UNSCALED_ROPE):
+                if rope[name] is not None and not _one_of(rope[name], (1,)):
+                    self.refuse(key, f"{name!r:.80} is not supported")
+            if rope.get("rope_theta") is not None:
+                thetas[key] = self._positive(key, rope["rope_theta"])
+        if not thetas:
+            self.refuse("rope_theta", "is missing, here and in rope_parameters")
+        if len(set(thetas.values())) > 1:
+            self.refuse(next(reversed(thetas)), f"rope_theta is said more than once, and differs: {thetas}")
+        return next(iter(thetas.values()))
+
+    def refuse(self, field: str, message: str) -> NoReturn:
+        raise ModelFormatError(message, path=self.path, field=field)
+
+    def integer(self, key: str, most: int = MAX_SIZE) -> int:
+        value = self.values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            self.refuse(key, f"must be a whole number from 1 to {most}, not {value!r:.80}")
+        return value
+
+    def number(self, key: str) -> float:
+        return self._positive(key, self.values.get(key))
+
+    def _positive(self, key: str, value: object) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30:
+            return float(value)
+        self.refuse(key, f"must be a positive number, not {value!r:.80}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            self.refuse(key, f"must be true or false, not {value!r:.80}")
+        return value
+
+    def layout(self, key: str, layers: int, default: int) -> list[bool]:
+        """A list of 0 and 1 per layer; missing or null is all `default`."""
+        value = self.values.get(key)
+        if value is None:
+            value = [default] * layers
+        if not isinstance(value, list) or len(value) != layers or not all(_one_of(v, (0, 1)) for v in value):
+            self.refuse(key, f"must be {layers} times 0 or 1")
+        return [bool(v) for v in value]
+
+
+def _one_of(value: object, allowed: tuple[Any, ...]) -> bool:
+    """Whether a JSON value is one of some scalars; 1, 1.0 and true count as the same."""
+    return isinstance(value, str | int | float) and value in allowed
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object. Raises ModelFormatError where the file is anything else."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            value = json.load(file)
+        except (ValueError, RecursionError) as problem:
+            raise ModelFormatError(f"is not JSON: {problem}", path=path) from None
+    if not isinstance(value, dict):
+        raise ModelFormatError("is not a JSON object", path=path)
+    return value
+
+
+def optional_json(folder: str, name: str) -> dict[str, Any]:
+    """A JSON object of a folder, or {} where there is no such file."""
+    path = os.path.join(folder, name)
+    return read_json(path) if os.path.exists(path) else {}
