@@ -85,9 +85,12 @@ def extension(name: str, sources: list[str]) -> Extension:
 
 
 core = CORE + kernel_sources()
+quantize = ["src/quantize.c", "src/packed.c"]
 setup(
     ext_modules=cythonize(
-        [extension(name, core) for name in WITH_CORE] + [extension(name, []) for name in ALONE],
+        [extension(name, core) for name in WITH_CORE]
+        + [extension(name, []) for name in ALONE]
+        + [extension("quantize", quantize)],
         language_level=3,
         compiler_directives={"embedsignature": True, "freethreading_compatible": False},
     ),
