@@ -138,6 +138,8 @@ class Tokenizer:
                 blob += token.encode("utf-8", "surrogateescape")
                 if kind in (CONTROL, USER_DEFINED) and token:
                     self._specials.setdefault(token, id_)
+                if kind == USER_DEFINED and _alphabet_bytes(token):  # merges may lead to it and through it
+                    items.append(f"{_quoted(token)}:{id_}")
             else:
                 blob += spelled
                 if kind != UNUSED and spelled:
