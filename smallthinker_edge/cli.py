@@ -10,6 +10,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -381,8 +382,22 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.convert import convert as write_gguf
 
-    write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
+    with showing_notes():
+        write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
     return OK
+
+
+@contextmanager
+def showing_notes() -> Iterator[None]:
+    """What the library warns of becomes a line of its own on stderr, without the place in the code."""
+
+    def show_note(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show_note
+        yield
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
