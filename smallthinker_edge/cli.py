@@ -380,7 +380,11 @@ def show_progress(done: int, total: int, name: str = "") -> None:
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="Hugging Face checkpoint of a SmallThinker model")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="Hugging Face checkpoint of a SmallThinker model, or a GGUF file of any tensor types",
+    )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
     parser.add_argument("--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of matrices (default: q4_0)")
 
@@ -388,7 +392,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.convert import convert as write_gguf
 
-    with showing_notes():
+    with showing_notes(), checking_arguments():
         write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
     return OK
 

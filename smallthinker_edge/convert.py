@@ -7,15 +7,16 @@ header). Streams: threads read, quantise and write pieces of a few megabytes, so
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from smallthinker_edge.packed import atomic_file, write_at
 from smallthinker_edge.tokenizer import Tokenizer
 from smallthinker_edge.torch_file import read_tensors
 
+T = TypeVar("T")
 Progress = Callable[[int, int, str], None]
 Sources = tuple[tuple[str, tuple[int, ...]], ...]
 TYPES = ("q4_0", "q8_0", "f16")
@@ -111,42 +113,18 @@ class Converter:
                 writer.write_ti_data_to_file()
             finally:
                 writer.close()
-            self._write_data(file, path, tensors, progress)
+            pieces = functools.partial(self._pieces, file)
+            write_tensors(file, path, [(tensor, tensor.name, tensor.bytes) for tensor in tensors], pieces, progress)
             with GGUFFile(path + ".part") as written:
                 ModelConfig.from_gguf(written)
 
-    def _write_data(self, file: int, path: str, tensors: list[Tensor], progress: Progress) -> None:
-        """Everything behind the header: threads read, quantise and write pieces, each to its own place."""
-        ends = list(
-            itertools.accumulate((_aligned(t.bytes) for t in tensors), initial=_aligned(os.fstat(file).st_size))
-        )
-        space = os.fstatvfs(file)
-        if ends[-1] > space.f_bavail * space.f_frsize:
-            raise OSError(errno.ENOSPC, f"{ends[-1]} bytes are needed, and there is no room for them", path)
-        os.ftruncate(file, ends[-1])
-        under_way: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(WORKERS) as pool:
-            try:
-                for i, (tensor, start) in enumerate(zip(tensors, ends, strict=False)):
-                    progress(i, len(tensors), tensor.name)
-                    for piece in self._pieces(tensor, start):
-                        under_way.append(pool.submit(self._write_piece, file, tensor.type, *piece))
-                        if len(under_way) > 2 * WORKERS:
-                            under_way.popleft().result()
-                while under_way:
-                    under_way.popleft().result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        progress(len(tensors), len(tensors), "done")
-
-    def _pieces(self, tensor: Tensor, at: int) -> Iterator[tuple[str, int, int, int]]:
-        """(source, first element, elements, where in the file) for a tensor whose data begins at byte `at`."""
+    def _pieces(self, file: int, tensor: Tensor, at: int) -> Iterator[Callable[[], None]]:
+        """What writes a tensor whose data begins at byte `at`, piece by piece."""
         for source, shape in tensor.sources:
             size = math.prod(shape)
             for first in range(0, size, SLICE):
                 count = min(SLICE, size - first)
-                yield source, first, count, at
+                yield functools.partial(self._write_piece, file, tensor.type, source, first, count, at)
                 at += self._bytes(count, tensor.type)
 
     def _write_piece(self, file: int, type_: Any, source: str, first: int, count: int, at: int) -> None:
@@ -317,8 +295,46 @@ class Converter:
         self.checkpoint.refuse_unread((source for tensor in tensors for source, _ in tensor.sources), self.tied)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def write_tensors(
+    file: int,
+    path: str,
+    tensors: Sequence[tuple[T, str, int]],
+    pieces: Callable[[T, int], Iterator[Callable[[], None]]],
+    progress: Progress,
+) -> None:
+    """Everything behind a GGUF header that is in the file: threads read, quantise and write, each to its own place.
+
+    Args:
+        file: descriptor; what it has is the header. path: its name to be, for errors.
+        tensors: (what pieces() takes, name, bytes), in the file's order.
+        pieces: gives for a tensor and the byte where its data begins what writes it, piece by piece.
+
+    Raises OSError where the disk has no room for all of it, before anything is written.
+    """
+    ends = list(itertools.accumulate((aligned(size) for *_, size in tensors), initial=aligned(os.fstat(file).st_size)))
+    space = os.fstatvfs(file)
+    if ends[-1] > space.f_bavail * space.f_frsize:
+        raise OSError(errno.ENOSPC, f"{ends[-1]} bytes are needed, and there is no room for them", path)
+    os.ftruncate(file, ends[-1])
+    under_way: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for i, ((tensor, name, _), start) in enumerate(zip(tensors, ends, strict=False)):
+                progress(i, len(tensors), name)
+                for piece in pieces(tensor, start):
+                    under_way.append(pool.submit(piece))
+                    if len(under_way) > 2 * WORKERS:
+                        under_way.popleft().result()
+            while under_way:
+                under_way.popleft().result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    progress(len(tensors), len(tensors), "done")
 
 
 def convert(
@@ -327,10 +343,11 @@ def convert(
     type_: str = "q4_0",
     progress: Progress | None = None,
 ) -> None:
-    """Writes the GGUF file of a Hugging Face checkpoint folder of a SmallThinker model.
+    """Writes the GGUF file of a Hugging Face checkpoint folder, or of a GGUF file of other types.
 
     Args:
-        folder: holds config.json, tokenizer.json and model.safetensors (or shards with their index).
+        folder: holds config.json, tokenizer.json and model.safetensors or its shards; or a GGUF file (of a split one
+            any part) with tensors of any type that the `gguf` package can read.
         target: the file to write; it appears under this name only when it is whole.
         type_: "q4_0", "q8_0" or "f16" for all matrices, the embedding included; norms and routers stay float32.
         progress: called with (tensors done, all tensors, the name in work).
@@ -341,4 +358,10 @@ def convert(
     """
     if type_ not in TYPES:
         raise ValueError(f"type must be one of {', '.join(TYPES)}, not {type_!r}")
-    Converter(os.fspath(folder), type_).write(os.fspath(target), progress or (lambda done, total, name: None))
+    silent: Progress = lambda done, total, name: None  # noqa: E731
+    if os.path.isfile(folder):
+        from smallthinker_edge.requantize import requantize
+
+        requantize(os.fspath(folder), os.fspath(target), type_.upper(), progress or silent)
+    else:
+        Converter(os.fspath(folder), type_).write(os.fspath(target), progress or silent)

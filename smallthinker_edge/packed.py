@@ -241,7 +241,7 @@ def _u32_array_entry(key: str, values: npt.NDArray[np.uint32]) -> bytes:
     return _text(key) + struct.pack("<IIQ", ARRAY, U32, values.size) + values.astype("<u4").tobytes()
 
 
-def _tensor_entry(name: str, type_number: int, shape: tuple[int, ...], offset: int) -> bytes:
+def tensor_entry(name: str, type_number: int, shape: tuple[int, ...], offset: int) -> bytes:
     head = _text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
     return head + struct.pack("<IQ", type_number, offset)
 
@@ -411,9 +411,9 @@ def _header(
     ]
     sizes = [info.nbytes for info in dense] + [blob * config.n_experts] * config.n_layers
     starts = np.cumsum([0, *map(_aligned, sizes)]).tolist()
-    infos = [_tensor_entry(d.name, TYPE_NUMBER[d.type], d.shape, at) for d, at in zip(dense, starts, strict=False)]
+    infos = [tensor_entry(d.name, TYPE_NUMBER[d.type], d.shape, at) for d, at in zip(dense, starts, strict=False)]
     layers = enumerate(starts[len(dense) : len(dense) + config.n_layers])
-    infos += [_tensor_entry(blob_name(n), F32_TYPE, (blob // 4, config.n_experts), at) for n, at in layers]
+    infos += [tensor_entry(blob_name(n), F32_TYPE, (blob // 4, config.n_experts), at) for n, at in layers]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join(entries) + b"".join(infos)
     data = _aligned(len(head))
     return head.ljust(data, b"\0"), [data + at for at in starts]
