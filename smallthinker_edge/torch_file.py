@@ -126,7 +126,7 @@ def _prefix(path: str, archive: zipfile.ZipFile) -> str:
         raise ModelFormatError("has too many entries, or one twice", path=path)
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise ModelFormatError("is compressed, which torch never does", path=path, field=entry.filename)
+            raise ModelFormatError("is compressed, which torch.save never does", path=path, field=entry.filename)
     if sum(entry.file_size for entry in entries) > os.path.getsize(path):
         raise ModelFormatError("has entries that overlap", path=path)
     pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl") and entry.filename.count("/") == 1]

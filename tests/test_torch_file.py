@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import sys
 import types
 import zipfile
@@ -15,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoint_files import VOCAB, D, to_bf16_bits, write_checkpoint
+from checkpoint_files import FIXTURES, VOCAB, D, to_bf16_bits, write_checkpoint
 
 from smallthinker_edge import ModelFormatError, SmallThinker
 from smallthinker_edge.convert import convert
@@ -122,6 +123,17 @@ def test_the_predictor_beside_the_weights_becomes_the_tensor(tmp_path: Path, dty
     assert found["lm_head_profiler.weight"].data.tobytes() == expected.tobytes()
     with SmallThinker(tmp_path / "m.gguf") as model:
         assert model.config.lm_head_predictor_size == INNER
+
+
+def test_a_file_by_torch_itself_is_read(tmp_path: Path) -> None:
+    """Written by torch 2.14.1: the state_dict() of two layers in bfloat16, whose element i is (i % 255 - 127) / 128."""
+    write_checkpoint(tmp_path / "hf")
+    shutil.copy(FIXTURES / "model_lm_head.pt", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "m.gguf")
+    flat = np.concatenate([(np.arange(n) % 255 - 127) / 128 for n in (INNER * D, VOCAB * INNER)]).astype(np.float32)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    expected = gguf.quants.quantize(flat, gguf.GGMLQuantizationType.Q4_0)
+    assert found["lm_head_profiler.weight"].data.tobytes() == expected.tobytes()
 
 
 @pytest.mark.usefixtures("torch_names")
