@@ -87,7 +87,16 @@ def extension(name: str, sources: list[str]) -> Extension:
 
 
 core = CORE + kernel_sources()
-extensions = {"engine": core, "kernels": core, "layouts": LAYOUTS, "gguf": [], "sampler": [], "locks": []}
+QUANTIZE = ["src/weights/quantize.c", "src/weights/types.c"]
+extensions = {
+    "engine": core,
+    "kernels": core,
+    "layouts": LAYOUTS,
+    "quantize": QUANTIZE,
+    "gguf": [],
+    "sampler": [],
+    "locks": [],
+}
 setup(
     ext_modules=cythonize(
         [extension(name, sources) for name, sources in extensions.items()],

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -371,16 +371,51 @@ class SmallThinker:
             threshold,
         ))  # fmt: skip
 
-    def chat(self, messages: Messages, **options: object) -> GenerationResult:
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> GenerationResult:
         """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options as in generate().
 
-        Raises ChatTemplateError for bad messages or a template that cannot be rendered.
-        """
-        return self.generate(encode_chat(self.tokenizer, messages, self.chat_template), **options)  # type: ignore[arg-type]
+        Args:
+            messages: as OpenAI's API has them: text, null or text parts as content, `name`, `tool_calls`, role "tool".
+            tools: JSON schemas of functions that the model may call, where its chat template takes some.
+            documents: for templates that take some.
+            chat_template_kwargs: more names for the template, such as {"enable_thinking": False}.
 
-    def stream_chat(self, messages: Messages, **options: object) -> TextStream:
+        Special tokens in messages are plain text; see chat.encode_chat. Raises ChatTemplateError for bad messages or a
+        template that cannot be rendered.
+        """
+        return self.generate(self._encode_chat(messages, tools, documents, chat_template_kwargs), **options)
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> TextStream:
         """Like chat(), as pieces of text while they are made. Options as in generate()."""
-        return self.stream(encode_chat(self.tokenizer, messages, self.chat_template), **options)  # type: ignore[arg-type]
+        return self.stream(self._encode_chat(messages, tools, documents, chat_template_kwargs), **options)
+
+    def _encode_chat(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> list[int]:
+        """With tools, the file's template for their use where it has one, as transformers chooses."""
+        with_tools = self._file.metadata.get("tokenizer.chat_template.tool_use")
+        template = with_tools if tools and isinstance(with_tools, str) else self.chat_template
+        return encode_chat(self.tokenizer, messages, template, tools=tools, documents=documents, variables=variables)
 
     def stats(self) -> dict[str, object]:
         """Bytes and settings, and for a packed file the pager's counts since it was opened.

@@ -3,7 +3,9 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 cdef extern from "smallthinker/types.h" nogil:
     enum:
+        ST_F32
         ST_F16
+        ST_BF16
         ST_Q4_0
         ST_Q8_0
         ST_TYPE_NUMBERS
@@ -16,6 +18,13 @@ cdef extern from "smallthinker/types.h" nogil:
     int st_sparse(int type)
     size_t st_row_bytes(int type, int64_t cols)
     void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out)
+
+cdef extern from "smallthinker/status.h" nogil:
+    enum:
+        ST_ERR_UNSUPPORTED
+
+cdef extern from "smallthinker/quantize.h" nogil:
+    int st_quantize(int type, uint8_t *dst, int src_type, const void *src, int64_t n)
 
 cdef extern from "smallthinker/layout.h" nogil:
     enum:

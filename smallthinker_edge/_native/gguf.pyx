@@ -418,11 +418,13 @@ cdef class Part:
     cdef readonly object alignment
     cdef readonly dict key_ranges
     cdef readonly object header_end
+    cdef dict types
     cdef Cursor cursor
 
-    def __init__(self, path, index=0):
+    def __init__(self, path, index=0, more_types=None):
         self.path = path
         self.index = index
+        self.types = SUPPORTED_TYPES if more_types is None else more_types | SUPPORTED_TYPES
         self.metadata = {}
         self.tensors = []
         self.key_ranges = {}
@@ -524,13 +526,13 @@ cdef class Part:
                 raise cursor.error("the dimensions overflow", cursor.pos - 8)
             elements *= dims[i]
         kind = cursor.u32()
-        if kind not in SUPPORTED_TYPES:
+        if kind not in self.types:
             found = OTHER_TYPES.get(kind, "unknown")
             raise cursor.error(
                 f"tensor type {found} (number {kind}) is not supported; supported are {SUPPORTED_NAMES}",
                 cursor.pos - 4,
             )
-        type_name, block, block_bytes = SUPPORTED_TYPES[kind]
+        type_name, block, block_bytes = self.types[kind]
         if dims[0] % block:
             raise cursor.error(
                 f"rows of {dims[0]} elements are not whole {type_name} blocks of {block}", start
@@ -590,9 +592,9 @@ def split_integer(part, key):
     return value
 
 
-def open_parts(path):
+def open_parts(path, more_types=None):
     """Every part of the model that `path` belongs to, in order; one for an ordinary file."""
-    first = Part(path)
+    first = Part(path, 0, more_types)
     count = split_integer(first, "split.count")
     if count is None or count <= 1:
         return [first]
@@ -607,7 +609,7 @@ def open_parts(path):
     for number in range(1, count + 1):
         part_path = os.path.join(folder, f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
         try:
-            parts.append(Part(part_path, number - 1))
+            parts.append(Part(part_path, number - 1, more_types))
         except FileNotFoundError:
             raise ModelFormatError(
                 f"part {number} of {count} is missing: put all parts in one folder", path=part_path,
@@ -647,6 +649,7 @@ class GGUFFile:
     Args:
         path: any GGUF file of version 2 or 3, little-endian. For a split model any one of its parts
             (`NAME-00001-of-00003.gguf`): the others are found next to it by name.
+        more_types: tensor types to accept besides those that run: {number: (name, weights of a block, its bytes)}.
 
     Attributes:
         path: the path given; paths: all parts in order (one for an ordinary file).
@@ -668,11 +671,11 @@ class GGUFFile:
     the operating system then kills the reader (SIGBUS), as for every memory mapping.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, more_types=None):
         if sys.byteorder != "little":
             raise ModelFormatError("GGUF files are read on little-endian machines only", path=os.fspath(path))
         self.path = os.fsdecode(path)
-        parts = open_parts(self.path)
+        parts = open_parts(self.path, more_types)
         self.paths = [part.path for part in parts]
         self.version = parts[0].version
         self.alignment = parts[0].alignment

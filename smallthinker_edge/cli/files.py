@@ -5,12 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from smallthinker_edge.cli.arguments import OK, Command, add_kv_argument, mebibytes, memory_size, positive_int
+from smallthinker_edge.cli.arguments import (
+    OK,
+    Command,
+    add_kv_argument,
+    checking_arguments,
+    mebibytes,
+    memory_size,
+    positive_int,
+)
 
 if TYPE_CHECKING:
     from smallthinker_edge._native.gguf import GGUFFile
@@ -95,7 +105,11 @@ def show_progress(done: int, total: int, name: str = "") -> None:
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="Hugging Face checkpoint of a SmallThinker model")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="Hugging Face checkpoint of a SmallThinker model, or a GGUF file of any tensor types",
+    )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
     parser.add_argument("--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of matrices (default: q4_0)")
 
@@ -103,8 +117,22 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.convert import convert as write_gguf
 
-    write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
+    with showing_notes(), checking_arguments():
+        write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
     return OK
+
+
+@contextmanager
+def showing_notes() -> Iterator[None]:
+    """What the library warns of becomes a line of its own on stderr, without the place in the code."""
+
+    def show_note(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show_note
+        yield
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:

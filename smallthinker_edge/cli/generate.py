@@ -82,6 +82,12 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     with open_model(arguments) as model:
+        if model.chat_template is not None and len(model.tokenizer.split_specials(prompt)) == 1:
+            print(
+                f"hint: this model was trained on conversations: smallthinker-edge chat -m {arguments.model} asks it "
+                "that way; generate only continues the text",
+                file=sys.stderr,
+            )
         with checking_arguments():
             stream = model.stream(prompt, **sampling_options(arguments))
         try:

@@ -7,11 +7,13 @@ here writes, or knows GGUF.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,12 @@ from smallthinker_edge.errors import ModelFormatError
 
 ARCHITECTURE, MODEL_TYPE = "SmallThinkerForCausalLM", "smallthinker"
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+SINGLE, INDEX, PREDICTOR_FILE = "model.safetensors", "model.safetensors.index.json", "model_lm_head.pt"
+SHARD = re.compile(r"model-(\d{1,9})-of-(\d{1,9})\.safetensors")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
+MAX_HEADER = 1 << 25  # bytes; the 21B in a single file needs 1.5 MB
+MAX_DIMS, MAX_SHARDS = 8, 10000
+SLICE = 1 << 22  # numbers held at a time
 MAX_LAYERS, MAX_SIZE, MAX_CONTEXT = 4096, 1 << 24, (1 << 31) - 1
 
 # What convert reads.
@@ -57,97 +65,95 @@ SECONDARY_EXPERTS = ("moe_num_secondary_experts", "moe_secondary_expert_size")
 UNSCALED_ROPE = frozenset({"rope_type", "type", "rope_theta"})
 
 
+class Place(NamedTuple):
+    """Where a tensor lies: its numbers are at `offset` of a file, one after the other."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
 class Checkpoint:
-    """The tensors of a folder's safetensors files; checked when opened, read when asked for.
+    """The tensors of a folder's safetensors files; checked when opened, read when asked for, from any thread.
 
     Raises ModelFormatError naming file and field for a damaged or missing file.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._places: dict[str, tuple[str, str, tuple[int, ...], int]] = {}
-        index = os.path.join(folder, "model.safetensors.index.json")
-        if os.path.exists(index):
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        else:
-            files = ["model.safetensors"]
+        self._places: dict[str, Place] = {}
+        index = os.path.join(folder, INDEX)
+        promised = _weight_map(index) if os.path.exists(index) else {}
+        files = _weight_files(folder, promised)
         for file in files:
-            self._open(os.path.join(folder, str(file)))
-
-    def _open(self, path: str) -> None:
-        def error(message: str, field: str) -> ModelFormatError:
-            return ModelFormatError(message, path=path, field=field)
-
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise error("is too short for a safetensors file", "header")
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise error(f"a header of {length} bytes does not fit the file", "header")
-            encoded = file.read(length)
-        try:
-            header = json.loads(encoded)
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, AttributeError) as problem:
-            raise error(f"is not JSON: {problem}", "header") from None
-        for name, entry in entries.items():
-            try:
-                dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-                start, end = (int(n) for n in entry["data_offsets"])
-            except (KeyError, TypeError, ValueError):
-                raise error("has no dtype, shape and data_offsets", name) from None
-            if dtype not in DTYPES:
-                raise error(f"dtype {dtype} is not supported; supported are {', '.join(DTYPES)}", name)
-            count = int(np.prod(shape, dtype=object))
-            inside = 0 <= start <= end <= size - 8 - length
-            if not inside or min(shape, default=1) < 0 or end - start != count * DTYPES[dtype].itemsize:
-                raise error("its data_offsets do not fit its shape or the file", name)
-            self._places[name] = (path, dtype, shape, 8 + length + start)
+            for name, place in read_header(os.path.join(folder, file)).items():
+                if name in self._places:
+                    other = os.path.basename(self._places[name].path)
+                    raise ModelFormatError(f"is in {other} as well", path=place.path, field=name)
+                self._places[name] = place
+        for name, file in promised.items():
+            if name not in self._places or os.path.basename(self._places[name].path) != file:
+                raise ModelFormatError(f"is not in {file}, where the index has it", path=index, field=name)
+        stray = sorted(
+            f for f in os.listdir(folder) if f.endswith(WEIGHT_SUFFIXES) and f not in {*files, PREDICTOR_FILE}
+        )
+        if stray:
+            warnings.warn(f"{folder}: not read: {', '.join(stray):.400}", stacklevel=2)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def read(
-        self, name: str, shape: tuple[int, ...], first: int = 0, count: int | None = None
-    ) -> npt.NDArray[np.float32]:
-        """A tensor as float32, or `count` of its rows from `first` on.
-
-        Raises ModelFormatError where it is missing, has another shape, or the file was cut short meanwhile.
-        """
-        self.check(name, shape)
-        path, dtype, _, offset = self._places[name]
-        rows = min(shape[0] - first, shape[0] if count is None else count)
-        row = int(np.prod(shape[1:]))
-        raw = np.fromfile(path, DTYPES[dtype], rows * row, offset=offset + first * row * DTYPES[dtype].itemsize)
-        if raw.size != rows * row:
-            raise ModelFormatError("cannot be read whole", path=path, field=name)
-        if dtype == "BF16":
-            raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(raw, np.float32).reshape(rows, *shape[1:])
+    def add(self, name: str, place: Place) -> None:
+        """A tensor from elsewhere, under a name that no safetensors file has."""
+        self._places[name] = place
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ModelFormatError where a tensor is missing or has another shape."""
         if name not in self._places:
             raise ModelFormatError("is missing", path=self.folder, field=name)
-        found = self._places[name][2]
+        path, _, found, _ = self._places[name]
         if found != shape:
-            raise ModelFormatError(f"has shape {list(found)}, not {list(shape)}", path=self.folder, field=name)
+            raise ModelFormatError(f"has shape {list(found)}, not {list(shape)}", path=path, field=name)
 
     def size(self, name: str) -> int:
         """Elements of a tensor that is there."""
-        return int(np.prod(self._places[name][2]))
+        return math.prod(self._places[name].shape)
+
+    def path_of(self, name: str) -> str:
+        """The file that a tensor is in."""
+        return self._places[name].path
+
+    def elements(self, name: str, first: int = 0, count: int | None = None) -> npt.NDArray[Any]:
+        """`count` numbers (all) of a tensor from number `first` on, flat: uint16 for bfloat16, else float32.
+
+        Raises ModelFormatError where the file was cut short meanwhile.
+        """
+        path, dtype, _, offset = self._places[name]
+        count = self.size(name) - first if count is None else count
+        raw = np.fromfile(path, DTYPES[dtype], count, offset=offset + first * DTYPES[dtype].itemsize)
+        if raw.size != count:
+            raise ModelFormatError("cannot be read whole", path=path, field=name)
+        return raw.astype(np.float32) if dtype == "F16" else raw
+
+    def floats(self, name: str, first: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
+        """The same as float32."""
+        raw = self.elements(name, first, count)
+        return (raw.astype(np.uint32) << 16).view(np.float32) if raw.dtype == np.uint16 else raw
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two tensors that are there hold the same numbers; held in memory a slice at a time."""
-        shape = self._places[first][2]
-        if shape != self._places[second][2]:
+        """Whether two tensors that are there hold the same bytes; held in memory a slice at a time."""
+        if self._places[first][1:3] != self._places[second][1:3]:
             return False
-        step = max(1, (1 << 22) // max(1, int(np.prod(shape[1:]))))
-        return all(
-            np.array_equal(self.read(first, shape, row, step), self.read(second, shape, row, step))
-            for row in range(0, shape[0], step)
-        )
+        for at in range(0, self.size(first), SLICE):
+            count = min(SLICE, self.size(first) - at)
+            if not np.array_equal(self.elements(first, at, count), self.elements(second, at, count)):
+                return False
+        return True
 
     def refuse_unread(self, read: Iterable[str], tied: bool) -> None:
         """Raises ModelFormatError for a tensor that is not in `read` and not known to be harmless.
@@ -156,7 +162,7 @@ class Checkpoint:
         A head that differs there is refused: transformers 4 would use the embedding, transformers 5 the head.
         """
         for name in sorted(set(self._places) - set(read)):
-            path = self._places[name][0]
+            path = self._places[name].path
             if name.endswith(".rotary_emb.inv_freq"):
                 warnings.warn(f"{name}: not needed and left out", stacklevel=2)
             elif name == "lm_head.weight" and tied:
@@ -266,6 +272,102 @@ class CheckpointConfig:
         if not isinstance(value, list) or len(value) != layers or not all(_one_of(v, (0, 1)) for v in value):
             self.refuse(key, f"must be {layers} times 0 or 1")
         return [bool(v) for v in value]
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    """Which file the index has each tensor in; every one a plain name of the same folder."""
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise ModelFormatError("is not an object of tensors and files", path=index, field="weight_map")
+    for name, file in entries.items():
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
+            raise ModelFormatError(f"{file!r:.80} is not the name of a safetensors file", path=index, field=name)
+        if not os.path.isfile(os.path.join(os.path.dirname(index), file)):
+            raise ModelFormatError(f"{file} is named, but is not there", path=index, field=name)
+    return entries
+
+
+def _weight_files(folder: str, promised: dict[str, str]) -> list[str]:
+    """The files to read: those of the index; without one model.safetensors, or else all shards of one set."""
+    here = sorted(os.listdir(folder))
+    if promised:
+        files = sorted(set(promised.values()))
+        if SINGLE in here and SINGLE not in files:
+            raise ModelFormatError(f"lies beside {INDEX} and its shards: remove one of them", path=folder, field=SINGLE)
+        return files
+    if SINGLE in here:
+        return [SINGLE]
+    shards = [match for match in map(SHARD.fullmatch, here) if match]
+    counts = {int(match[2]) for match in shards}
+    if not shards:
+        raise ModelFormatError("has no model.safetensors and no shards of one", path=folder)
+    if len(counts) > 1 or max(counts) > MAX_SHARDS:
+        raise ModelFormatError("has shards of more than one set", path=folder, field=shards[0][0])
+    missing = set(range(1, max(counts) + 1)) - {int(match[1]) for match in shards}
+    if missing or len(shards) != max(counts):
+        one = f"number {min(missing)} of {max(counts)}" if missing else "one to each number"
+        raise ModelFormatError(f"there is no shard {one}", path=folder, field=shards[0][0])
+    return [match[0] for match in shards]
+
+
+def read_header(path: str) -> dict[str, Place]:
+    """The tensors of a safetensors file. Raises ModelFormatError, naming the tensor, where the header lies."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise ModelFormatError("is too short for a safetensors file", path=path, field="header")
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, MAX_HEADER):
+            message = f"a header of {length} bytes does not fit the file, or is over {MAX_HEADER}"
+            raise ModelFormatError(message, path=path, field="header")
+        encoded = file.read(length)
+    try:
+        header = json.loads(encoded.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as problem:
+        raise ModelFormatError(f"is not JSON: {problem}", path=path, field="header") from None
+    if not isinstance(header, dict):
+        raise ModelFormatError("is not a JSON object", path=path, field="header")
+    header.pop("__metadata__", None)
+    places = {name: _place(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    end = 0
+    for name, place in sorted(places.items(), key=lambda item: item[1].offset):
+        if place.bytes and place.offset < end:
+            raise ModelFormatError("its data overlaps another tensor's", path=path, field=name)
+        end = max(end, place.offset + place.bytes)
+    return places
+
+
+def _place(path: str, name: str, entry: object, data: int, size: int) -> Place:
+    """One entry of a header whose data begins at byte `data` of a file of `size` bytes."""
+
+    def fail(message: str) -> NoReturn:
+        raise ModelFormatError(message, path=path, field=name)
+
+    if not isinstance(entry, dict):
+        fail("is not a JSON object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        fail(f"dtype {dtype!r:.40} is not supported; supported are {', '.join(DTYPES)}")
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
+        fail(f"has no shape: {shape!r:.80}")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        fail(f"has no data_offsets: {offsets!r:.80}")
+    start, end = offsets
+    if not start <= end <= size - data or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        fail("its data_offsets do not fit its shape or the file")
+    return Place(path, dtype, tuple(shape), data + start)
+
+
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key comes twice, which the json module would let pass."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key comes twice")
+    return value
 
 
 def _one_of(value: object, allowed: tuple[Any, ...]) -> bool:

@@ -1,49 +1,62 @@
 """Hugging Face checkpoint folder to GGUF: `smallthinker-edge convert`.
 
-Runs on the user's computer, never on the device: it needs the [convert] extra (the `gguf` package writes the file
-and quantises). Streams: one expert at a time is held as floats, one stacked tensor as quantised bytes.
+Runs on the user's computer, never on the device: it needs the [convert] extra (the `gguf` package writes the
+header). Streams: threads read, quantise and write pieces of a few megabytes, so memory does not grow with the model.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import itertools
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.quantize import quantize
 from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
 from smallthinker_edge.files.checkpoint import (
     MAX_CONTEXT,
     MAX_LAYERS,
+    PREDICTOR_FILE,
     Checkpoint,
     CheckpointConfig,
-    optional_json,
-    read_json,
 )
+from smallthinker_edge.files.checkpoint_tokenizer import chat_templates, read_vocabulary, special_ids
+from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.pack import atomic_file, write_at
+from smallthinker_edge.files.torch_file import read_tensors
+from smallthinker_edge.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 Progress = Callable[[int, int, str], None]
-Array = npt.NDArray[Any]
+Sources = tuple[tuple[str, tuple[int, ...]], ...]
 TYPES = ("q4_0", "q8_0", "f16")
 LLAMA_CPP_WINDOW = 4096
-SLICE = 1 << 22  # weights that are floats at a time
+SLICE = 1 << 22  # weights that one thread reads and quantises at a time
+WORKERS = 4
 PERIOD = 4
 PREDICTOR = "model.lm_head_profiler"
-BLOCK = 32
+BLOCK = ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the GGUF file: shape in NumPy order; `sources` of shape `part` are its data one after the other."""
+    """A tensor of the GGUF file: shape in NumPy order; `sources` (name, shape) are its data one after the other."""
 
     name: str
     type: Any
     shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    part: tuple[int, ...]
+    sources: Sources
+    bytes: int
 
 
 class Converter:
@@ -82,36 +95,55 @@ class Converter:
                 config.refuse(key, f"makes matrix rows of {row}, which are not whole blocks of {BLOCK}")
 
     def write(self, path: str, progress: Progress) -> None:
-        """Writes to a temporary file and renames it when it is whole."""
+        """Writes to a temporary file that takes the name when it is whole and our own reader accepts it."""
         tensors = list(self._tensors())
-        temporary = path + ".part"
-        writer = self.gguf.GGUFWriter(temporary, "smallthinker")
+        with atomic_file(path) as file:
+            writer = self.gguf.GGUFWriter(path + ".part", "smallthinker")
+            try:
+                self._metadata(writer)
+                self._tokenizer(writer)
+                self._check(tensors)
+                for tensor in tensors:
+                    bytes_shape = self.gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+                    dtype, raw = (np.float32, None) if tensor.type == self.float else (np.uint8, tensor.type)
+                    stored = tensor.shape if raw is None else bytes_shape
+                    writer.add_tensor_info(tensor.name, stored, np.dtype(dtype), tensor.bytes, raw)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+            finally:
+                writer.close()
+            pieces = functools.partial(self._pieces, file)
+            write_tensors(file, path, [(tensor, tensor.name, tensor.bytes) for tensor in tensors], pieces, progress)
+            with GGUFFile(path + ".part") as written:
+                ModelConfig.from_gguf(written)
+
+    def _pieces(self, file: int, tensor: Tensor, at: int) -> Iterator[Callable[[], None]]:
+        """What writes a tensor whose data begins at byte `at`, piece by piece."""
+        for source, shape in tensor.sources:
+            size = math.prod(shape)
+            for first in range(0, size, SLICE):
+                count = min(SLICE, size - first)
+                yield functools.partial(self._write_piece, file, tensor.type, source, first, count, at)
+                at += self._bytes(count, tensor.type)
+
+    def _write_piece(self, file: int, type_: Any, source: str, first: int, count: int, at: int) -> None:
+        if type_ == self.float:
+            data = self.checkpoint.floats(source, first, count)
+            if not np.isfinite(data).all():
+                raise ModelFormatError(
+                    "holds values that are not finite", path=self.checkpoint.path_of(source), field=source
+                )
+            write_at(file, at, data.view(np.uint8))
+            return
         try:
-            self._metadata(writer)
-            self._tokenizer(writer)
-            self._check(tensors)
-            for tensor in tensors:
-                bytes_shape = self.gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
-                dtype, raw = (np.float32, None) if tensor.type == self.float else (np.uint8, tensor.type)
-                stored = tensor.shape if raw is None else bytes_shape
-                writer.add_tensor_info(tensor.name, stored, np.dtype(dtype), int(np.prod(bytes_shape)), raw)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for i, tensor in enumerate(tensors):
-                progress(i, len(tensors), tensor.name)
-                writer.write_tensor_data(self._data(tensor))
-            progress(len(tensors), len(tensors), "done")
-            writer.flush()
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            writer.close()
-            os.replace(temporary, path)
-        except BaseException:
-            writer.close()
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+            write_at(file, at, quantize(type_.name, self.checkpoint.elements(source, first, count)))
+        except OverflowError as problem:
+            raise ModelFormatError(str(problem), path=self.checkpoint.path_of(source), field=source) from None
+
+    def _bytes(self, elements: int, type_: Any) -> int:
+        block, size = self.gguf.GGML_QUANT_SIZES[type_]
+        return int(elements // block * size)
 
     def _metadata(self, writer: Any) -> None:
         config, heads = self.config, self.config.integer("num_attention_heads")
@@ -161,46 +193,31 @@ class Converter:
             )
 
     def _tokenizer(self, writer: Any) -> None:
-        path = os.path.join(self.folder, "tokenizer.json")
-        tokenizer = read_json(path)
-        model = tokenizer.get("model")
-        if not isinstance(model, dict) or model.get("type") != "BPE":
-            raise ModelFormatError("is not a BPE model", path=path, field="model.type")
-        tokens: dict[int, tuple[str, int]] = {id_: (token, 1) for token, id_ in model["vocab"].items()}
-        for added in tokenizer.get("added_tokens", []):
-            tokens[added["id"]] = (added["content"], 3 if added["special"] else 4)
-        if tokens and max(tokens) >= self.vocab:
-            raise ModelFormatError(f"has ids beyond the vocabulary of {self.vocab}", path=path, field="model.vocab")
-        table = [tokens.get(id_, (f"[PAD{id_}]", 5)) for id_ in range(self.vocab)]
-        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        vocabulary = read_vocabulary(self.folder, self.vocab)
+        try:  # what our own tokenizer makes of it
+            Tokenizer(vocabulary.tokens, vocabulary.merges, vocabulary.types)
+        except ModelFormatError as problem:
+            raise ModelFormatError(
+                str(problem), path=os.path.join(self.folder, "tokenizer.json"), field="model"
+            ) from None
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
-        writer.add_token_list([token for token, _ in table])
-        writer.add_token_types([kind for _, kind in table])
-        writer.add_token_merges(pairs)
-        self._special_tokens(writer)
-
-    def _special_tokens(self, writer: Any) -> None:
-        settings = optional_json(self.folder, "tokenizer_config.json")
-        generation = optional_json(self.folder, "generation_config.json")
-        values = self.config.values
-        bos = values.get("bos_token_id", generation.get("bos_token_id"))
-        eos = generation.get("eos_token_id", values.get("eos_token_id"))
-        ends = eos if isinstance(eos, list) else [eos] if eos is not None else []
-        if isinstance(bos, int):
+        writer.add_token_list(vocabulary.tokens)
+        writer.add_token_types(vocabulary.types)
+        writer.add_token_merges(vocabulary.merges)
+        bos, ends, add_bos = special_ids(self.folder, self.config.values, self.vocab)
+        if bos is not None:
             writer.add_bos_token_id(bos)
         if ends:
             writer.add_eos_token_id(ends[0])
         if len(ends) > 1:
             writer.add_eot_token_id(ends[1])
-        writer.add_add_bos_token(bool(settings.get("add_bos_token", False)))
-        template = settings.get("chat_template")
-        separate = os.path.join(self.folder, "chat_template.jinja")
-        if os.path.exists(separate):
-            with open(separate, encoding="utf-8") as file:
-                template = file.read()
-        if isinstance(template, str):
-            writer.add_chat_template(template)
+        if len(ends) > 2:
+            warnings.warn(f"a GGUF file has room for two end tokens; left out: {ends[2:]}", stacklevel=2)
+        writer.add_add_bos_token(add_bos)
+        templates = chat_templates(self.folder)
+        if templates:
+            writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
 
     def _tensors(self) -> Iterator[Tensor]:
         """The tensors of the file, in its order."""
@@ -221,42 +238,103 @@ class Converter:
             moe = theirs + "block_sparse_moe."
             yield self._plain(ours + "ffn_gate_inp", moe + "primary_router", (self.experts, d))
             for name, shape in (("gate", (self.ffn, d)), ("up", (self.ffn, d)), ("down", (d, self.ffn))):
-                sources = tuple(f"{moe}experts.{e}.{name}.weight" for e in range(self.experts))
-                yield Tensor(f"{ours}ffn_{name}_exps.weight", self.type, (self.experts, *shape), sources, shape)
+                sources = tuple((f"{moe}experts.{e}.{name}.weight", shape) for e in range(self.experts))
+                yield self._tensor(f"{ours}ffn_{name}_exps", self.type, (self.experts, *shape), sources)
+        yield from self._predictor()
+
+    def _predictor(self) -> Iterator[Tensor]:
+        """The predictor of the LM head, where the checkpoint has one: always Q4_0, and one flat row."""
+        sources: Sources = ()
+        beside = os.path.join(self.folder, PREDICTOR_FILE)
         if PREDICTOR in self.checkpoint:
-            flat = (self.checkpoint.size(PREDICTOR),)
-            yield Tensor("lm_head_profiler.weight", self.gguf.GGMLQuantizationType.Q4_0, flat, (PREDICTOR,), flat)
+            sources = ((PREDICTOR, (self.checkpoint.size(PREDICTOR),)),)
+            if os.path.exists(beside):
+                warnings.warn(f"{beside}: not read, because the checkpoint holds {PREDICTOR} too", stacklevel=2)
+        elif os.path.exists(beside):
+            sources = self._two_matrices(beside)
+        else:
+            return
+        size = sum(math.prod(shape) for _, shape in sources)
+        inner, rest = divmod(size, self.d + self.vocab)
+        if rest or inner % BLOCK or not 0 < inner <= self.d:
+            message = f"{size} elements are not {self.d} + {self.vocab} times a multiple of {BLOCK} up to {self.d}"
+            raise ModelFormatError(message, path=self.checkpoint.path_of(sources[0][0]), field=sources[0][0])
+        yield self._tensor("lm_head_profiler", self.gguf.GGMLQuantizationType.Q4_0, (size,), sources)
+
+    def _two_matrices(self, path: str) -> Sources:
+        """[K, d] and [V, K] of a torch file, told by their shapes, as tensors of the checkpoint."""
+        found = read_tensors(path)
+        shapes = {name: place.shape for name, place in found.items()}
+        pairs = [
+            (first, second)
+            for first, second in itertools.permutations(shapes, 2)
+            if len(shapes[first]) == 2 and shapes[first][1] == self.d
+            and shapes[second] == (self.vocab, shapes[first][0])
+        ]  # fmt: skip
+        if len(shapes) != 2 or len(pairs) != 1:
+            message = f"its tensors {shapes!r:.200} are not one [K, {self.d}] and one [{self.vocab}, K]"
+            raise ModelFormatError(message, path=path)
+        for name in pairs[0]:
+            self.checkpoint.add(f"{PREDICTOR_FILE}/{name}", found[name])
+        return tuple((f"{PREDICTOR_FILE}/{name}", shapes[name]) for name in pairs[0])
 
     def _plain(self, name: str, source: str, shape: tuple[int, ...]) -> Tensor:
-        return Tensor(name + ".weight", self.float, shape, (source + ".weight",), shape)
+        return self._tensor(name, self.float, shape, ((source + ".weight", shape),))
 
     def _matrix(self, name: str, source: str, shape: tuple[int, int]) -> Tensor:
-        return Tensor(name + ".weight", self.type, shape, (source + ".weight",), shape)
+        return self._tensor(name, self.type, shape, ((source + ".weight", shape),))
+
+    def _tensor(self, name: str, type_: Any, shape: tuple[int, ...], sources: Sources) -> Tensor:
+        return Tensor(name + ".weight", type_, shape, sources, self._bytes(math.prod(shape), type_))
 
     def _check(self, tensors: list[Tensor]) -> None:
         """Every source is there in its shape, and the checkpoint holds nothing else, before a byte is written."""
         for tensor in tensors:
-            for source in tensor.sources:
-                self.checkpoint.check(source, tensor.part)
-        self.checkpoint.refuse_unread((source for tensor in tensors for source in tensor.sources), self.tied)
+            for source, shape in tensor.sources:
+                self.checkpoint.check(source, shape)
+        self.checkpoint.refuse_unread((source for tensor in tensors for source, _ in tensor.sources), self.tied)
 
-    def _data(self, tensor: Tensor) -> Array:
-        parts = [self._quantised(source, tensor.part, tensor.type) for source in tensor.sources]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def _quantised(self, name: str, shape: tuple[int, ...], type_: Any) -> Array:
-        """A tensor as the file's bytes; read in slices of rows, so that floats stay few."""
-        rows, columns = shape if len(shape) == 2 else (1, shape[0])
-        _, row_bytes = self.gguf.quant_shape_to_byte_shape((rows, columns), type_)
-        out = np.empty((rows, row_bytes), np.uint8)
-        step = max(1, SLICE // columns)
-        for first in range(0, rows, step):
-            data = self.checkpoint.read(name, shape, first, step if len(shape) == 2 else None)
-            if not np.isfinite(data).all():
-                raise ModelFormatError("holds values that are not finite", path=self.folder, field=name)
-            data = data.reshape(-1, columns)
-            out[first : first + step] = self.gguf.quants.quantize(data, type_).view(np.uint8)
-        return out
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def write_tensors(
+    file: int,
+    path: str,
+    tensors: Sequence[tuple[T, str, int]],
+    pieces: Callable[[T, int], Iterator[Callable[[], None]]],
+    progress: Progress,
+) -> None:
+    """Everything behind a GGUF header that is in the file: threads read, quantise and write, each to its own place.
+
+    Args:
+        file: descriptor; what it has is the header. path: its name to be, for errors.
+        tensors: (what pieces() takes, name, bytes), in the file's order.
+        pieces: gives for a tensor and the byte where its data begins what writes it, piece by piece.
+
+    Raises OSError where the disk has no room for all of it, before anything is written.
+    """
+    ends = list(itertools.accumulate((aligned(size) for *_, size in tensors), initial=aligned(os.fstat(file).st_size)))
+    space = os.fstatvfs(file)
+    if ends[-1] > space.f_bavail * space.f_frsize:
+        raise OSError(errno.ENOSPC, f"{ends[-1]} bytes are needed, and there is no room for them", path)
+    os.ftruncate(file, ends[-1])
+    under_way: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for i, ((tensor, name, _), start) in enumerate(zip(tensors, ends, strict=False)):
+                progress(i, len(tensors), name)
+                for piece in pieces(tensor, start):
+                    under_way.append(pool.submit(piece))
+                    if len(under_way) > 2 * WORKERS:
+                        under_way.popleft().result()
+            while under_way:
+                under_way.popleft().result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    progress(len(tensors), len(tensors), "done")
 
 
 def convert(
@@ -265,10 +343,11 @@ def convert(
     type_: str = "q4_0",
     progress: Progress | None = None,
 ) -> None:
-    """Writes the GGUF file of a Hugging Face checkpoint folder of a SmallThinker model.
+    """Writes the GGUF file of a Hugging Face checkpoint folder, or of a GGUF file of other types.
 
     Args:
-        folder: holds config.json, tokenizer.json and model.safetensors (or shards with their index).
+        folder: holds config.json, tokenizer.json and model.safetensors or its shards; or a GGUF file (of a split one
+            any part) with tensors of any type that the `gguf` package can read.
         target: the file to write; it appears under this name only when it is whole.
         type_: "q4_0", "q8_0" or "f16" for all matrices, the embedding included; norms and routers stay float32.
         progress: called with (tensors done, all tensors, the name in work).
@@ -279,4 +358,10 @@ def convert(
     """
     if type_ not in TYPES:
         raise ValueError(f"type must be one of {', '.join(TYPES)}, not {type_!r}")
-    Converter(os.fspath(folder), type_).write(os.fspath(target), progress or (lambda done, total, name: None))
+    silent: Progress = lambda done, total, name: None  # noqa: E731
+    if os.path.isfile(folder):
+        from smallthinker_edge.files.requantize import requantize
+
+        requantize(os.fspath(folder), os.fspath(target), type_.upper(), progress or silent)
+    else:
+        Converter(os.fspath(folder), type_).write(os.fspath(target), progress or silent)

@@ -6,6 +6,7 @@ Called by `smallthinker-edge pack|unpack`. It streams: never more than one exper
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -52,7 +53,7 @@ def _u32_array_entry(key: str, values: npt.NDArray[np.uint32]) -> bytes:
     return _text(key) + struct.pack("<IIQ", ARRAY, U32, values.size) + values.astype("<u4").tobytes()
 
 
-def _tensor_entry(name: str, type_number: int, shape: tuple[int, ...], offset: int) -> bytes:
+def tensor_entry(name: str, type_number: int, shape: tuple[int, ...], offset: int) -> bytes:
     head = _text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
     return head + struct.pack("<IQ", type_number, offset)
 
@@ -77,28 +78,50 @@ def pack(source: str | os.PathLike[str], target: str | os.PathLike[str], progres
         if is_packed(gguf):
             raise ModelFormatError("is a packed file already", path=gguf.path, field="stpk.layout")
         config = ModelConfig.from_gguf(gguf)
-        with _atomic(target) as fd:
+        with atomic_file(target) as fd:
             _write(fd, gguf, config, progress or (lambda done, total: None))
 
 
 @contextmanager
-def _atomic(target: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor of `target`.part, which takes the target's name when the block ends well and goes when it fails."""
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[int]:
+    """A descriptor of `target`.part, which takes the target's name when the block ends well and goes when it fails.
+
+    Raises OSError where another process is writing the same file, or the disk is full.
+    """
     temporary = f"{os.fspath(target)}.part"
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with open(temporary, "w+b") as file:
-            yield file.fileno()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        folder = os.open(os.path.dirname(os.path.abspath(target)), os.O_RDONLY)
+        _claim(descriptor, temporary)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+            yield descriptor
+            os.fsync(descriptor)
+            os.replace(temporary, target)
+            folder = os.open(os.path.dirname(os.path.abspath(target)), os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _claim(descriptor: int, path: str) -> None:
+    """Locks the file for this process and empties it; what a killed process left has no lock.
+
+    It may have been renamed between opening and locking: then it is somebody's finished file and stays as it is.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    if not ours:
+        raise OSError(errno.EBUSY, "is being written by another process", path)
+    os.ftruncate(descriptor, 0)
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -123,14 +146,14 @@ def _write(fd: int, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> 
     for i, info in enumerate(dense):
         data = gguf.data(info.name)
         sums[i] = zlib.crc32(data.data)
-        _write_at(fd, places[i], data)
+        write_at(fd, places[i], data)
         gguf.release(info.name)
     for i, data in enumerate(_blobs(gguf, config, blob)):
         sums[len(dense) + i] = zlib.crc32(data.data)
-        _write_at(fd, places[len(dense)] + i * blob, data)
+        write_at(fd, places[len(dense)] + i * blob, data)
         progress(i + 1, total)
     header, _ = _header(gguf, config, dense, blob, sums, source)
-    _write_at(fd, 0, np.frombuffer(header, np.uint8))
+    write_at(fd, 0, np.frombuffer(header, np.uint8))
 
 
 def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
@@ -207,15 +230,16 @@ def _header(
     ]
     sizes = [info.nbytes for info in dense] + [blob * config.n_experts] * config.n_layers
     starts = np.cumsum([0, *map(_aligned, sizes)]).tolist()
-    infos = [_tensor_entry(d.name, TYPES[d.type].number, d.shape, at) for d, at in zip(dense, starts, strict=False)]
+    infos = [tensor_entry(d.name, TYPES[d.type].number, d.shape, at) for d, at in zip(dense, starts, strict=False)]
     layers = enumerate(starts[len(dense) : len(dense) + config.n_layers])
-    infos += [_tensor_entry(blob_name(n), TYPES["F32"].number, (blob // 4, config.n_experts), at) for n, at in layers]
+    infos += [tensor_entry(blob_name(n), TYPES["F32"].number, (blob // 4, config.n_experts), at) for n, at in layers]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join(entries) + b"".join(infos)
     data = _aligned(len(head))
     return head.ljust(data, b"\0"), [data + at for at in starts]
 
 
-def _write_at(fd: int, offset: int, data: Bytes) -> None:
+def write_at(fd: int, offset: int, data: Bytes) -> None:
+    """Writes all of an array's bytes at an offset; threads may share the descriptor."""
     view = np.ascontiguousarray(data).data.cast("B")
     while view:
         done = os.pwrite(fd, view, offset)
@@ -247,14 +271,14 @@ def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progres
             if not len(part.header) <= info.offset <= part.size - info.nbytes:
                 raise ModelFormatError("has tensors outside the file", path=gguf.path, field="stpk.source_tensors")
         targets = _part_names(os.fspath(target), len(parts))
-        fds = [stack.enter_context(_atomic(name)) for name in targets]
+        fds = [stack.enter_context(atomic_file(name)) for name in targets]
         for fd, part in zip(fds, parts, strict=True):
             _reserve(fd, part.size)
-            _write_at(fd, 0, np.frombuffer(part.header, np.uint8))
+            write_at(fd, 0, np.frombuffer(part.header, np.uint8))
         files = {name: fds[part] for name, part in places.items()}
         for name, info in packed.tensors.items():
             if name.split(".")[-2] not in EXPERT_ROLES:
-                _write_at(files[name], info.offset, packed.data(name))
+                write_at(files[name], info.offset, packed.data(name))
                 packed.release(name)
         _write_experts(files, packed, config, progress or (lambda done, total: None))
         for fd, part in zip(fds, parts, strict=True):
@@ -320,6 +344,6 @@ def _write_experts(files: dict[str, int], packed: PackedFile, config: ModelConfi
         stack = packed.container.data(blob_name(layer)).reshape(config.n_experts, blob)
         for e in range(config.n_experts):
             for info, part in zip(infos, layout.unpack(stack[e]), strict=True):
-                _write_at(files[info.name], info.offset + e * part.size, part)
+                write_at(files[info.name], info.offset + e * part.size, part)
             progress(layer * config.n_experts + e + 1, config.n_layers * config.n_experts)
         packed.container.release(blob_name(layer))

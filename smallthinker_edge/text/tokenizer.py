@@ -93,6 +93,7 @@ class Tokenizer:
         self.vocab_size = len(tokens)
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self._specials: dict[str, int] = {}
+        self._user_defined: set[str] = set()
         vocabulary = self._load_tokens(tokens, types)
         self._bpe = _build_bpe(vocabulary, merges)
         del vocabulary
@@ -138,6 +139,10 @@ class Tokenizer:
                 blob += token.encode("utf-8", "surrogateescape")
                 if kind in (CONTROL, USER_DEFINED) and token:
                     self._specials.setdefault(token, id_)
+                if kind == USER_DEFINED and token:
+                    self._user_defined.add(token)
+                if kind == USER_DEFINED and _alphabet_bytes(token):  # merges may lead to it and through it
+                    items.append(f"{_quoted(token)}:{id_}")
             else:
                 blob += spelled
                 if kind != UNUSED and spelled:
@@ -185,6 +190,22 @@ class Tokenizer:
             ids.append(self._specials[match.group()])
             at = match.end()
         return ids + self._encode_plain(text[at:])
+
+    def split_specials(self, text: str) -> list[tuple[str, int | None]]:
+        """The text in pieces, each with the id of the special token that it is, or None; as encode() finds them."""
+        if self._special_pattern is None:
+            return [(text, None)]
+        pieces: list[tuple[str, int | None]] = []
+        at = 0
+        for match in self._special_pattern.finditer(text):
+            pieces += [(text[at : match.start()], None), (match.group(), self._specials[match.group()])]
+            at = match.end()
+        return [*pieces, (text[at:], None)]
+
+    def special_names(self, *, user_defined: bool = False) -> list[str]:
+        """The texts of control and user-defined tokens, the longest first; or of user-defined ones only."""
+        names = self._user_defined if user_defined else self._specials
+        return sorted(names, key=len, reverse=True)
 
     def _encode_plain(self, text: str) -> list[int]:
         return [id_ for part in _without_endless_space(text) for id_ in self._bpe.encode(part).ids]

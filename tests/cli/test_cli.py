@@ -321,6 +321,19 @@ def test_sigint_stops_a_running_generation(tmp_path: Path) -> None:
     assert err == b""
 
 
+def test_generate_points_to_chat_where_a_model_has_a_template(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = {"tokenizer.chat_template": "{{ messages }}"}
+    model = gguf_files.write_model(tmp_path / "chat.gguf", metadata=template)
+    code, out, err = run(capsys, "generate", "-m", model, "-p", "hello", "--max-tokens", "2")
+    assert code == 0
+    assert f"smallthinker-edge chat -m {model}" in err
+    assert "hint" not in out
+    assert run(capsys, "generate", "-m", model, "-p", "<|im_start|>user", "--max-tokens", "2")[2] == ""
+    assert run(capsys, "generate", "-m", tiny_model, "-p", "hello", "--max-tokens", "2")[2] == ""
+
+
 # chat
 
 

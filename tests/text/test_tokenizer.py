@@ -79,6 +79,15 @@ def test_special_tokens_are_parsed_only_when_asked(tokenizer: Tokenizer) -> None
     assert end in tokenizer.eos_ids
 
 
+def test_merges_go_through_a_user_defined_token(metadata: dict[str, Any]) -> None:
+    tokens, types = list(metadata["tokenizer.ggml.tokens"]), list(metadata["tokenizer.ggml.token_type"])
+    hell = tokens.index("hell")
+    types[hell] = 4
+    tokenizer = Tokenizer(tokens, metadata["tokenizer.ggml.merges"], types)
+    assert tokenizer.encode("hello") == [hell, tokens.index("o")]
+    assert tokenizer.encode("hello", parse_special=False) == [tokens.index("hello")]
+
+
 def test_bos_is_added_as_the_file_says(metadata: dict[str, Any]) -> None:
     bos = 275
     for add in (True, False):

@@ -1,0 +1,160 @@
+"""A GGUF file with tensors of any type to one that runs: `smallthinker-edge convert model.gguf`.
+
+Called by convert.py. Metadata is copied as it is; matrices get the type that was asked for, by way of float32 where
+they have another, and what has it already is copied. Streams as the conversion of a checkpoint does.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
+from smallthinker_edge._native.layouts import TYPES
+from smallthinker_edge._native.quantize import quantize
+from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
+from smallthinker_edge.files.config import PREDICTOR_TYPES, ModelConfig, tensor_name
+from smallthinker_edge.files.convert import Progress, aligned, write_tensors
+from smallthinker_edge.files.pack import DROPPED_KEYS, atomic_file, tensor_entry, write_at
+from smallthinker_edge.files.packed import is_packed
+
+SLICE = 1 << 20  # weights at a time, whole blocks of every type; NumPy takes some 20 bytes for each on the way
+ROW = 1 << 12  # the package works on 16 rows at once, which then stay in the cache
+U32 = 4
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What becomes of a source's tensor."""
+
+    source: TensorInfo
+    type: str
+    bytes: int
+
+
+class _Converted:
+    """A file as it will be, for ModelConfig to check before anything is written."""
+
+    def __init__(self, source: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
+        self.paths, self.metadata, self.tensors = source.paths, source.metadata, tensors
+
+
+class Requantizer:
+    """One conversion of an open file."""
+
+    def __init__(self, gguf: Any, source: GGUFFile, type_: str) -> None:
+        self.gguf, self.source = gguf, source
+        self.numbers = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
+        if is_packed(source):
+            raise ModelFormatError("is a packed file; unpack it first", path=source.path, field="stpk.layout")
+        self.targets = [self._target(info, self._type(info, type_)) for info in source.tensors.values()]
+        after = {target.source.name: replace(target.source, type=target.type) for target in self.targets}
+        ModelConfig.from_gguf(_Converted(source, after))
+        self.type = type_
+
+    def _type(self, info: TensorInfo, type_: str) -> str:
+        """Norms and routers are float32 always, as llama.cpp wants them; the predictor stays what can run."""
+        if info.name == tensor_name("lm_head_profiler"):
+            return info.type if info.type in PREDICTOR_TYPES else "Q4_0"
+        return "F32" if "norm" in info.name or "ffn_gate_inp" in info.name else type_
+
+    def _target(self, info: TensorInfo, type_: str) -> Target:
+        block, size = self.gguf.GGML_QUANT_SIZES[self.gguf.GGMLQuantizationType[type_]]
+        if info.shape[0] % block:
+            message = f"rows of {info.shape[0]} are not whole {type_} blocks of {block}"
+            raise ModelFormatError(message, path=self.source.paths[info.part], field=info.name)
+        elements = int(np.prod(info.shape, dtype=object))
+        return Target(info, type_, elements // block * size)
+
+    def write(self, path: str, progress: Progress) -> None:
+        starts = list(itertools.accumulate((aligned(target.bytes) for target in self.targets), initial=0))
+        with open(self.source.paths[0], "rb") as file:
+            first = file.read(self.source.header_end)
+        dropped = {*DROPPED_KEYS, "general.file_type"}
+        entries = [first[a:b] for key, (a, b) in self.source.key_ranges.items() if key not in dropped]
+        key = b"general.file_type"
+        entries.append(struct.pack("<Q", len(key)) + key + struct.pack("<II", U32, FILE_TYPES[self.type]))
+        infos = [
+            tensor_entry(target.source.name, TYPES[target.type].number, target.source.shape, start)
+            for target, start in zip(self.targets, starts, strict=False)
+        ]
+        header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join(entries) + b"".join(infos)
+        with atomic_file(path) as file:
+            write_at(file, 0, np.frombuffer(header.ljust(aligned(len(header)), b"\0"), np.uint8))
+            tensors = [(target, target.source.name, target.bytes) for target in self.targets]
+            write_tensors(file, path, tensors, functools.partial(self._pieces, file), progress)
+
+    def _pieces(self, file: int, target: Target, at: int) -> Iterator[Callable[[], None]]:
+        """What writes a tensor whose data begins at byte `at`, piece by piece."""
+        block, size = self.gguf.GGML_QUANT_SIZES[self.gguf.GGMLQuantizationType[target.source.type]]
+        elements = target.source.nbytes // size * block
+        for first in range(0, elements, SLICE):
+            count = min(SLICE, elements - first)
+            start, stop = (n // block * size for n in (first, first + count))
+            to = at + first * target.bytes // elements
+            yield functools.partial(self._write_piece, file, target, start, stop - start, to)
+
+    def _write_piece(self, file: int, target: Target, start: int, count: int, at: int) -> None:
+        info = target.source
+        path = self.source.paths[info.part]
+        raw = np.fromfile(path, np.uint8, count, offset=info.offset + start)
+        if raw.size != count:
+            raise ModelFormatError("cannot be read whole", path=path, field=info.name)
+        if info.type == target.type:
+            write_at(file, at, raw)
+            return
+        try:
+            if target.type == "F32":
+                values = self._floats(info.type, raw)
+                if not np.isfinite(values).all():
+                    raise OverflowError("holds values that are not finite")
+                write_at(file, at, values.view(np.uint8))
+            else:
+                values = raw.view(np.uint16) if info.type == "BF16" else self._floats(info.type, raw)
+                write_at(file, at, quantize(target.type, values))
+        except OverflowError as problem:
+            raise ModelFormatError(str(problem), path=path, field=info.name) from None
+
+    def _floats(self, type_: str, raw: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
+        if type_ == "F32":
+            return raw.view(np.float32)
+        if type_ == "F16":
+            return raw.view(np.float16).astype(np.float32)
+        kind = self.gguf.GGMLQuantizationType[type_]
+        block, size = self.gguf.GGML_QUANT_SIZES[kind]
+        row = ROW // block * size
+        rows = raw.reshape(-1, row) if raw.size % row == 0 else raw.reshape(1, -1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            return self.gguf.quants.dequantize(rows, kind).reshape(-1).astype(np.float32, copy=False)
+
+
+def _readable(gguf: Any) -> Iterator[Any]:
+    """The types that the package can turn into floats, told by trying each on one block of zeros."""
+    for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
+        with suppress(NotImplementedError):
+            gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+            if SLICE % block == 0:
+                yield kind
+
+
+def requantize(source: str, target: str, type_: str, progress: Progress) -> None:
+    """Writes a GGUF file's model with all matrices as Q4_0, Q8_0 or F16; errors as in convert.convert."""
+    try:
+        import gguf
+    except ImportError:
+        raise SmallThinkerError("converting needs: pip install 'smallthinker_edge[convert]'") from None
+    readable = {int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in _readable(gguf)}
+    with GGUFFile(source, readable) as opened:
+        if os.path.exists(target) and any(os.path.samefile(target, path) for path in opened.paths):
+            raise ValueError("the target is the file that is converted")
+        Requantizer(gguf, opened, type_).write(target, progress)
