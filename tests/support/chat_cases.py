@@ -1,8 +1,8 @@
 """Conversations and templates whose text transformers has recorded: tests/fixtures/chat/expected.json.
 
 `python tests/support/chat_cases.py`, in an environment with transformers, records it anew. The templates are written
-for these tests, in the manner of those in use: a default system prompt, tools and calls, thinking, headers, instructions,
-alternating turns, documents.
+for these tests, in the manner of those in use: a default system prompt, tools and calls, thinking, headers,
+instructions, alternating turns, documents.
 """
 
 from __future__ import annotations
