@@ -89,7 +89,7 @@ def extension(name: str, sources: list[str]) -> Extension:
 core = CORE + kernel_sources()
 QUANTIZE = ["src/weights/quantize.c", "src/weights/types.c"]
 extensions = {
-    "engine": core,
+    **dict.fromkeys(("memory", "weights", "buffers", "paging", "kv_cache", "engine"), core),
     "kernels": core,
     "layouts": LAYOUTS,
     "quantize": QUANTIZE,

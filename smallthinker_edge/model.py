@@ -19,6 +19,7 @@ from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.locks import Turns
+from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
 from smallthinker_edge.files.config import ModelConfig
@@ -99,6 +100,7 @@ class SmallThinker:
         if kv not in KV_CHOICES:
             raise ValueError(f"kv must be one of {', '.join(KV_CHOICES)}, not {kv!r}")
         self._engine: Engine | None = None
+        self._threads = count
         engine: Engine | None = None
         gguf = GGUFFile(path)
         try:
@@ -111,7 +113,9 @@ class SmallThinker:
             kernels = os.environ.get("SMALLTHINKER_CPU") or None
             usable = cpus.big_cpus() if automatic else cpus.allowed_cpus()
             with cpus.started_on(usable):
-                engine = Engine(self.config, count, kernels, BATCH, cpus=cpus.places(count, usable) if pin else None)
+                places = cpus.places(count, usable) if pin else None
+                predictor = self.head_threshold is not None
+                engine = Engine(self.config, count, kernels, BATCH, cpus=places, predictor=predictor)
             experts, sums, slot_bytes = None, None, 0
             if isinstance(self._file, PackedFile):
                 experts = offsets, slot_bytes = self._file.experts(self.config)
@@ -149,7 +153,7 @@ class SmallThinker:
 
     def _make_plan(self, memory: int | str | None, kv: str, slot_bytes: int) -> Plan:
         predictor = self.head_threshold is not None
-        return make_plan(self._file, self.config, self.context, BATCH, memory, slot_bytes, kv, predictor)
+        return make_plan(self._file, self.config, self.context, BATCH, memory, slot_bytes, kv, predictor, self._threads)
 
     def _load(self, engine: Engine, sums: npt.NDArray[np.uint32] | None) -> None:
         """Fills the engine; the experts of a packed file stay there until they are needed."""
@@ -180,12 +184,15 @@ class SmallThinker:
         # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
         reserve = plan.parts["KV cache"] if self.config.tied else 0
         free = plan.limit is None  # then the page cache may help
-        engine.page_experts(self._file.path, offsets, size, plan.slots, types, lent=reserve, sums=sums, cached=free)
+        paging = ExpertPaging(
+            self.config, self._file.path, offsets, size, plan.slots, lent=reserve, sums=sums, cached=free
+        )
+        engine.page_experts(paging, types)
         path = profile_path(self._file.path) if profile is None else profile
         uses = load_profile(path, len(offsets)) if profile is not None or os.path.exists(path) else None
         every = free and plan.slots == len(offsets) and plan.total < available_memory()
         if uses is not None or every:
-            warm_up(engine, np.zeros(len(offsets)) if uses is None else uses, every)
+            warm_up(paging, np.zeros(len(offsets)) if uses is None else uses, every)
 
     def _drop_caches(self) -> None:
         """Takes what was read until now out of the page cache, which a memory limit counts."""
@@ -201,9 +208,11 @@ class SmallThinker:
 
         Raises ValueError where the model is not a packed file, OSError where it cannot be written.
         """
-        uses = np.zeros(self.config.n_layers * self.config.n_experts)
-        if not self._open_engine().expert_uses(uses):
+        paging = self._open_engine().paging
+        if paging is None:
             raise ValueError("only a packed file has a profile")
+        uses = np.zeros(self.config.n_layers * self.config.n_experts)
+        paging.uses(uses)
         target = profile_path(self._file.path) if path is None else os.fspath(path)
         save_profile(target, uses)
         return target
@@ -431,7 +440,7 @@ class SmallThinker:
         high-water mark. On boards that tell it, the temperature and what throttles the processor: see thermal.readings.
         """
         engine = self._open_engine()
-        paging = engine.pager_stats() or {}
+        paging = engine.paging_stats()
         if paging:
             times = paging["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"], engine.threads
             paging["stall_share"] = stall_share(*times)
@@ -440,7 +449,7 @@ class SmallThinker:
             "model_bytes": engine.bytes,
             **process_memory(),
             "threads": engine.threads,
-            "kernels": engine.kernels,
+            "kernels": engine.weights.kernels,
             "context": self.context,
             "kv": self.kv,
             **({} if engine.head_share is None else {"head_share": engine.head_share}),
@@ -509,6 +518,7 @@ def plan_memory(
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
         slot_bytes = file.experts(config)[1] if isinstance(file, PackedFile) else 0
-        plan = make_plan(file, config, min(context, config.context_length), BATCH, memory, slot_bytes, kv)
+        positions = min(context, config.context_length)
+        plan = make_plan(file, config, positions, BATCH, memory, slot_bytes, kv, threads=cpus.auto_threads())
         del tokenizer  # it was built so that its memory counts
         return plan

@@ -59,13 +59,13 @@ class Loader:
             self._load_predictor(tensor_name("lm_head_profiler"))
         embedding = tensor_name("token_embd")
         number, data = self._matrix(embedding)
-        self.engine.set_embedding(number, data, not self.config.tied)
+        self.engine.weights.set_embedding(number, data, not self.config.tied)
         norm = self._floats(tensor_name("output_norm"))
         if self.config.tied:
-            self.engine.set_head(norm)
+            self.engine.weights.set_head(norm)
             self.gguf.release(embedding)
         else:
-            self.engine.set_head(norm, *self._matrix(tensor_name("output")))
+            self.engine.weights.set_head(norm, *self._matrix(tensor_name("output")))
             self.gguf.release(tensor_name("output"))
             self.gguf.expect_rows(embedding)
             if self.paged:  # there is a budget to keep to
@@ -88,7 +88,7 @@ class Loader:
             broken = data.view("<u2") & largest == largest
         if broken.any():
             raise ModelFormatError("holds scales or weights that are not finite", path=self.gguf.path, field=name)
-        self.engine.set_predictor(number, data)
+        self.engine.weights.set_predictor(number, data)
         self.gguf.release(name)
 
     def _load_layer(self, layer: int) -> None:
@@ -98,12 +98,12 @@ class Loader:
         norms = self._floats(name("attn_norm")), self._floats(name("ffn_norm"))
         router = self._floats(name("ffn_gate_inp"))
         q, k, v = self._query_key_value(layer)
-        self.engine.set_layer(layer, *norms, router, q, k, v, self._matrix(name("attn_output")))
+        self.engine.weights.set_layer(layer, *norms, router, q, k, v, self._matrix(name("attn_output")))
         self.gguf.release(name("attn_output"))
         if self.paged:
             return
         roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-        self.engine.set_experts(layer, *(self._matrix(name(role)) for role in roles))
+        self.engine.weights.set_experts(layer, *(self._matrix(name(role)) for role in roles))
         for role in roles:
             self.gguf.release(name(role))
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import psutil
 
-from smallthinker_edge._native.engine import kv_bytes, part_bytes
+from smallthinker_edge._native.buffers import buffer_sizes, partial_sizes
 from smallthinker_edge._native.gguf import GGUFFile
-from smallthinker_edge._native.layouts import kv_kinds
+from smallthinker_edge._native.kv_cache import kv_bytes
+from smallthinker_edge._native.layouts import KV_TYPES, TYPES, kv_kinds
 from smallthinker_edge.errors import MemoryBudgetError
 from smallthinker_edge.files.config import ModelConfig, tensor_name
-from smallthinker_edge.files.packed import PackedFile
+from smallthinker_edge.files.packed import ExpertLayout, PackedFile, expert_infos
 from smallthinker_edge.machine.memory import parse_memory
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def make_plan(
     slot_bytes: int = 0,
     kv: str = "f16",
     predictor: bool = True,
+    threads: int = 1,
 ) -> Plan:
     """Divides a budget.
 
@@ -79,27 +81,22 @@ def make_plan(
         slot_bytes: of one expert where a packed file lets experts be paged, else 0.
         kv: type of the KV cache: "f16", "q8_0", "q8_0-all", or "auto": the first of them with which the budget
             works and holds the experts that two tokens use; else the smallest.
-        predictor: the LM head's predictor is used, where the file has one.
+        predictor: the LM head's predictor is used, where the file has one. threads: of the team.
 
     Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little.
     """
     if kv == "auto":
-        return _plan_kv(file, config, context, batch, memory, slot_bytes, predictor)
+        return _plan_kv(file, config, context, batch, memory, slot_bytes, predictor, threads)
     skip = set() if config.tied else {tensor_name("token_embd")}
     if not predictor:
         skip.add(tensor_name("lm_head_profiler"))
-    scores = config.lm_head_predictor_size if predictor else 0
     if slot_bytes:
         skip |= {name for name in file.tensors if name.endswith("_exps.weight")}
-    widths = 3 * config.d_model + 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
-    neuron = 6 if config.down_transposed else 3  # bytes of what a neuron of a used expert gives to down
     parts = {
         "process and tokenizer": psutil.Process().memory_info().rss,
         "dense weights" if slot_bytes else "weights": sum(i.nbytes for n, i in file.tensors.items() if n not in skip),
         "KV cache": kv_bytes(config, context, kv),
-        "buffers": batch * (4 * widths + neuron * config.n_experts_used * config.d_ffn + 8 * scores)
-        + part_bytes(config, batch)
-        + 4 * config.vocab_size,
+        "buffers": _buffer_bytes(file, config, context, batch, kv, predictor, threads),
         "margin": MARGIN,
     }
     experts = config.n_layers * config.n_experts
@@ -121,6 +118,24 @@ def make_plan(
     return Plan(limit, parts, slots, slot_bytes, kv)
 
 
+def _buffer_bytes(
+    file: GGUFFile | PackedFile,
+    config: ModelConfig,
+    context: int,
+    batch: int,
+    kv: str,
+    predictor: bool,
+    threads: int,
+) -> int:
+    """Bytes of the engine's buffers and of one row of logits."""
+    layers = (expert_infos(file, layer) for layer in range(config.n_layers))
+    row_experts = not all(ExpertLayout.of(config, infos).expert.packed for infos in layers)
+    q8 = TYPES["Q8_0"].number in KV_TYPES[kv]
+    sizes = buffer_sizes(config, batch, threads, predictor=predictor, q8=q8, row_experts=row_experts)
+    sizes |= partial_sizes(config, context, threads)
+    return sum(sizes.values()) + 4 * config.vocab_size
+
+
 def _page_tables(parts: int, least: int, most: int, limit: int | None) -> int:
     """Bytes of the kernel's page tables, which a cgroup charges: an entry a page, set aside for huge pages too.
 
@@ -139,15 +154,16 @@ def _plan_kv(
     memory: int | str | None,
     slot_bytes: int,
     predictor: bool,
+    threads: int,
 ) -> Plan:
     """The plan with the first type of keys and values that suits the budget, the smallest that works otherwise."""
     enough = config.n_layers * min(config.n_experts, 2 * config.n_experts_used) if slot_bytes else 0
     types = kv_kinds(config.head_dim, bool(config.window) and any(config.window_layout))
     for kv in types[:-1]:
         try:
-            plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor)
+            plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor, threads)
         except MemoryBudgetError:
             continue
         if plan.slots >= enough:
             return plan
-    return make_plan(file, config, context, batch, memory, slot_bytes, types[-1], predictor)
+    return make_plan(file, config, context, batch, memory, slot_bytes, types[-1], predictor, threads)

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native.engine import Engine, KVCache
+from smallthinker_edge._native.engine import Engine
+from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge._native.locks import Busy, Turns
 from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError
 from smallthinker_edge.files import session_file
@@ -45,7 +46,7 @@ class Session:
     ) -> None:
         self._engine = engine
         self._vocab_size = vocab_size
-        self._cache: KVCache | None = KVCache(engine, context, kv)
+        self._cache: KVCache | None = KVCache(engine.kv_memory, context, kv)
         self._marks: list[KVCache] = []
         self._turns = turns
         self._model_hash = model_hash
@@ -181,7 +182,7 @@ class Session:
         """
         with self._busy:
             model = self._model_hash()
-            cache = KVCache(self._engine, self.context, self._open_cache().kv)
+            cache = KVCache(self._engine.kv_memory, self.context, self._open_cache().kv)
             with self._turns.wait():
                 session_file.load(path, cache, self._vocab_size, model)
             self._cache, self._marks = cache, []

@@ -76,6 +76,11 @@ cdef class Expert:
         return self.e.rows[0], self.e.rows[1], self.e.rows[2]
 
     @property
+    def packed(self):
+        """Whether it is in the kernels' layouts, and not in GGUF rows."""
+        return self.e.tiled >= 0
+
+    @property
     def bytes(self):
         """Of the blob, without padding."""
         return self.e.bytes

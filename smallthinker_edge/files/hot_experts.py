@@ -12,7 +12,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native.engine import Engine
+from smallthinker_edge._native.paging import ExpertPaging
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def load_profile(path: str | os.PathLike[str], experts: int) -> Uses | None:
     return uses
 
 
-def warm_up(engine: Engine, uses: Uses, every: bool = False) -> None:
-    """Starts reading the most used experts into the engine's free slots; those never used only with `every`."""
+def warm_up(paging: ExpertPaging, uses: Uses, every: bool = False) -> None:
+    """Starts reading the most used experts into free slots; those never used only with `every`."""
     order = np.argsort(-uses, kind="stable")
     if not every:
         order = order[uses[order] > 0]
-    engine.warm(order.astype(np.int32), uses[order])
+    paging.warm(order.astype(np.int32), uses[order])

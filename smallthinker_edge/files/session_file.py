@@ -14,7 +14,7 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from smallthinker_edge._native.engine import KVCache
+from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge.errors import SessionFormatError
 from smallthinker_edge.files.config import ModelFile, tensor_name
 

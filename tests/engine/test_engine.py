@@ -13,6 +13,7 @@ from reference import Reference
 from small_model import SHAPE, divergence, open_session, tokens
 
 from smallthinker_edge._native import kernels
+from smallthinker_edge._native.buffers import buffer_sizes, partial_sizes
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
@@ -169,6 +170,26 @@ def test_sessions_of_one_model_run_from_several_threads(path: str) -> None:
         thread.join()
     for i in range(3):
         assert np.array_equal(got[i], expected[i])
+
+
+@pytest.mark.parametrize(
+    ("variant", "kv", "options"),
+    [
+        ("plain", "f16", {}),
+        ("plain", "q8_0", {"q8": True}),
+        ("Q8_0", "f16", {"row_experts": True}),
+        ("transposed down", "f16", {}),
+        ("window", "q8_0", {"q8": True}),
+    ],
+)
+def test_buffers_are_those_that_the_plan_counts(
+    variant: str, kv: str, options: dict[str, bool], tmp_path: Path
+) -> None:
+    session = open_session(write_model(tmp_path / "m.gguf", **SHAPE | VARIANTS[variant]), threads=3, batch=64, kv=kv)
+    config = session._engine.config
+    counted = buffer_sizes(config, 64, 3, **options) | partial_sizes(config, session.context, 3)
+    session.decode(tokens(200), all_logits=True)
+    assert session._engine.buffer_bytes == sum(counted.values())
 
 
 def test_closed_sessions_say_so(path: str) -> None:

@@ -22,8 +22,8 @@ import pytest
 from gguf_files import write_model, write_split_model
 
 from smallthinker_edge import ExpertReadError, MemoryBudgetError, ModelFormatError, SmallThinker
-from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge.files import packed
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.files.packed import PackedFile
@@ -68,16 +68,15 @@ def test_unpacking_gives_the_source_back(tmp_path: Path, options: dict[str, Any]
 
 
 def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> None:
-    """Opens packed files with that many slots, and other options of Engine.page_experts where given."""
+    """Opens packed files with that many slots, and other options of ExpertPaging where given."""
     monkeypatch.setattr(
         "smallthinker_edge.model.make_plan", lambda *a, **options: replace(make_plan(*a, **options), slots=slots)
     )
 
-    class PagingEngine(Engine):
-        def page_experts(self, *arguments: Any, **options: Any) -> None:
-            super().page_experts(*arguments, **options | {"lent": 0} | paging)
+    def with_options(*arguments: Any, **options: Any) -> ExpertPaging:
+        return ExpertPaging(*arguments, **options | {"lent": 0} | paging)
 
-    monkeypatch.setattr("smallthinker_edge.model.Engine", PagingEngine)
+    monkeypatch.setattr("smallthinker_edge.model.ExpertPaging", with_options)
 
 
 def read_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

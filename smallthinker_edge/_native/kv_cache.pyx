@@ -1,29 +1,51 @@
-# The KV cache of one session, included by engine.pyx: blocks of 256 positions that grow with the context and that
-# forks share. It owns their memory; the forward pass writes through the two tables of pointers. It never computes.
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The KV cache of one session: blocks of 256 positions that grow with the context and that forks share.
 
-@cython.no_gc_clear  # __dealloc__ counts in the engine
+It owns their memory; the forward pass writes through the KVView of a cache. It never computes. Used by session.py.
+"""
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+import numpy as np
+
+from smallthinker_edge._native.core cimport *
+
+from smallthinker_edge._native.layouts import KV_TYPES
+
+
+cdef class KVMemory:
+    """Counts the memory of all caches of a model, some of which its pager may use while they do not.
+
+    Attributes:
+        config: ModelConfig. batch: most tokens of a decode. in_use: bytes of all blocks now.
+    """
+
+    def __cinit__(self, config, int64_t batch):
+        self.config, self.batch = config, batch
+
+
+@cython.no_gc_clear  # __dealloc__ counts in the memory
 cdef class KVBlock:
     """Keys and values of 256 positions for all layers of one kind (full or window), one page (kv.h) after another.
 
     owners counts the caches that hold it: with more than one it is read-only. Changed with the GIL held. Made between
-    decode calls only: its memory may have been lent to the engine's pager.
+    decode calls only: its memory may have been lent to the pager.
     """
-    cdef uint8_t *data
-    cdef readonly size_t bytes
-    cdef int owners
-    cdef Engine engine
 
-    def __cinit__(self, Engine engine not None, size_t size):
-        self.engine, self.bytes, self.owners = engine, size, 1
-        engine.kv_in_use += size  # undone by __dealloc__, whatever fails from here on
-        engine.fit_slots()
+    def __cinit__(self, KVMemory memory not None, size_t size):
+        self.memory, self.bytes, self.owners = memory, size, 1
+        memory.in_use += size  # undone by __dealloc__, whatever fails from here on
+        if memory.paging is not None:
+            memory.paging.fit(memory.in_use)
         self.data = <uint8_t *>st_memory_alloc(size)
         if self.data == NULL:
             raise MemoryError(f"cannot get {size} bytes for the KV cache from the system")
 
     def __dealloc__(self):
-        if self.engine is not None:
-            self.engine.kv_in_use -= self.bytes
+        if self.memory is not None:
+            self.memory.in_use -= self.bytes
         st_memory_free(self.data, self.bytes)
 
     def view(self):
@@ -35,7 +57,7 @@ cdef class KVCache:
     """Keys and values of one session.
 
     Args:
-        engine: whose layers it serves.
+        memory: of the engine that it serves, see Engine.kv_memory.
         context: most positions.
         kv: "f16"; "q8_0": 34 instead of 64 bytes for 32 dimensions in the layers that grow with the context, window
             layers in F16; "q8_0-all": window layers too.
@@ -44,41 +66,27 @@ cdef class KVCache:
     holds the window and 255 positions more: so far a rewind is free, and so long may a batch be once it is full.
     Raises MemoryError, ValueError for an unknown kv or one that the head width does not fit.
     """
-    cdef Engine engine
-    cdef int32_t *ids      # [context] the tokens decoded so far
-    cdef list full         # KVBlock by position // 256
-    cdef list ring         # KVBlock by position // 256 % ring_blocks, None before first use
-    cdef uint8_t **full_at
-    cdef uint8_t **ring_at
-    cdef readonly int64_t position
-    cdef readonly int64_t context
-    cdef readonly str kv
-    cdef readonly int64_t ring_blocks
-    cdef readonly int64_t lost   # window layers have forgotten the positions below this one
-    cdef KVPage full_page, ring_page
-    cdef int64_t n_full, n_window, window, batch
 
-    def __cinit__(self, Engine engine not None, int64_t context, str kv="f16"):
-        cdef int64_t l
-        self.engine, self.context, self.kv = engine, context, kv
-        self.full_page, self.ring_page = page_of(kv, False, engine.config), page_of(kv, True, engine.config)
-        self.batch = engine.call.s.batch
-        for l in range(engine.call.s.n_layers):
-            self.n_window += engine.call.layers[l].window > 0
-            self.window = max(self.window, engine.call.layers[l].window)
-        self.n_full = engine.call.s.n_layers - self.n_window
-        self.ring_blocks = ring_blocks(self.window)
-        self.full, self.ring = [], [None] * self.ring_blocks
-        self.full_at = <uint8_t **>calloc(context // ST_ATTN_CHUNK + 1, sizeof(void *))
-        self.ring_at = <uint8_t **>calloc(self.ring_blocks + 1, sizeof(void *))
+    def __cinit__(self, KVMemory memory not None, int64_t context, str kv="f16"):
+        cdef KVView *view = &self.view
+        config = memory.config
+        self.memory, self.context, self.kv = memory, context, kv
+        view.full_page, view.ring_page = page_of(kv, False, config), page_of(kv, True, config)
+        self.window = config.window if any(config.window_layout) else 0
+        self.n_window = sum(config.window_layout) if self.window else 0
+        self.n_full = config.n_layers - self.n_window
+        view.ring_blocks = ring_blocks(self.window)
+        self.full, self.ring = [], [None] * view.ring_blocks
+        view.full = <uint8_t **>calloc(context // ST_ATTN_CHUNK + 1, sizeof(void *))
+        view.ring = <uint8_t **>calloc(view.ring_blocks + 1, sizeof(void *))
         self.ids = <int32_t *>calloc(context + 1, sizeof(int32_t))
-        if self.full_at == NULL or self.ring_at == NULL or self.ids == NULL:
+        if view.full == NULL or view.ring == NULL or self.ids == NULL:
             raise MemoryError("cannot allocate a KV cache")
 
     def __dealloc__(self):
         self.release(0, 0)
-        free(self.full_at)
-        free(self.ring_at)
+        free(self.view.full)
+        free(self.view.ring)
         free(self.ids)
 
     cdef void release(self, int64_t first_full, int64_t first_ring):
@@ -89,11 +97,16 @@ cdef class KVCache:
                 block.owners -= 1
             del self.full[first_full:]
         if self.ring is not None:
-            for i in range(first_ring, self.ring_blocks):
+            for i in range(first_ring, self.view.ring_blocks):
                 block = self.ring[i]
                 if block is not None:
                     block.owners -= 1
                     self.ring[i] = None
+
+    @property
+    def ring_blocks(self):
+        """Blocks of a window layer's ring; 0 where the model has no window layers."""
+        return self.view.ring_blocks
 
     @property
     def bytes(self):
@@ -102,10 +115,10 @@ cdef class KVCache:
 
     def room(self):
         """Most tokens of the next decode() call, at most the engine's batch; results do not depend on it."""
-        cdef int64_t size = self.ring_blocks * ST_ATTN_CHUNK
-        if self.n_window == 0 or self.position + self.batch <= size:
-            return self.batch
-        return min(self.batch, size - self.window + 1)
+        cdef int64_t size = self.view.ring_blocks * ST_ATTN_CHUNK
+        if self.n_window == 0 or self.position + self.memory.batch <= size:
+            return self.memory.batch
+        return min(self.memory.batch, size - self.window + 1)
 
     cdef int prepare(self, int64_t n) except -1:
         """Makes the next n positions writable: new blocks, or copies of shared ones. Nothing changes on MemoryError."""
@@ -113,23 +126,23 @@ cdef class KVCache:
         for j in range(self.position // ST_ATTN_CHUNK, (self.position + n - 1) // ST_ATTN_CHUNK + 1):
             if self.n_full:
                 if j == len(self.full):
-                    self.full.append(KVBlock(self.engine, self.n_full * self.full_page.bytes))
+                    self.full.append(KVBlock(self.memory, self.n_full * self.view.full_page.bytes))
                 else:
                     self.full[j] = own(self.full[j])
-                self.full_at[j] = (<KVBlock>self.full[j]).data
+                self.view.full[j] = (<KVBlock>self.full[j]).data
             if self.n_window:
-                slot = j % self.ring_blocks
+                slot = j % self.view.ring_blocks
                 block = self.ring[slot]
                 if block is None:
-                    block = KVBlock(self.engine, self.n_window * self.ring_page.bytes)
+                    block = KVBlock(self.memory, self.n_window * self.view.ring_page.bytes)
                 self.ring[slot] = own(block)
-                self.ring_at[slot] = (<KVBlock>self.ring[slot]).data
+                self.view.ring[slot] = (<KVBlock>self.ring[slot]).data
         return 0
 
     cdef void advance(self, const int32_t *tokens, int64_t n, bint done) noexcept:
         """After n positions were written: counts them, unless the call failed; the ring has lost what they replaced."""
         if self.n_window:
-            self.lost = max(self.lost, self.position + n - self.ring_blocks * ST_ATTN_CHUNK)
+            self.lost = max(self.lost, self.position + n - self.view.ring_blocks * ST_ATTN_CHUNK)
         if done:
             memcpy(self.ids + self.position, tokens, n * sizeof(int32_t))
             self.position += n
@@ -152,20 +165,20 @@ cdef class KVCache:
         if position == 0:
             self.lost = 0
         blocks = (position + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK
-        self.release(blocks, blocks if blocks < self.ring_blocks and self.lost == 0 else self.ring_blocks)
+        self.release(blocks, blocks if blocks < self.view.ring_blocks and self.lost == 0 else self.view.ring_blocks)
 
     def fork(self):
         """An independent cache at the same position that shares this one's blocks until either writes to them."""
-        cdef KVCache other = KVCache(self.engine, self.context, self.kv)
+        cdef KVCache other = KVCache(self.memory, self.context, self.kv)
         cdef KVBlock block
         cdef int64_t i
         other.full, other.ring = list(self.full), list(self.ring)
         for block in [*self.full, *(b for b in self.ring if b is not None)]:
             block.owners += 1
         for i in range(len(self.full)):
-            other.full_at[i] = self.full_at[i]
-        for i in range(self.ring_blocks):
-            other.ring_at[i] = self.ring_at[i]
+            other.view.full[i] = self.view.full[i]
+        for i in range(self.view.ring_blocks):
+            other.view.ring[i] = self.view.ring[i]
         memcpy(other.ids, self.ids, self.position * sizeof(int32_t))
         other.position, other.lost = self.position, self.lost
         return other
@@ -174,14 +187,14 @@ cdef class KVCache:
         """Writable views of the blocks that hold positions, full layers first: what a saved session contains."""
         # One that a failed decode left beyond the position holds nothing.
         cdef int64_t used = (self.position + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK
-        return [(<KVBlock>block).view() for block in [*self.full[:used], *self.ring[:min(self.ring_blocks, used)]]]
+        return [(<KVBlock>block).view() for block in [*self.full[:used], *self.ring[:min(self.view.ring_blocks, used)]]]
 
     def restore(self, const int32_t[::1] tokens not None, int64_t lost):
         """Makes an empty cache hold these tokens' positions; the caller fills blocks() then.
 
         Raises ValueError for positions that cannot be.
         """
-        cdef int64_t kept = self.ring_blocks * ST_ATTN_CHUNK, position = tokens.shape[0]
+        cdef int64_t kept = self.view.ring_blocks * ST_ATTN_CHUNK, position = tokens.shape[0]
         if self.position or position > self.context:
             raise ValueError("not an empty cache, or too many positions")
         least = max(0, position - kept) if self.n_window else 0
@@ -198,7 +211,7 @@ cdef KVBlock own(KVBlock block):
     cdef KVBlock copy
     if block.owners == 1:
         return block
-    copy = KVBlock(block.engine, block.bytes)
+    copy = KVBlock(block.memory, block.bytes)
     memcpy(copy.data, block.data, block.bytes)
     block.owners -= 1
     return copy

@@ -1,0 +1,118 @@
+# cython: cdivision=True
+# One decode call: its arguments, and how the threads of the team share its work.
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from smallthinker_edge._native.buffers cimport Buffers, Scratch
+from smallthinker_edge._native.core cimport *
+from smallthinker_edge._native.kv_cache cimport KVView
+from smallthinker_edge._native.router cimport Paging
+from smallthinker_edge._native.weights cimport Weights
+
+cdef enum:
+    LOOK_NS = 50000000  # between two looks for Ctrl-C and at the cancel signal
+    UNITS_A_LOOK = 8    # of thread 0 in decoding, between two looks at the clock
+
+# Shared by the threads of the team. Written by the engine before they start, but for what says otherwise.
+cdef struct Call:
+    const Weights *weights
+    Buffers *buffers
+    Paging *paging
+    KVView kv
+    st_team *team
+    const int32_t *tokens  # [n]
+    int64_t n
+    int64_t position       # of the first
+    float *logits          # [n or 1][V], or NULL
+    int all_logits
+    int sparse_head        # only the rows whose score is above the threshold
+    float head_threshold
+    int32_t *trace         # [n][L][K] that takes the chosen experts, or NULL
+    int64_t undecided      # tokens that have not chosen this layer's experts yet; all threads count it down
+    int failed             # set by thread 0: an expert could not be read
+    void *caller           # of `interrupted`
+    bint (*interrupted)(void *caller) noexcept nogil
+    int64_t look_at        # thread 0's: when to ask that again, on the monotonic clock
+    int64_t units_taken    # thread 0's
+
+
+cdef extern from * nogil:
+    """
+    static inline int64_t count_down(int64_t *counter) { return __atomic_sub_fetch(counter, 1, __ATOMIC_ACQ_REL); }
+    """
+    int64_t count_down(int64_t *counter)  # what is left; whoever gets 0 sees all that the others did before
+
+
+cdef inline int64_t nanoseconds() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline bint look_up(Call *call) noexcept nogil:
+    """Looks for Ctrl-C and at the cancel signal, at most every LOOK_NS; stops the team and says so where one came."""
+    cdef int64_t now = nanoseconds()
+    if now < call.look_at:
+        return False
+    call.look_at = now + LOOK_NS
+    if not call.interrupted(call.caller):
+        return False
+    st_team_stop(call.team)
+    return True
+
+
+cdef inline int64_t next_unit(Call *call, int tid) noexcept nogil:
+    """The next unit of this phase for a thread, -1 where there is none. Thread 0, the caller's, looks now and then
+    whether it should go on."""
+    if tid == 0:
+        call.units_taken += 1
+        if call.n > 1 or call.units_taken % UNITS_A_LOOK == 0:
+            look_up(call)
+    return st_team_next(call.team, tid)
+
+
+cdef inline int64_t shared_inputs(const Call *call, int64_t units) noexcept nogil:
+    """Units of the phase that starts with inputs(), before `units` units: prompts first normalise each token once."""
+    return units if call.n == 1 else call.n
+
+
+cdef inline void inputs(Call *call, Scratch *scratch, int tid, const float *norm, int64_t units,
+                        const st_q8x4 *const **xq, const float **xf) noexcept nogil:
+    """What the next GEMM reads, before `units` units: x normalised with `norm`, quantised in xq and as floats in xf.
+
+    One token: every thread makes its own copy, which is cheaper than a barrier.
+    """
+    cdef const st_kernels *kernels = call.weights.kernels
+    cdef Buffers *buffers = call.buffers
+    cdef int64_t t, d = call.weights.shape.d
+    cdef float eps = call.weights.shape.eps
+    if call.n == 1:
+        kernels.rmsnorm(buffers.x, norm, d, eps, scratch.norm)
+        kernels.quantize(scratch.norm, d // 32 * 32, scratch.xq)
+        scratch.rows[0] = scratch.xq
+        xf[0] = scratch.norm
+    else:
+        while True:
+            t = next_unit(call, tid)
+            if t < 0:
+                break
+            kernels.rmsnorm(buffers.x + t * call.weights.shape.d_padded, norm, d, eps, buffers.hidden + t * d)
+            kernels.quantize(buffers.hidden + t * d, d // 32 * 32, buffers.xq + t * buffers.nq)
+        st_team_barrier(call.team, units)
+        for t in range(call.n):
+            scratch.rows[t] = buffers.xq + t * buffers.nq
+        xf[0] = buffers.hidden
+    xq[0] = scratch.rows
+
+
+cdef inline const uint8_t *expert_blob(Call *call, int64_t l, int64_t e, int tid) noexcept nogil:
+    """The weights of an expert, waiting for them; NULL where they cannot be read, or the call was interrupted."""
+    cdef int32_t id_ = <int32_t>(l * call.weights.shape.experts + e)
+    cdef st_pager *pager = call.paging.pager
+    if pager == NULL:
+        return call.weights.experts[id_]
+    while tid == 0 and not st_pager_wait(pager, id_, LOOK_NS):
+        if look_up(call):
+            st_pager_interrupt(pager, 1)
+            break
+    return st_pager_take(pager, id_)

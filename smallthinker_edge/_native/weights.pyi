@@ -1,0 +1,31 @@
+import numpy as np
+import numpy.typing as npt
+
+from smallthinker_edge.files.config import ModelConfig
+
+Matrix = tuple[int, npt.NDArray[np.uint8]]
+Vector = npt.NDArray[np.float32]
+
+class ModelWeights:
+    config: ModelConfig
+    exact: bool
+    def __init__(self, config: ModelConfig, kernels: str | None = ..., exact: bool = ...) -> None: ...
+    @property
+    def kernels(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    def set_embedding(self, type: int, data: npt.NDArray[np.uint8], view: bool) -> None: ...
+    def set_predictor(self, type: int, data: npt.NDArray[np.uint8]) -> None: ...
+    def set_head(self, norm: Vector, type: int | None = ..., data: npt.NDArray[np.uint8] | None = ...) -> None: ...
+    def set_layer(
+        self,
+        l: int,
+        attn_norm: Vector,
+        ffn_norm: Vector,
+        router: Vector,
+        q: Matrix,
+        k: Matrix,
+        v: Matrix,
+        o: Matrix,
+    ) -> None: ...
+    def set_experts(self, l: int, gate: Matrix, up: Matrix, down: Matrix) -> None: ...

@@ -1,0 +1,198 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The weights of one model in the kernels' layouts. Filled by opening.py, read by the forward pass."""
+from libc.stdint cimport int64_t, uint8_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from smallthinker_edge._native.core cimport *
+from smallthinker_edge._native.memory cimport Arena
+
+
+cdef class ModelWeights:
+    """Args:
+        config: ModelConfig.
+        kernels: name of a kernel table; None picks the best of this CPU. ValueError where it cannot run.
+        exact: keep every matrix as GGUF rows, so that they are computed with in float32 (slow; the tests' yardstick).
+
+    Each set_ method is called once, with buffers of exactly the size that shape and type ask for (else ValueError).
+    """
+
+    def __cinit__(self, config, kernels=None, bint exact=False):
+        cdef Weights *w = &self.weights
+        cdef Shape *s = &w.shape
+        self.config, self.exact = config, exact
+        self.arena, self.views = Arena(), []
+        w.kernels = find_table(kernels)
+        s.layers, s.vocab, s.d = config.n_layers, config.vocab_size, config.d_model
+        s.heads, s.kv_heads, s.hd = config.n_heads, config.n_kv_heads, config.head_dim
+        s.experts, s.used, s.f = config.n_experts, config.n_experts_used, config.d_ffn
+        s.eps, s.softmax, s.down_transposed = config.rms_eps, config.gating == "softmax", config.down_transposed
+        s.d_padded = (s.d + 255) // 256 * 256
+        s.groups = (s.f + 31) // 32
+        s.parts = (s.groups + ST_FFN_PART - 1) // ST_FFN_PART
+        s.rope_half = config.rope_dim // 2
+        w.layers = <Layer *>calloc(s.layers, sizeof(Layer))
+        w.experts = <const uint8_t **>calloc(s.layers * s.experts, sizeof(void *))
+        if w.layers == NULL or w.experts == NULL:
+            raise MemoryError("cannot allocate the layers")
+        self.set_layouts()
+
+    def __dealloc__(self):
+        self.give_back()
+
+    cdef void give_back(self) noexcept:
+        """Frees everything. Nothing may be read any more."""
+        free(self.weights.layers)
+        free(self.weights.experts)
+        self.weights.layers, self.weights.experts = NULL, NULL
+        if self.arena is not None:
+            self.arena.give_back()
+        self.views = []
+
+    cdef int set_layouts(self) except -1:
+        cdef int64_t l, windows = 0
+        cdef Layer *layer
+        for l in range(self.weights.shape.layers):
+            layer = self.weights.layers + l
+            layer.rope = self.config.rope_layout[l]
+            layer.window = self.config.window if self.config.window_layout[l] else 0
+            layer.kv_index = windows if layer.window else l - windows
+            windows += layer.window > 0
+        return 0
+
+    @property
+    def kernels(self):
+        """Name of the kernel table in use."""
+        return self.weights.kernels.name.decode()
+
+    @property
+    def bytes(self):
+        """Bytes of memory of its own (views of the file not counted)."""
+        return self.arena.bytes
+
+    cdef Layer *layer(self, int64_t l) except NULL:
+        if self.weights.layers == NULL:
+            raise ValueError("the model is closed")
+        if not 0 <= l < self.weights.shape.layers:
+            raise ValueError(f"no layer {l}")
+        return self.weights.layers + l
+
+    cdef int make_matrix(self, Matrix *m, int type, int64_t rows, int64_t cols, data, int64_t unit,
+                         bint view=False, bint sparse=False) except -1:
+        """Packs (or keeps as rows) one matrix.
+
+        unit: rows that one work unit takes, which must suit the tiles. view: keep reading rows from `data`. sparse: few
+        of its rows will be read at a time.
+        """
+        cdef const uint8_t[::1] src = data
+        cdef uint8_t *dst
+        cdef size_t size
+        if <size_t>src.shape[0] != st_row_bytes(type, cols) * rows:
+            raise ValueError("matrix bytes do not match its shape and type")
+        m.type, m.tiled, m.rows, m.cols = type, st_tiled(type), rows, cols
+        if sparse and not self.exact and not view and st_sparse(type):
+            m.layout = SPARSE_ROWS
+            dst = <uint8_t *>self.arena.take(src.shape[0])
+            with nogil:
+                st_pack_rows(type, &src[0], rows, cols, dst)
+        elif not self.exact and not view and m.tiled >= 0 and unit % ST_TILE_ROWS == 0:
+            m.layout = TILE
+            size = st_tile16_bytes(type, rows, cols)
+            dst = <uint8_t *>self.arena.take(size)
+            with nogil:
+                st_pack_tile16(type, &src[0], rows, cols, dst, 0, (rows + ST_TILE_ROWS - 1) // ST_TILE_ROWS)
+        else:
+            m.layout = ROWS
+            if view:
+                m.data = &src[0]
+                self.views.append(data)
+                return 0
+            dst = <uint8_t *>self.arena.take(src.shape[0])
+            memcpy(dst, &src[0], src.shape[0])
+        m.data = dst
+        return 0
+
+    cdef float *make_vector(self, values, int64_t n) except NULL:
+        cdef const float[::1] src = values
+        cdef float *dst
+        if src.shape[0] != n:
+            raise ValueError("vector has the wrong length")
+        dst = <float *>self.arena.take(n * 4)
+        memcpy(dst, &src[0], n * 4)
+        return dst
+
+    def set_embedding(self, int type, data, bint view):
+        """token_embd: GGUF rows; view keeps reading them from `data` (one row a token) and copies nothing."""
+        cdef Weights *w = &self.weights
+        self.make_matrix(&w.embedding, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, view,
+                         w.predictor_in.rows > 0)
+
+    def set_predictor(self, int type, data):
+        """lm_head_profiler: K rows of d, then V rows of K, in one run of GGUF rows (K from the config). To be called
+        before set_embedding() and set_head(), which lay the head out for reading single rows then."""
+        cdef Weights *w = &self.weights
+        cdef int64_t K = self.config.lm_head_predictor_size
+        cdef size_t size = st_row_bytes(type, w.shape.d) * K
+        self.make_matrix(&w.predictor_in, type, K, w.shape.d, data[:size], ST_TILE_ROWS)
+        self.make_matrix(&w.predictor_out, type, w.shape.vocab, K, data[size:], ST_TILE_ROWS)
+
+    def set_head(self, norm, type=None, data=None):
+        """output_norm, and output; without a matrix the embedding serves as the head (tied)."""
+        cdef Weights *w = &self.weights
+        w.output_norm = self.make_vector(norm, w.shape.d)
+        if data is None:
+            w.head = w.embedding
+        else:
+            self.make_matrix(&w.head, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, False,
+                             w.predictor_in.rows > 0)
+
+    def set_layer(self, int64_t l, attn_norm, ffn_norm, router, q, k, v, o):
+        """Dense weights of layer l: float32 vectors, router [E * d], and (type, bytes) of q, k, v and o."""
+        cdef Shape *s = &self.weights.shape
+        cdef Layer *layer = self.layer(l)
+        layer.attn_norm = self.make_vector(attn_norm, s.d)
+        layer.ffn_norm = self.make_vector(ffn_norm, s.d)
+        layer.router = self.make_vector(router, s.experts * s.d)
+        self.make_matrix(&layer.q, q[0], s.heads * s.hd, s.d, q[1], s.hd)
+        self.make_matrix(&layer.k, k[0], s.kv_heads * s.hd, s.d, k[1], s.hd)
+        self.make_matrix(&layer.v, v[0], s.kv_heads * s.hd, s.d, v[1], s.hd)
+        self.make_matrix(&layer.o, o[0], s.d, s.heads * s.hd, o[1], 64)
+
+    def set_experts(self, int64_t l, gate, up, down):
+        """The experts of layer l: (type, bytes) of the stacked gate, up and down tensors."""
+        cdef Layer *layer = self.layer(l)
+        cdef const uint8_t[::1] g = gate[1], u = up[1], d = down[1]
+        cdef int64_t e, E = self.weights.shape.experts
+        cdef st_expert *expert = &layer.expert
+        cdef size_t size
+        cdef uint8_t *blob
+        self.set_expert(layer, (gate[0], up[0], down[0]))
+        if (expert.rows[0] * E != <size_t>g.shape[0] or expert.rows[1] * E != <size_t>u.shape[0]
+                or expert.rows[2] * E != <size_t>d.shape[0]):
+            raise ValueError("expert bytes do not match their shape and type")
+        size = (expert.bytes + 63) // 64 * 64
+        blob = <uint8_t *>self.arena.take(size * E)
+        with nogil:
+            for e in range(E):
+                self.weights.experts[l * E + e] = blob
+                st_expert_pack(expert, &g[e * expert.rows[0]], &u[e * expert.rows[1]], &d[e * expert.rows[2]], blob)
+                blob += size
+
+    cdef int set_expert(self, Layer *layer, types) except -1:
+        """How the experts of a layer stand in their blobs, by the numbers of the types of gate, up and down."""
+        cdef Shape *s = &self.weights.shape
+        gate, up, down = types
+        if st_expert_init(&layer.expert, s.d, s.f, gate, up, down, s.down_transposed, not self.exact) < 0:
+            raise ValueError("experts of a type that cannot be read, or sizes that do not fit it")
+        return 0
+
+
+cdef const st_kernels *find_table(name) except NULL:
+    cdef const st_kernels *table
+    if name is None:
+        return st_cpu_best()
+    encoded = name.encode()
+    table = st_cpu_table(encoded)
+    if table == NULL:
+        raise ValueError(f"kernel table {name!r} is unknown or this CPU lacks its instructions")
+    return table
