@@ -61,7 +61,8 @@ clean: ## Remove .venv, compiled files and caches
 # go into .venv too, so that later builds compile only what changed.
 $(VENV)/built: pyproject.toml $(NATIVE)
 	@if [ $(VENV)/installed -nt pyproject.toml ]; then \
-	  echo "Compiling what changed ..." && $(BIN)/python setup.py --quiet build_ext --inplace; \
+	  echo "Compiling what changed ..." && rm -f $(filter-out %/_core%,$(wildcard smallthinker_edge/_native/*.so)) && \
+	  $(BIN)/python setup.py --quiet build_ext --inplace; \
 	else \
 	  $(MAKE) install; \
 	fi

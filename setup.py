@@ -1,4 +1,4 @@
-"""Builds the Cython extensions over the C core: one object per instruction set, each with its own flags.
+"""Builds one shared object of all Cython modules and the C core, each source with flags of its own.
 
 Nothing is compiled for the building machine: which kernels run is decided at run time (src/system/cpu.c).
 """
@@ -9,19 +9,14 @@ import os
 import platform
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# What `layouts` links: the facts about types, experts and KV kinds, without the kernels.
-LAYOUTS = ["src/weights/types.c", "src/weights/layout.c", "src/weights/expert.c", "src/kernels/kv.c"]
-CORE = [
-    *LAYOUTS,
-    *("src/kernels/neurons.c", "src/kernels/ref.c"),
-    *("src/paging/pager.c", "src/paging/eviction.c", "src/paging/reader.c", "src/paging/crc32.c"),
-    *("src/system/cpu.c", "src/system/memory.c", "src/system/threads.c", "src/system/bandwidth.c"),
-]
+CORE = sorted(glob("src/*/*.c"))  # kernels of instruction sets lie a folder deeper
 X86 = {
     "src/kernels/x86/avx2.c": ["-mavx2", "-mfma", "-mf16c"],
     "src/kernels/x86/avxvnni.c": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
@@ -53,56 +48,66 @@ def kernel_sources() -> list[str]:
     return []
 
 
+def cython_flags(source: str) -> list[str]:
+    """For what Cython writes: functions and parameters that nothing uses and, for the stable ABI, one helper that is
+    not static (Cython 3.3), so that two modules in one object would both define it."""
+    helper = "__Pyx_ApplySequenceOrMappingFlag"
+    module = os.path.splitext(os.path.basename(source))[0]
+    renamed = [f"-D{helper}={helper}_{module}"] if ABI3 else []
+    return ["-Wno-unused-parameter", "-Wno-unused-function", *renamed]
+
+
 class BuildExt(build_ext):
-    """build_ext with per-file flags, and every C object compiled once for all extensions that share it."""
+    """build_ext that compiles each source with its own flags, on all cores, and only where something is newer."""
 
-    def build_extensions(self) -> None:
-        compile_one = self.compiler._compile
-        done: set[str] = set()
+    def build_extension(self, ext: Extension) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: self.compile_source(source, ext), ext.sources))
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=ext.extra_link_args,
+            build_temp=self.build_temp,
+            target_lang="c",
+        )
 
-        def compile_with_own_flags(obj, src, ext, cc_args, extra, pp_opts):  # type: ignore[no-untyped-def]
-            path = os.path.relpath(src).replace(os.sep, "/")
-            own = ["-Wno-unused-parameter", "-Wno-unused-function"] if "_native" in path else []
-            if path not in done:
-                compile_one(obj, src, ext, cc_args, [*extra, *own, *KERNEL_FLAGS.get(path, [])], pp_opts)
-            if not own:
-                done.add(path)
-
-        self.compiler._compile = compile_with_own_flags
-        super().build_extensions()
-
-
-def extension(name: str, sources: list[str]) -> Extension:
-    """One extension module of smallthinker_edge._native; missing .pyx files are an error of the checkout."""
-    return Extension(
-        f"smallthinker_edge._native.{name}",
-        [f"smallthinker_edge/_native/{name}.pyx", *sources],
-        include_dirs=["include"],
-        depends=[os.path.join(d, f) for top in ("include", "src") for d, _, names in os.walk(top) for f in names],
-        extra_compile_args=FLAGS,
-        extra_link_args=["-pthread", "-lm"],
-        define_macros=[("Py_LIMITED_API", "0x030B0000")] if ABI3 else [],
-        py_limited_api=ABI3,
-    )
+    def compile_source(self, source: str, ext: Extension) -> str:
+        """The object of a source, made anew where that, a header or this file has changed."""
+        (made,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+        newest = max(os.path.getmtime(path) for path in [source, *ext.depends])
+        if self.force or not os.path.exists(made) or os.path.getmtime(made) <= newest:
+            own = cython_flags(source) if "_native" in source else KERNEL_FLAGS.get(source.replace(os.sep, "/"), [])
+            self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*ext.extra_compile_args, *own],
+            )
+        return str(made)
 
 
-core = CORE + kernel_sources()
-QUANTIZE = ["src/weights/quantize.c", "src/weights/types.c"]
-extensions = {
-    **dict.fromkeys(("memory", "weights", "buffers", "paging", "kv_cache", "engine"), core),
-    "kernels": core,
-    "layouts": LAYOUTS,
-    "quantize": QUANTIZE,
-    "gguf": [],
-    "sampler": [],
-    "locks": [],
-}
+modules = cythonize(
+    [
+        Extension(f"smallthinker_edge._native.{os.path.splitext(os.path.basename(source))[0]}", [source])
+        for source in sorted(glob("smallthinker_edge/_native/*.pyx"))
+    ],
+    language_level=3,
+    compiler_directives={"embedsignature": True, "freethreading_compatible": False},
+)
 setup(
-    ext_modules=cythonize(
-        [extension(name, sources) for name, sources in extensions.items()],
-        language_level=3,
-        compiler_directives={"embedsignature": True, "freethreading_compatible": False},
-    ),
+    ext_modules=[
+        Extension(
+            "smallthinker_edge._native._core",  # _native/__init__.py finds the modules in it
+            [*(module.sources[0] for module in modules), *CORE, *kernel_sources()],
+            include_dirs=["include"],
+            depends=["setup.py", *glob("include/*/*.h"), *glob("src/**/*.h", recursive=True)],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread", "-lm"],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if ABI3 else [],
+            py_limited_api=ABI3,
+        )
+    ],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
 )

@@ -1,1 +1,27 @@
-"""Cython modules: they translate types going in and errors coming out; the computation is C in src/."""
+"""Cython modules: they translate types going in and errors coming out, and lead a token through the C kernels of src/.
+
+All of them are in one shared object, so that the C core is linked once and modules share their types' code: CPython
+finds a module in it by the name of its PyInit function, and the finder below tells it where to look.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder
+from importlib.util import spec_from_file_location
+from types import ModuleType
+
+
+class _CoreFinder:
+    """Finds `smallthinker_edge._native.NAME` in the file of `_core`. Asked only for what is no file of its own."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name.rpartition(".")[0] != __name__:
+            return None
+        core = PathFinder.find_spec(f"{__name__}._core", path)
+        if core is None or core.origin is None:
+            return None
+        return spec_from_file_location(name, core.origin, loader=ExtensionFileLoader(name, core.origin))
+
+
+sys.meta_path.append(_CoreFinder)
