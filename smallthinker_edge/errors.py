@@ -61,6 +61,10 @@ class DecodeCancelled(SmallThinkerError):
         super().__init__(message)
 
 
+class NotFiniteError(SmallThinkerError, ArithmeticError):
+    """Weights led to values that are no numbers or infinite, or too large for the KV cache; nothing was decoded."""
+
+
 class OpenedBeforeFork(SmallThinkerError, RuntimeError):
     """A model was opened before os.fork() and used in the child, which has neither its threads nor its reads."""
 

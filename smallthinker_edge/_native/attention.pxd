@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t
 from libc.string cimport memset
 
 from smallthinker_edge._native.buffers cimport Buffers, Scratch
-from smallthinker_edge._native.call cimport Call, count_down, inputs, next_unit
+from smallthinker_edge._native.call cimport Call, check_finite, count_down, inputs, next_unit, set_flag
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.kv_cache cimport kv_head, kv_page, store_head
 from smallthinker_edge._native.router cimport (
@@ -60,6 +60,8 @@ cdef inline void query_unit(Call *call, const Layer *layer, int64_t head, const 
     cdef float *out = buffers.q + head * hd
     cdef st_q8x4 *query
     multiply(kernels, &layer.q, head * hd, head * hd + hd, xq, xf, shape.d, call.n, out, ld, scratch.row)
+    for t in range(call.n):
+        check_finite(call, out + t * ld, hd)
     if layer.rope:
         for t in range(call.n):
             rotate(call, layer, t, out + t * ld)
@@ -82,7 +84,8 @@ cdef inline void key_value_unit(Call *call, const Layer *layer, int64_t unit, co
     for t in range(call.n):
         if layer.rope and unit % 2 == 0:
             rotate(call, layer, t, out + t * hd)
-        store_head(kernels, &call.kv, layer, call.position + t, unit, out + t * hd, hd, scratch.head)
+        if not store_head(kernels, &call.kv, layer, call.position + t, unit, out + t * hd, hd, scratch.head):
+            set_flag(&call.not_finite)
 
 
 cdef inline void rotate(const Call *call, const Layer *layer, int64_t t, float *head) noexcept nogil:

@@ -7,7 +7,7 @@ from smallthinker_edge._native.buffers cimport Buffers, Scratch
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.kv_cache cimport KVView
 from smallthinker_edge._native.router cimport Paging
-from smallthinker_edge._native.weights cimport Weights
+from smallthinker_edge._native.weights cimport Weights, all_finite
 
 cdef enum:
     LOOK_NS = 50000000  # between two looks for Ctrl-C and at the cancel signal
@@ -30,6 +30,7 @@ cdef struct Call:
     int32_t *trace         # [n][L][K] that takes the chosen experts, or NULL
     int64_t undecided      # tokens that have not chosen this layer's experts yet; all threads count it down
     int failed             # set by thread 0: an expert could not be read
+    int not_finite         # set by any thread, see check_finite()
     void *caller           # of `interrupted`
     bint (*interrupted)(void *caller) noexcept nogil
     int64_t look_at        # thread 0's: when to ask that again, on the monotonic clock
@@ -39,8 +40,16 @@ cdef struct Call:
 cdef extern from * nogil:
     """
     static inline int64_t count_down(int64_t *counter) { return __atomic_sub_fetch(counter, 1, __ATOMIC_ACQ_REL); }
+    static inline void set_flag(int *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
     """
+    void set_flag(int *flag)
     int64_t count_down(int64_t *counter)  # what is left; whoever gets 0 sees all that the others did before
+
+
+cdef inline void check_finite(Call *call, const float *x, int64_t n) noexcept nogil:
+    """Marks the call where some of x[n] are not: vector instructions lose a NaN when they take a maximum."""
+    if not all_finite(x, n):
+        set_flag(&call.not_finite)
 
 
 cdef inline int64_t nanoseconds() noexcept nogil:

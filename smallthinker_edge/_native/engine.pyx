@@ -6,13 +6,14 @@ serves one decode at a time (session.py holds the lock); a KVCache belongs to on
 """
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from posix.unistd cimport getpid
 
 from array import array
 
 from smallthinker_edge._native.buffers cimport ModelBuffers
-from smallthinker_edge._native.call cimport LOOK_NS, Call, nanoseconds
+from smallthinker_edge._native.call cimport LOOK_NS, Call, check_finite, nanoseconds
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.forward cimport forward
 from smallthinker_edge._native.head cimport selected_rows
@@ -21,7 +22,7 @@ from smallthinker_edge._native.paging cimport ExpertPaging
 from smallthinker_edge._native.router cimport Paging
 from smallthinker_edge._native.weights cimport ModelWeights, Shape
 
-from smallthinker_edge.errors import DecodeCancelled, ExpertReadError, OpenedBeforeFork
+from smallthinker_edge.errors import DecodeCancelled, ExpertReadError, NotFiniteError, OpenedBeforeFork
 
 cdef enum:
     MOST_CPUS = 1024  # a cpu_set_t has no more
@@ -163,14 +164,14 @@ cdef class Engine:
                 infinity (but all, where no score is). None, or no predictor: all.
             cancel: anything with is_set(), or None; looked at about every 50 ms, as is Ctrl-C in the main thread.
 
-        Raises ExpertReadError when experts cannot be read, DecodeCancelled when cancelled: the cache's position stays,
-        and decoding may be retried.
+        Raises ExpertReadError when experts cannot be read, DecodeCancelled when cancelled, NotFiniteError where a query,
+        key, value or logit is not finite: the cache's position stays, and decoding may be retried.
         """
         cdef Call *call = &self.call
         cdef const int32_t[::1] ids = tokens
         cdef uint8_t[::1] trace
         cdef int64_t n = ids.shape[0]
-        cdef bint stopped
+        cdef bint stopped, done
         self.check_usable()
         self.check_arguments(cache, ids)
         self.set_logits(logits, n, head_threshold)
@@ -190,10 +191,11 @@ cdef class Engine:
         self.computing = True  # from here to where it is False again nothing raises
         with nogil:
             stopped = self.run()
-        cache.advance(&ids[0], n, not (call.failed or stopped))
+        done = not (stopped or call.failed or call.not_finite)
+        cache.advance(&ids[0], n, done)
         self.computing = False
         self.rows_read += n
-        if not (call.failed or stopped):
+        if done:
             if call.sparse_head:
                 self.count_head_rows(n if call.all_logits else 1)
             if chosen is not None:
@@ -206,6 +208,8 @@ cdef class Engine:
             raise interrupt
         if call.failed:
             raise ExpertReadError("expert weights in the model file cannot be read or are damaged; nothing was decoded")
+        if call.not_finite:
+            raise NotFiniteError("the model's weights give values that are not finite; nothing was decoded")
 
     cdef int check_arguments(self, KVCache cache, const int32_t[::1] ids) except -1:
         cdef int64_t n = ids.shape[0], i, vocab = self.weights.weights.shape.vocab
@@ -246,7 +250,7 @@ cdef class Engine:
         cdef Paging *paging = call.paging
         cdef bint stopped
         cdef int64_t started = nanoseconds()
-        call.failed = 0
+        call.failed = call.not_finite = 0
         call.look_at = started + LOOK_NS
         if paging.pager != NULL:
             st_pager_interrupt(paging.pager, 0)
@@ -260,8 +264,22 @@ cdef class Engine:
                 st_pager_ahead(paging.pager, NULL, 0)
         if not (call.failed or stopped):
             paging.clock += call.n
+            self.check_logits()
         self.decode_ns += nanoseconds() - started
         return stopped
+
+    cdef void check_logits(self) noexcept nogil:
+        """Marks the call where a logit is not finite, but for the minus infinity of a sparse head."""
+        cdef Call *call = &self.call
+        cdef int64_t i, size = (call.n if call.all_logits else 1) * call.weights.shape.vocab
+        if call.logits == NULL:
+            return
+        if not call.sparse_head:
+            check_finite(call, call.logits, size)
+            return
+        for i in range(size):
+            if not call.logits[i] < INFINITY:  # NaN too
+                call.not_finite = 1
 
     cdef void count_head_rows(self, int64_t n) noexcept:
         cdef int64_t t, selected

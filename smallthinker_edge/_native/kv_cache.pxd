@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.paging cimport ExpertPaging
-from smallthinker_edge._native.weights cimport Layer
+from smallthinker_edge._native.weights cimport Layer, all_finite
 
 # 256 positions of one layer.
 cdef struct KVPage:
@@ -33,19 +33,24 @@ cdef inline uint8_t *kv_head(const KVView *kv, const Layer *layer, int64_t posit
     return data + layer.kv_index * page.bytes + unit * page.head_bytes
 
 
-cdef inline void store_head(const st_kernels *kernels, const KVView *kv, const Layer *layer, int64_t position,
+cdef inline bint store_head(const st_kernels *kernels, const KVView *kv, const Layer *layer, int64_t position,
                             int64_t unit, const float *x, int64_t hd, st_q8x4 *quantised) noexcept nogil:
-    """Writes one head's key or value of a position. quantised: room for a head."""
+    """Writes one head's key or value of a position; False where it is not finite or too large. quantised: for a head."""
     cdef uint8_t *page = kv_head(kv, layer, position, unit)
-    cdef int64_t slot = position % ST_ATTN_CHUNK
+    cdef int64_t slot = position % ST_ATTN_CHUNK, i
+    cdef uint16_t *halves = <uint16_t *>page + slot * hd
+    cdef int bad = 0
     if kv_page(kv, layer).type == ST_F16:
-        kernels.to_f16(x, <uint16_t *>page + slot * hd, hd)
-        return
+        kernels.to_f16(x, halves, hd)
+        for i in range(hd):
+            bad |= (halves[i] & 0x7c00) == 0x7c00
+        return not bad
     kernels.quantize(x, hd, quantised)
     if unit % 2 == 0:
         st_kv_store_q8_key(quantised, hd, slot, page)
     else:
         st_kv_store_q8_value(quantised, hd, slot, page)
+    return all_finite(x, hd)
 
 
 cdef class KVMemory:

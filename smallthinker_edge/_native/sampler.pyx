@@ -111,7 +111,7 @@ cdef class Sampler:
         """Ids that survive top-k, top-p and min-p, most likely first, and their unnormalised weights (float64)."""
         # A token this far below the best has a weight under 1e-17: it cannot change a sum of doubles.
         floor = float(values[best]) - 40 * self.temperature
-        ids = np.flatnonzero(values > floor)
+        ids = np.flatnonzero(values >= floor)  # not empty, however small the temperature
         if 0 < self.top_k < ids.size:
             ids = np.sort(np.argpartition(-values, self.top_k - 1)[: self.top_k])
         ids = ids[np.argsort(-values[ids], kind="stable")]

@@ -1,7 +1,7 @@
 # cython: cdivision=True
 # The weights of a model as the forward pass reads them, and products with its matrices. Filled once by weights.pyx;
 # nothing here changes while a token is computed.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
@@ -124,6 +124,16 @@ cdef inline void read_row(const Matrix *m, int64_t r, float *row, float *out) no
         st_dequantize_row(m.type, bytes, m.cols, out)
     else:
         st_dequantize_row(m.type, m.data + r * st_row_bytes(m.type, m.cols), m.cols, out)
+
+
+cdef inline bint all_finite(const float *x, int64_t n) noexcept nogil:
+    """Whether none of x[n] is a NaN or infinite."""
+    cdef const uint32_t *bits = <const uint32_t *>x
+    cdef int64_t i
+    cdef int bad = 0
+    for i in range(n):
+        bad |= (bits[i] & 0x7f800000) == 0x7f800000
+    return not bad
 
 
 cdef class ModelWeights:

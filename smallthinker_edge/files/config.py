@@ -78,7 +78,7 @@ class ModelConfig:
         d_model: width of the residual stream.
         n_heads: query heads, a multiple of n_kv_heads.
         n_kv_heads: key/value heads.
-        head_dim: width of one head, even.
+        head_dim: width of one head, a multiple of 8.
         n_experts: experts of a layer.
         n_experts_used: how many of them a token uses.
         d_ffn: neurons of one expert.
@@ -291,8 +291,8 @@ def _read_sizes(keys: _Keys) -> dict[str, int]:
             "smallthinker.attention.head_count_kv",
             f"{n_kv_heads} KV heads do not divide {n_heads} query heads",
         )
-    if head_dim < 2 or head_dim % 2:
-        keys.fail("smallthinker.attention.key_length", f"the head width must be even, not {head_dim}")
+    if head_dim % 8:  # what the kernels take at once
+        keys.fail("smallthinker.attention.key_length", f"the head width must be a multiple of 8, not {head_dim}")
     if value_dim != head_dim:
         keys.fail("smallthinker.attention.value_length", f"must equal the key length {head_dim}, not {value_dim}")
     d_ffn = _read_d_ffn(keys)

@@ -28,6 +28,7 @@ struct expert {
     uint8_t ahead;   /* NAMED in the list of reads ahead, or WARMING */
     uint8_t checked; /* its checksum was right once, or there is none */
     uint8_t unused;  /* read before it was wanted, and not wanted since */
+    uint8_t broken;  /* its last read failed: only who needs it tries again */
     size_t done;     /* bytes read so far */
     double score;
 };
@@ -157,14 +158,14 @@ static int32_t next_ahead(st_pager *pager) {
         int32_t id = pager->ahead[i];
         struct expert *expert = pager->experts + id;
         int state = get_state(expert);
-        if (expert->ahead == NAMED && (state == ABSENT || state == PARKED) && give_slot(pager, id, 1)) {
+        if (expert->ahead == NAMED && !expert->broken && (state == ABSENT || state == PARKED) && give_slot(pager, id, 1)) {
             pager->stats.ahead_reads += state == ABSENT;
             return id;
         }
     }
     for (; pager->next_warm < pager->n_warm && pager->free_slots > 0; pager->next_warm++) {
         int32_t id = pager->warm[pager->next_warm];
-        if (get_state(pager->experts + id) == ABSENT && give_slot(pager, id, 0)) {
+        if (get_state(pager->experts + id) == ABSENT && !pager->experts[id].broken && give_slot(pager, id, 0)) {
             pager->experts[id].ahead = WARMING;
             return id;
         }
@@ -206,6 +207,7 @@ static void check_sum(st_pager *pager, struct expert *expert, uint32_t sum, cons
     expert->checked = (uint8_t)right;
     if (!right) {
         pager->stats.read_errors++;
+        expert->broken = 1;
         expert->ahead = NOT_AHEAD;
         expert->done = 0;
     }
@@ -231,7 +233,8 @@ static void read_expert(st_pager *pager, int32_t id) {
         pager->wanted_reads -= wanted;
         if (status != 0) {
             pager->stats.read_errors++;
-            expert->ahead = NOT_AHEAD; /* or it would be tried again at once */
+            expert->ahead = NOT_AHEAD;
+            expert->broken = 1;
             break;
         }
         expert->done += size;
@@ -239,6 +242,8 @@ static void read_expert(st_pager *pager, int32_t id) {
         if (must_give_way(pager, expert))
             break;
     }
+    if (expert->done == pager->config.bytes)
+        expert->broken = 0;
     if (expert->done == pager->config.bytes && !expert->checked)
         check_sum(pager, expert, pager->sums[id], slot);
     finish_read(pager, expert);

@@ -17,7 +17,7 @@ from smallthinker_edge._native.buffers import buffer_sizes, partial_sizes
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
-from smallthinker_edge.errors import ContextFull, SessionBusy
+from smallthinker_edge.errors import ContextFull, NotFiniteError, SessionBusy
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.opening import Loader
 from smallthinker_edge.session import Session
@@ -198,3 +198,38 @@ def test_closed_sessions_say_so(path: str) -> None:
     session.close()
     with pytest.raises(ValueError, match="closed"):
         session.decode([1])
+
+
+@pytest.mark.parametrize("table", kernels.tables())
+@pytest.mark.parametrize("role", ["attn_q", "attn_k", "attn_v", "ffn_up_exps", "output_norm"])
+@pytest.mark.parametrize("kv", ["f16", "q8_0-all"])
+def test_a_weight_that_is_no_number_is_told(table: str, role: str, kv: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", **SHAPE | {"window": 64})
+    with GGUFFile(path) as gguf:
+        name = role + ".weight" if role == "output_norm" else f"blk.2.{role}.weight"
+        offset = gguf.tensors[name].offset
+    with open(path, "r+b") as file:  # the first scale, or the first weight
+        file.seek(offset)
+        file.write(np.float32(np.nan).tobytes() if role == "output_norm" else np.float16(np.nan).tobytes())
+    session = open_session(path, table=table, kv=kv)
+
+    def one_by_one() -> None:
+        for token in tokens(300):
+            session.decode([token])
+
+    with pytest.raises(NotFiniteError):  # an expert counts only where a token uses it
+        one_by_one()
+    assert session.position < 300
+    with pytest.raises(NotFiniteError):
+        open_session(path, table=table, kv=kv).decode(tokens(300))
+
+
+def test_keys_that_are_too_large_for_f16_are_told(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", **SHAPE | {"types": "F32"})
+    with GGUFFile(path) as gguf:
+        offset = gguf.tensors["blk.1.attn_v.weight"].offset
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(np.full(256, 1e6, np.float32).tobytes())
+    with pytest.raises(NotFiniteError):
+        open_session(path).decode(tokens(20))

@@ -116,3 +116,9 @@ def test_bad_logits_are_refused(bad: list[Any]) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options)).replace("logit_bias", "logit bias")):
         Sampler(**options)
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    logits = np.array([1.0, 3.0, 2.9999], np.float32)
+    for temperature in (1e-6, 1e-30, 5e-324):
+        assert Sampler(temperature=temperature, seed=1).sample(logits) == 1

@@ -168,7 +168,7 @@ def test_values_out_of_range_or_of_the_wrong_type_are_refused(refuse: Any, name:
     ("name", "value", "match"),
     [
         ("attention.head_count_kv", 3, "do not divide"),
-        ("attention.key_length", 15, "even"),
+        ("attention.key_length", 20, "multiple of 8"),
         ("attention.value_length", 32, "equal"),
         ("expert_used_count", 9, "from 1 to 8"),
         ("embedding_length", 48, "multiple of 32"),

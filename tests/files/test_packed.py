@@ -274,6 +274,27 @@ def test_verify_finds_a_flipped_bit(stpk: str, tmp_path: Path) -> None:
         packed.verify(copy)
 
 
+def test_a_damaged_expert_met_while_warming_up_is_read_once(stpk: str, tmp_path: Path) -> None:
+    """All experts are read at the opening. The others stay usable, and who needs it tries again."""
+    whole = bytearray(Path(stpk).read_bytes())
+    with GGUFFile(stpk) as file:
+        whole[file.tensors[packed.blob_name(2)].offset + 100] ^= 4
+    copy = tmp_path / "damaged.stpk"
+    copy.write_bytes(whole)
+    with SmallThinker(copy, verify=True) as model:
+        experts = model.config.n_layers * model.config.n_experts
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and model.stats()["misses"] == 0:  # until what could be read is there
+            time.sleep(0.01)
+            if int(str(model.stats()["read_bytes"])) >= experts * model.plan.slot_bytes:
+                break
+        time.sleep(0.2)
+        assert model.stats()["read_errors"] == 1
+        with pytest.raises(ExpertReadError), model.session() as session:
+            session.decode(TOKENS)
+        assert model.stats()["read_errors"] == 2
+
+
 def test_verify_while_running_refuses_damaged_weights_when_they_are_read(
     gguf: str, stpk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
