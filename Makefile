@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_FILES := $(wildcard src/*/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h)
 TEST_C_FILES := $(wildcard tests/native/*.[ch] tools/*/*.c)
-NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd pxi)) setup.py
+NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd)) setup.py
 
 # The benchmarks' model, and a Python that has llama-cpp-python (see benchmarks/Makefile).
 MODEL ?= smallthinker_edge/data/demo.gguf

@@ -164,8 +164,8 @@ cdef class Engine:
                 infinity (but all, where no score is). None, or no predictor: all.
             cancel: anything with is_set(), or None; looked at about every 50 ms, as is Ctrl-C in the main thread.
 
-        Raises ExpertReadError when experts cannot be read, DecodeCancelled when cancelled, NotFiniteError where a query,
-        key, value or logit is not finite: the cache's position stays, and decoding may be retried.
+        Raises ExpertReadError when experts cannot be read, DecodeCancelled when cancelled, NotFiniteError where a value
+        of attention or a logit is not finite: the cache's position stays, and decoding may be retried.
         """
         cdef Call *call = &self.call
         cdef const int32_t[::1] ids = tokens
@@ -207,7 +207,7 @@ cdef class Engine:
         if stopped:
             raise interrupt
         if call.failed:
-            raise ExpertReadError("expert weights in the model file cannot be read or are damaged; nothing was decoded")
+            raise ExpertReadError("expert weights in the file cannot be read or are damaged; nothing was decoded")
         if call.not_finite:
             raise NotFiniteError("the model's weights give values that are not finite; nothing was decoded")
 

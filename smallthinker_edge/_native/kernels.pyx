@@ -4,8 +4,7 @@
 Never called by the forward pass. Buffers are the caller's NumPy arrays, so that a test can put guard zones around
 them; only their sizes are checked.
 """
-from cpython.buffer cimport PyBuffer_FillInfo
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -19,8 +18,6 @@ FFN_PART = ST_FFN_PART  # groups of 32 neurons whose down is summed before it is
 ACTIVE = np.dtype([("h", "i1", 32), ("index", "u1", 32), ("corr", "i4"), ("quads", "i4"), ("scale", "f4"),
                    ("count", "i4")])
 FIRED = np.dtype([("h", "f4", 32), ("index", "u1", 32), ("quads", "i4")])
-
-include "timing.pxi"
 
 
 def tables():

@@ -35,7 +35,7 @@ cdef inline uint8_t *kv_head(const KVView *kv, const Layer *layer, int64_t posit
 
 cdef inline bint store_head(const st_kernels *kernels, const KVView *kv, const Layer *layer, int64_t position,
                             int64_t unit, const float *x, int64_t hd, st_q8x4 *quantised) noexcept nogil:
-    """Writes one head's key or value of a position; False where it is not finite or too large. quantised: for a head."""
+    """Writes one head's key or value of a position; False where it is not finite or too large. quantised: a head."""
     cdef uint8_t *page = kv_head(kv, layer, position, unit)
     cdef int64_t slot = position % ST_ATTN_CHUNK, i
     cdef uint16_t *halves = <uint16_t *>page + slot * hd

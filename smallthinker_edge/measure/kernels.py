@@ -1,6 +1,6 @@
 """What every kernel takes on this machine: `smallthinker-edge bench kernels`.
 
-Everything is timed in C (_native/timing.pxi); here the work is laid out and the results are put into words. It never
+Everything is timed in C (_native/timing.pyx); here the work is laid out and the results are put into words. It never
 opens a model: the shapes are those of the real ones, the weights are arbitrary.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smallthinker_edge._native import kernels
-from smallthinker_edge._native.kernels import Timer
+from smallthinker_edge._native.timing import Timer
 from smallthinker_edge.measure.limits import Bytes, ReadLimit, rate, warm_up
 
 

@@ -1,7 +1,7 @@
 """How fast this machine reads memory, which bounds decoding, and what else disturbs a measurement.
 
 Called by `smallthinker-edge bench` and `doctor`, and by benchmarks/ as their yardstick. Reads are timed in C
-(_native/timing.pxi). It never opens a model.
+(_native/timing.pyx). It never opens a model.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from smallthinker_edge._native import kernels
-from smallthinker_edge._native.kernels import Timer
+from smallthinker_edge._native.timing import Timer, allocate
 from smallthinker_edge.machine.cgroup import memory_limit
 
 Bytes = npt.NDArray[np.uint8]
@@ -45,7 +44,7 @@ def streaming_bytes() -> int:
 
 def arbitrary_weights(size: int) -> Bytes:
     """Bytes that are sound fp16 scales wherever a kernel looks for one: no infinities, NaN or denormals."""
-    memory = kernels.allocate(size)
+    memory = allocate(size)
     block = np.random.default_rng(0).integers(0x24, 0x38, min(size, 1 << 20), np.uint8)
     for start in range(0, size, block.size):
         memory[start : start + block.size] = block[: size - start]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smallthinker_edge._native import kernels
-from smallthinker_edge._native.kernels import Timer
+from smallthinker_edge._native.timing import Timer
 from smallthinker_edge.measure.kernels import SHAPES, Shape
 from smallthinker_edge.measure.limits import Bytes, warm_up
 

@@ -158,7 +158,8 @@ static int32_t next_ahead(st_pager *pager) {
         int32_t id = pager->ahead[i];
         struct expert *expert = pager->experts + id;
         int state = get_state(expert);
-        if (expert->ahead == NAMED && !expert->broken && (state == ABSENT || state == PARKED) && give_slot(pager, id, 1)) {
+        if (expert->ahead == NAMED && !expert->broken && (state == ABSENT || state == PARKED) &&
+            give_slot(pager, id, 1)) {
             pager->stats.ahead_reads += state == ABSENT;
             return id;
         }

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smallthinker_edge._native.kernels import ACTIVE, FIRED, KERNELS, READ_STEP, Timer, tables
+from smallthinker_edge._native.kernels import ACTIVE, FIRED, tables
+from smallthinker_edge._native.timing import KERNELS, READ_STEP, Timer
 from smallthinker_edge.cli import main
 from smallthinker_edge.measure import bench, limits, sparsity
 from smallthinker_edge.measure import kernels as kernel_bench
@@ -25,7 +26,7 @@ def memory() -> limits.Bytes:
 
 
 def test_every_kernel_of_the_table_can_be_timed() -> None:
-    """The members of st_kernels that compute; a new one needs an apply_ function in timing.pxi and a case."""
+    """The members of st_kernels that compute; a new one needs an apply_ function in timing.pyx and a case."""
     header = (ROOT / "include" / "smallthinker" / "kernels.h").read_text()
     body = header[header.index("typedef struct st_kernels {") : header.index("} st_kernels;")]
     members = set(re.findall(r"(?m)^    (?:st_\w+ \*|\w+ \(\*)(\w+)", body))

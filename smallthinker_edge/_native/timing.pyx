@@ -1,14 +1,19 @@
-# Times kernels where they run: in C, on a thread team, without Python in between. Included by kernels.pyx; called by
-# smallthinker_edge/bench. A new kernel is one `apply_` function and one line of APPLY. It checks no results: that is
-# the tests' work.
+# cython: boundscheck=False, wraparound=False, cdivision=True
+"""Times kernels where they run: in C, on a thread team, without Python in between.
 
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    int clock_gettime(int clock, timespec *now)
-    enum:
-        CLOCK_MONOTONIC
+Called by smallthinker_edge/measure. A new kernel is one `apply_` function and one line of APPLY. It checks no results:
+that is the tests' work.
+"""
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+import numpy as np
+
+from smallthinker_edge._native.core cimport *
+
+from smallthinker_edge._native.kernels import need
 
 cdef extern from "smallthinker/bandwidth.h" nogil:
     enum:
@@ -114,11 +119,11 @@ cdef void apply_ffn(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """A whole expert of `rows` neurons for one token."""
     cdef st_neurons[4] neurons
     cdef st_neurons *stage[4]
-    cdef int64_t g
+    cdef int64_t g, _
     memset(stage, 0, sizeof(stage))
     for g in range(j.rows // 32):
         step_ffn(j.k, &j.expert, item, g, j.gate, j.xq[0], j.out + tid * j.out_stride, neurons + g % 4, stage)
-    for g in range(3):
+    for _ in range(3):
         step_ffn(j.k, &j.expert, NULL, 0, NULL, j.xq[0], NULL, NULL, stage)
 
 
@@ -304,7 +309,7 @@ cdef void run_dense(void *arg, int tid) noexcept nogil:
 cdef void run_sparse(void *arg, int tid) noexcept nogil:
     """As the forward pass: parts of experts from gate to down, then their sum."""
     cdef Ffn *t = <Ffn *>arg
-    cdef int64_t token, u, i, g, steps, groups = t.f // 32
+    cdef int64_t token, u, i, g, _, steps, groups = t.f // 32
     cdef st_neurons *neurons = <st_neurons *>(t.scratch + tid * t.scratch_stride)
     cdef st_neurons *stage[4]
     cdef float *y
@@ -321,7 +326,7 @@ cdef void run_sparse(void *arg, int tid) noexcept nogil:
                 step_ffn(t.k, &t.expert, expert_at(t, token, u // t.parts), g, t.gate, t.x, y, neurons + steps % 4,
                          stage)
                 steps += 1
-        for i in range(3):
+        for _ in range(3):
             step_ffn(t.k, &t.expert, NULL, 0, NULL, t.x, NULL, NULL, stage)
         st_team_barrier(t.team, t.d // ST_DOWN_CHUNK)
         while True:
