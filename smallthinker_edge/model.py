@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,22 +26,25 @@ from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
 from smallthinker_edge.files.packed import PackedFile, expert_infos, is_packed
 from smallthinker_edge.files.session_file import model_hash
-from smallthinker_edge.generation.overflow import POLICIES, TurnDropper, shift_limit
+from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore
 from smallthinker_edge.generation.speculation import BatchCosts
-from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream, TokenSampler
+from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream
 from smallthinker_edge.machine import cpus, thermal
 from smallthinker_edge.machine.memory import available_memory, drop_library_cache, process_memory
 from smallthinker_edge.opening import Loader
+from smallthinker_edge.options import OPTIONS, GenerationOptions, checked_options
 from smallthinker_edge.plan import Plan, make_plan
-from smallthinker_edge.session import CancelSignal, Session
+from smallthinker_edge.session import Session
 from smallthinker_edge.text.chat import Messages, encode_chat
 from smallthinker_edge.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_CONTEXT = 4096
 KV_CHOICES = (*KV_TYPES, "auto")
 BATCH = 512
-MOST_SPECULATED = 64
 
 
 class SmallThinker:
@@ -268,117 +271,54 @@ class SmallThinker:
             self._hash = model_hash(self._file)
         return self._hash
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 256,
-        stop: str | Sequence[str] = (),
-        cancel: CancelSignal | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        repetition_window: int = 64,
-        seed: int | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        overflow: str = "error",
-        speculate: int = 0,
-        sampler: TokenSampler | None = None,
-    ) -> GenerationResult:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Continues a prompt.
 
         Args:
             prompt: text, or token ids that are taken as they are.
-            max_tokens: most tokens to sample; fewer where the context ends first.
-            stop: strings that end the text; they are not part of it.
-            cancel: a threading.Event or the like; when it is set the generation ends, in a long prompt too: it is
-                looked at about every 50 ms, like Ctrl-C.
-            temperature, ...: see Sampler. The default is greedy.
-            overflow: what to do at the end of the context. "error": a prompt that is too long raises, an answer ends
-                with "length". "shift": the oldest turns are dropped, never the system prompt nor the newest turn, and
-                the rest is computed again (text without ChatML turns loses its oldest tokens).
-            speculate: longest guess, in tokens, of what comes next where the text repeats itself; 0 never guesses.
-                Tokens are the same ones, also when sampling with a seed. It guesses only where that promises speed.
-            sampler: chooses every token instead of temperature to logit_bias: an object whose sample(logits, tokens)
-                gets all logits, float32 [V], and the ids so far, prompt included, and returns the next id.
+            options: max_tokens, stop, temperature, ...: see options.GenerationOptions.
 
         Raises:
             ContextFull: the prompt leaves no room. ValueError: an argument is out of range, or the prompt is empty.
+            TypeError: an option that there is not, or of another type.
         """
-        stream = self.stream(
-            prompt,
-            max_tokens=max_tokens,
-            stop=stop,
-            cancel=cancel,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            repetition_window=repetition_window,
-            seed=seed,
-            logit_bias=logit_bias,
-            overflow=overflow,
-            speculate=speculate,
-            sampler=sampler,
-        )
+        stream = self.stream(prompt, **options)
         for _ in stream:
             pass
         assert stream.result is not None  # a stream that has ended has one
         return stream.result
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 256,
-        stop: str | Sequence[str] = (),
-        cancel: CancelSignal | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        repetition_window: int = 64,
-        seed: int | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        overflow: str = "error",
-        speculate: int = 0,
-        sampler: TokenSampler | None = None,
-    ) -> TextStream:
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
         self._open_engine()
-        usual = Sampler(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            repetition_window=repetition_window, seed=seed, logit_bias=logit_bias,
-        )  # fmt: skip
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise ValueError("stop must be a non-empty string or a list of them")
-        if max_tokens < 1:
-            raise ValueError("max_tokens must be at least 1")
+        given = checked_options(options)
+        sampler = given["sampler"] or Sampler(**{name: given[name] for name in OPTIONS if OPTIONS[name].sampling})
         ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt has no tokens")
-        if overflow not in POLICIES:
-            raise ValueError(f"overflow must be one of {', '.join(POLICIES)}, not {overflow!r}")
-        if not 0 <= speculate <= MOST_SPECULATED:
-            raise ValueError(f"speculate must be in 0..{MOST_SPECULATED}")
-        drop = TurnDropper(self.tokenizer) if overflow == "shift" else None
+        drop = TurnDropper(self.tokenizer) if given["overflow"] == "shift" else None
         if len(ids) > self.context:
             shorter = drop(ids, shift_limit(self.context)) if drop else None
             if shorter is None:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
             ids = shorter
         # A bias, or another sampler, may choose tokens of which the predictor knows nothing.
-        threshold = None if logit_bias or sampler is not None else self.head_threshold
-        chosen = usual if sampler is None else sampler
-        return TextStream(Generation(
-            self._sessions, self.tokenizer, chosen, ids, max_tokens, stops, cancel, drop, speculate, self._costs,
-            threshold,
-        ))  # fmt: skip
+        threshold = None if given["logit_bias"] or given["sampler"] else self.head_threshold
+        return TextStream(
+            Generation(
+                self._sessions,
+                self.tokenizer,
+                sampler,
+                ids,
+                given["max_tokens"],
+                given["stop"],
+                given["cancel"],
+                drop,
+                given["speculate"],
+                self._costs,
+                threshold,
+            )
+        )
 
     def chat(
         self,
@@ -387,9 +327,9 @@ class SmallThinker:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
-        """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options as in generate().
+        """Answers a conversation: [{"role": "user", "content": ...}, ...]. Options: see options.GenerationOptions.
 
         Args:
             messages: as OpenAI's API has them: text, null or text parts as content, `name`, `tool_calls`, role "tool".
@@ -409,9 +349,9 @@ class SmallThinker:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[GenerationOptions],
     ) -> TextStream:
-        """Like chat(), as pieces of text while they are made. Options as in generate()."""
+        """Like chat(), as pieces of text while they are made. Options: see options.GenerationOptions."""
         return self.stream(self._encode_chat(messages, tools, documents, chat_template_kwargs), **options)
 
     def _encode_chat(

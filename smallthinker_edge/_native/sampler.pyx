@@ -6,10 +6,11 @@ Called by model.py, and by people who drive a Session themselves. It never sees 
 from libc.math cimport INFINITY, isnan
 from libc.stdint cimport int64_t, uint64_t
 
-import math
 import secrets
 
 import numpy as np
+
+from smallthinker_edge.options import OPTIONS
 
 
 cdef uint64_t splitmix(uint64_t *state) noexcept nogil:
@@ -46,26 +47,13 @@ cdef class Sampler:
 
     def __init__(self, *, double temperature=0.0, int64_t top_k=0, double top_p=1.0, double min_p=0.0,
                  double repetition_penalty=1.0, int64_t repetition_window=64, seed=None, logit_bias=None):
-        checks = {
-            "temperature must be a finite number >= 0": math.isfinite(temperature) and temperature >= 0,
-            "top_k must be >= 0": top_k >= 0,
-            "top_p must be in (0, 1]": 0 < top_p <= 1,
-            "min_p must be in [0, 1]": 0 <= min_p <= 1,
-            "repetition_penalty must be a finite number > 0":
-                math.isfinite(repetition_penalty) and repetition_penalty > 0,
-            "repetition_window must be >= 0": repetition_window >= 0,
-        }
-        for message, fine in checks.items():
-            if not fine:
-                raise ValueError(message)
+        for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p),
+                            ("repetition_penalty", repetition_penalty), ("repetition_window", repetition_window)):
+            OPTIONS[name].checked(name, value)
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty, self.repetition_window = repetition_penalty, repetition_window
-        self.logit_bias = {int(token): float(bias) for token, bias in (logit_bias or {}).items()}
-        if any(math.isnan(bias) or bias == math.inf for bias in self.logit_bias.values()):
-            raise ValueError("a logit bias must be a number below infinity")
-        self.seed = secrets.randbits(63) if seed is None else int(seed)
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError("seed must be in 0 .. 2**64 - 1")
+        self.logit_bias = dict(OPTIONS["logit_bias"].checked("logit_bias", logit_bias))
+        self.seed = secrets.randbits(63) if seed is None else OPTIONS["seed"].checked("seed", seed)
         self.state = self.seed
 
     def reset(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from smallthinker_edge.cli.arguments import (
     checking_arguments,
     mebibytes,
     open_model,
-    positive_int,
 )
 from smallthinker_edge.errors import ContextFull
+from smallthinker_edge.options import OPTIONS, Option
 
 if TYPE_CHECKING:
     from smallthinker_edge.generation.stream import GenerationResult
@@ -33,31 +33,37 @@ def token_bias(text: str) -> tuple[int, float]:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options named as the arguments of SmallThinker.generate(); those not given keep the API's defaults."""
+    """The options of a generation that can be typed; those not given keep their defaults."""
     group = parser.add_argument_group("sampling (default: greedy)", argument_default=argparse.SUPPRESS)
-    group.add_argument("--max-tokens", type=positive_int, metavar="N", help="most tokens to make (default: 256)")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default)")
-    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all (default)")
-    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that make up P")
-    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest one")
-    group.add_argument("--repetition-penalty", type=float, metavar="R", help="1 is none (default)")
-    group.add_argument("--repetition-window", type=int, metavar="N", help="newest tokens the penalty looks at")
-    group.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
-    group.add_argument("--overflow", choices=("error", "shift"), help="at the context's end; shift drops old turns")
-    group.add_argument("--speculate", type=int, metavar="N", help="guess up to N repeated tokens; same text, faster")
-    group.add_argument("--logit-bias", type=token_bias, action="append", metavar="ID=BIAS", help="may be repeated")
+    for name, option in OPTIONS.items():
+        if not option.help:
+            continue
+        how: dict[str, Any] = {"metavar": option.metavar, "help": option.help}
+        if option.kind in ("int", "float"):
+            how["type"] = number_type(name, option)
+            how["help"] += "" if option.default is None else f" (default: {option.default})"
+        elif option.kind == "choice":
+            how |= {"choices": option.choices, "metavar": None}
+        else:
+            how |= {"action": "append", "type": token_bias if option.kind == "bias" else str}
+        group.add_argument("--" + name.replace("_", "-"), **how)
 
 
-SAMPLING = (
-    "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window",
-    "seed", "logit_bias", "overflow", "speculate",
-)  # fmt: skip
+def number_type(name: str, option: Option) -> Callable[[str], object]:
+    """What argparse calls with the text of a number."""
+
+    def number(text: str) -> object:
+        try:
+            return option.checked(name, int(text) if option.kind == "int" else float(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return number
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments for generate() that the user gave."""
-    options = {name: getattr(arguments, name) for name in SAMPLING if hasattr(arguments, name)}
+    options = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
     if "logit_bias" in options:
         options["logit_bias"] = dict(options["logit_bias"])
     return options

@@ -114,7 +114,7 @@ def test_bad_logits_are_refused(bad: list[Any]) -> None:
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options)).replace("logit_bias", "logit bias")):
+    with pytest.raises(ValueError, match=next(iter(options))):
         Sampler(**options)
 
 

@@ -1,0 +1,177 @@
+"""The options of a generation, each one once: name, type, default, range, meaning, and how the command line spells it.
+
+generate(), stream(), chat() and stream_chat() take GenerationOptions; the Sampler and the command line read OPTIONS. It
+computes nothing and knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict, get_args, get_type_hints
+
+from smallthinker_edge.generation.overflow import POLICIES
+from smallthinker_edge.generation.stream import TokenSampler
+from smallthinker_edge.session import CancelSignal
+
+MOST_SPECULATED = 64
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a generation.
+
+    Attributes:
+        default: what None and an absent option stand for.
+        kind: "int", "float", "choice", "texts" (a string or a list of them), "bias" ({token: number}) or "object".
+        help: what it does, for people; "" where the command line does not have it.
+        low, high: smallest and largest value of a number, None for no bound; above_low: low itself is too small.
+        choices: of a "choice".
+        metavar: what stands for a value in the command line's help.
+        sampling: it belongs to the Sampler.
+        attribute: what an "object" must have.
+    """
+
+    default: Any
+    kind: str
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+    above_low: bool = False
+    choices: tuple[str, ...] = ()
+    metavar: str = "N"
+    sampling: bool = False
+    attribute: str = ""
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value as the library uses it; None gives the default. TypeError or ValueError, naming the option."""
+        if value is None:
+            return self.default
+        return _CHECKS[self.kind](self, name, value)
+
+    @property
+    def range(self) -> str:
+        """The allowed numbers in words: "in (0, 1]", ">= 1"."""
+        if self.high is None:
+            return f"{'>' if self.above_low else '>='} {self.low:g}"
+        return f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What generate(), stream(), chat() and stream_chat() take by name; None, as clients send null, is the default.
+
+    max_tokens: most tokens to sample; fewer where the context ends first.
+    stop: a string, or several, that end the text; they are not part of it.
+    cancel: a threading.Event or the like; when it is set the generation ends, in a long prompt too: it is looked at
+        about every 50 ms, like Ctrl-C.
+    temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed, logit_bias: see Sampler. The default
+        is greedy.
+    overflow: what to do at the end of the context. "error": a prompt that is too long raises, an answer ends with
+        "length". "shift": the oldest turns are dropped, never the system prompt nor the newest turn, and the rest is
+        computed again (text without ChatML turns loses its oldest tokens).
+    speculate: longest guess, in tokens, of what comes next where the text repeats itself; 0 never guesses. Tokens are
+        the same ones, also when sampling with a seed. It guesses only where that promises speed.
+    sampler: chooses every token instead of temperature to logit_bias: an object whose sample(logits, tokens) gets all
+        logits, float32 [V], and the ids so far, prompt included, and returns the next id.
+    """
+
+    max_tokens: Annotated[int | None, Option(256, "int", "most tokens to make", low=1)]
+    stop: Annotated[
+        str | Sequence[str] | None, Option((), "texts", "end before this text; may be repeated", metavar="TEXT")
+    ]
+    cancel: Annotated[CancelSignal | None, Option(None, "object", attribute="is_set")]
+    temperature: Annotated[float | None, Option(0.0, "float", "0 is greedy", low=0, metavar="T", sampling=True)]
+    top_k: Annotated[
+        int | None, Option(0, "int", "keep the K likeliest tokens; 0 keeps all", low=0, metavar="K", sampling=True)
+    ]
+    top_p: Annotated[
+        float | None,
+        Option(
+            1.0, "float", "keep the likeliest tokens that make up P", low=0, high=1, above_low=True, metavar="P",
+            sampling=True,
+        ),
+    ]  # fmt: skip
+    min_p: Annotated[
+        float | None,
+        Option(0.0, "float", "drop tokens below P times the likeliest one", low=0, high=1, metavar="P", sampling=True),
+    ]
+    repetition_penalty: Annotated[
+        float | None, Option(1.0, "float", "1 is none", low=0, above_low=True, metavar="R", sampling=True)
+    ]
+    repetition_window: Annotated[
+        int | None, Option(64, "int", "newest tokens the penalty looks at", low=0, sampling=True)
+    ]
+    seed: Annotated[int | None, Option(None, "int", "same seed, same text", low=0, high=2**64 - 1, sampling=True)]
+    logit_bias: Annotated[
+        Mapping[int, float] | None, Option({}, "bias", "may be repeated", metavar="ID=BIAS", sampling=True)
+    ]
+    overflow: Annotated[
+        str | None,
+        Option("error", "choice", "at the context's end; shift drops old turns", choices=POLICIES, metavar="POLICY"),
+    ]
+    speculate: Annotated[
+        int | None, Option(0, "int", "guess up to N repeated tokens; same text, faster", low=0, high=MOST_SPECULATED)
+    ]
+    sampler: Annotated[TokenSampler | None, Option(None, "object", attribute="sample")]
+
+
+OPTIONS: Mapping[str, Option] = {
+    name: get_args(hint)[1] for name, hint in get_type_hints(GenerationOptions, include_extras=True).items()
+}
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option by its name, those not given with their defaults.
+
+    Raises TypeError for a name that is none or a value of a wrong type, ValueError for one out of range.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"there is no option {name!r}; there are {', '.join(OPTIONS)}")
+    return {name: option.checked(name, options.get(name)) for name, option in OPTIONS.items()}
+
+
+def _number(option: Option, name: str, value: Any) -> Any:
+    try:
+        number = operator.index(value) if option.kind == "int" else float(value)
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+    except (TypeError, ValueError):
+        kind = "a whole number" if option.kind == "int" else "a number"
+        raise TypeError(f"{name} must be {kind}, not {value!r:.60}") from None
+    low, high = option.low, option.high
+    fits = math.isfinite(number) and (low is None or number > low or (number == low and not option.above_low))
+    if not fits or (high is not None and number > high):
+        raise ValueError(f"{name} must be {option.range}, not {value!r:.60}")
+    return number
+
+
+def _texts(option: Option, name: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{name} must be a non-empty string or a list of them")
+    return texts
+
+
+def _bias(option: Option, name: str, value: Any) -> dict[int, float]:
+    bias = {int(token): float(number) for token, number in dict(value).items()}
+    if any(math.isnan(number) or number == math.inf for number in bias.values()):
+        raise ValueError(f"a number of {name} must be below infinity")
+    return bias
+
+
+def _choice(option: Option, name: str, value: Any) -> str:
+    if value not in option.choices:
+        raise ValueError(f"{name} must be one of {', '.join(option.choices)}, not {value!r:.60}")
+    return str(value)
+
+
+def _object(option: Option, name: str, value: Any) -> Any:
+    if not callable(getattr(value, option.attribute, None)):
+        raise TypeError(f"{name} must have {option.attribute}()")
+    return value
+
+
+_CHECKS = {"int": _number, "float": _number, "texts": _texts, "bias": _bias, "choice": _choice, "object": _object}
