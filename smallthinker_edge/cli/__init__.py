@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from smallthinker_edge import __version__
 from smallthinker_edge.cli import demo, files, generate, machine, measure
@@ -20,8 +21,15 @@ from smallthinker_edge.errors import SmallThinkerError
 COMMANDS = (*generate.COMMANDS, *files.COMMANDS, *demo.COMMANDS, *measure.COMMANDS, *machine.COMMANDS)
 
 
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smallthinker-edge", description="Runs SmallThinker language models.")
+    parser = Parser(prog="smallthinker-edge", description="Runs SmallThinker language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
