@@ -1,5 +1,6 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The buffers of the forward pass: what they are, how large, and one set of them. plan.py counts, engine.pyx owns."""
+cimport cython
 from libc.math cimport cos, pow, sin
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
@@ -79,6 +80,7 @@ cdef int64_t chunks_of(int64_t context):
     return (context + ST_ATTN_CHUNK - 1) // ST_ATTN_CHUNK + 1
 
 
+@cython.no_gc_clear  # __dealloc__ gives the arenas back
 cdef class ModelBuffers:
     """One set of buffers for `batch` tokens and `threads` threads of a ModelConfig.
 

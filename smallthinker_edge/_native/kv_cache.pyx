@@ -53,6 +53,7 @@ cdef class KVBlock:
         return np.asarray(<uint8_t[:self.bytes]>self.data)
 
 
+@cython.no_gc_clear  # __dealloc__ counts owners in the blocks
 cdef class KVCache:
     """Keys and values of one session.
 

@@ -1,5 +1,6 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Memory for weights and buffers, straight from the system. Used by the other native modules; it never computes."""
+cimport cython
 from libc.stdint cimport uint8_t, uintptr_t
 
 from smallthinker_edge._native.core cimport st_memory_alloc, st_memory_free
@@ -8,6 +9,7 @@ cdef enum:
     SLAB_BYTES = 32 << 20
 
 
+@cython.no_gc  # it holds numbers only, and the collector must not clear them before the memory is given back
 cdef class Arena:
     """System memory that lives as long as this object; the total handed out is in `bytes`.
 

@@ -1,5 +1,6 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The weights of one model in the kernels' layouts. Filled by opening.py, read by the forward pass."""
+cimport cython
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -8,6 +9,7 @@ from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
 
 
+@cython.no_gc_clear  # __dealloc__ has an order
 cdef class ModelWeights:
     """Args:
         config: ModelConfig.

@@ -23,6 +23,7 @@ import numpy as np
 from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.quantize import quantize
 from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
+from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.checkpoint import (
     MAX_CONTEXT,
     MAX_LAYERS,
@@ -32,7 +33,6 @@ from smallthinker_edge.files.checkpoint import (
 )
 from smallthinker_edge.files.checkpoint_tokenizer import chat_templates, read_vocabulary, special_ids
 from smallthinker_edge.files.config import ModelConfig
-from smallthinker_edge.files.pack import atomic_file, write_at
 from smallthinker_edge.files.torch_file import read_tensors
 from smallthinker_edge.text.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ class Converter:
         """Writes to a temporary file that takes the name when it is whole and our own reader accepts it."""
         tensors = list(self._tensors())
         with atomic_file(path) as file:
-            writer = self.gguf.GGUFWriter(path + ".part", "smallthinker")
+            writer = self.gguf.GGUFWriter(file.path, "smallthinker")
             try:
                 self._metadata(writer)
                 self._tokenizer(writer)
@@ -115,10 +115,10 @@ class Converter:
                 writer.close()
             pieces = functools.partial(self._pieces, file)
             write_tensors(file, path, [(tensor, tensor.name, tensor.bytes) for tensor in tensors], pieces, progress)
-            with GGUFFile(path + ".part") as written:
+            with GGUFFile(file.path) as written:
                 ModelConfig.from_gguf(written)
 
-    def _pieces(self, file: int, tensor: Tensor, at: int) -> Iterator[Callable[[], None]]:
+    def _pieces(self, file: PartialFile, tensor: Tensor, at: int) -> Iterator[Callable[[], None]]:
         """What writes a tensor whose data begins at byte `at`, piece by piece."""
         for source, shape in tensor.sources:
             size = math.prod(shape)
@@ -127,17 +127,17 @@ class Converter:
                 yield functools.partial(self._write_piece, file, tensor.type, source, first, count, at)
                 at += self._bytes(count, tensor.type)
 
-    def _write_piece(self, file: int, type_: Any, source: str, first: int, count: int, at: int) -> None:
+    def _write_piece(self, file: PartialFile, type_: Any, source: str, first: int, count: int, at: int) -> None:
         if type_ == self.float:
             data = self.checkpoint.floats(source, first, count)
             if not np.isfinite(data).all():
                 raise ModelFormatError(
                     "holds values that are not finite", path=self.checkpoint.path_of(source), field=source
                 )
-            write_at(file, at, data.view(np.uint8))
+            file.write(at, data.view(np.uint8))
             return
         try:
-            write_at(file, at, quantize(type_.name, self.checkpoint.elements(source, first, count)))
+            file.write(at, quantize(type_.name, self.checkpoint.elements(source, first, count)))
         except OverflowError as problem:
             raise ModelFormatError(str(problem), path=self.checkpoint.path_of(source), field=source) from None
 
@@ -300,7 +300,7 @@ def aligned(size: int) -> int:
 
 
 def write_tensors(
-    file: int,
+    file: PartialFile,
     path: str,
     tensors: Sequence[tuple[T, str, int]],
     pieces: Callable[[T, int], Iterator[Callable[[], None]]],
@@ -309,17 +309,21 @@ def write_tensors(
     """Everything behind a GGUF header that is in the file: threads read, quantise and write, each to its own place.
 
     Args:
-        file: descriptor; what it has is the header. path: its name to be, for errors.
+        file: what it has is the header. path: its name to be, for errors.
         tensors: (what pieces() takes, name, bytes), in the file's order.
         pieces: gives for a tensor and the byte where its data begins what writes it, piece by piece.
 
     Raises OSError where the disk has no room for all of it, before anything is written.
     """
-    ends = list(itertools.accumulate((aligned(size) for *_, size in tensors), initial=aligned(os.fstat(file).st_size)))
-    space = os.fstatvfs(file)
+    ends = list(
+        itertools.accumulate(
+            (aligned(size) for *_, size in tensors), initial=aligned(os.fstat(file.descriptor).st_size)
+        )
+    )
+    space = os.fstatvfs(file.descriptor)
     if ends[-1] > space.f_bavail * space.f_frsize:
         raise OSError(errno.ENOSPC, f"{ends[-1]} bytes are needed, and there is no room for them", path)
-    os.ftruncate(file, ends[-1])
+    os.ftruncate(file.descriptor, ends[-1])
     under_way: deque[Future[None]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:

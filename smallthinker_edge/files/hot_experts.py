@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.paging import ExpertPaging
+from smallthinker_edge.files.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +28,9 @@ def profile_path(model_path: str | os.PathLike[str]) -> str:
 
 def save_profile(path: str | os.PathLike[str], uses: Uses) -> None:
     """Writes recent uses of every expert [L * E] as JSON, atomically. Raises OSError."""
-    temporary = f"{os.fspath(path)}.part"
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            json.dump({"format": FORMAT, "uses": [round(use, 3) for use in uses.tolist()]}, file)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    content = {"format": FORMAT, "uses": [round(use, 3) for use in uses.tolist()]}
+    with atomic_file(path) as file:
+        file.write(0, json.dumps(content).encode())
 
 
 def load_profile(path: str | os.PathLike[str], experts: int) -> Uses | None:

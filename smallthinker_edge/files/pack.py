@@ -5,15 +5,13 @@ Called by `smallthinker-edge pack|unpack`. It streams: never more than one exper
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.packed import (
     ALIGN,
@@ -78,82 +77,29 @@ def pack(source: str | os.PathLike[str], target: str | os.PathLike[str], progres
         if is_packed(gguf):
             raise ModelFormatError("is a packed file already", path=gguf.path, field="stpk.layout")
         config = ModelConfig.from_gguf(gguf)
-        with atomic_file(target) as fd:
-            _write(fd, gguf, config, progress or (lambda done, total: None))
+        with atomic_file(target) as file:
+            _write(file, gguf, config, progress or (lambda done, total: None))
 
 
-@contextmanager
-def atomic_file(target: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor of `target`.part, which takes the target's name when the block ends well and goes when it fails.
-
-    Raises OSError where another process is writing the same file, or the disk is full.
-    """
-    temporary = f"{os.fspath(target)}.part"
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _claim(descriptor, temporary)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-            os.replace(temporary, target)
-            folder = os.open(os.path.dirname(os.path.abspath(target)), os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _claim(descriptor: int, path: str) -> None:
-    """Locks the file for this process and empties it; what a killed process left has no lock.
-
-    It may have been renamed between opening and locking: then it is somebody's finished file and stays as it is.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
-        ours = False
-    if not ours:
-        raise OSError(errno.EBUSY, "is being written by another process", path)
-    os.ftruncate(descriptor, 0)
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Claims the space of the whole file at once, so that a full disk shows before minutes of work."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as problem:  # file systems that cannot reserve refuse in other ways
-        if problem.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-
-
-def _write(fd: int, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> None:
+def _write(file: PartialFile, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> None:
     dense = [info for name, info in gguf.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
     blob = blob_bytes(gguf, config)
     total = config.n_layers * config.n_experts
     sums = np.zeros(len(dense) + total, np.uint32)
     source = _source_layout(gguf)
     header, places = _header(gguf, config, dense, blob, sums, source)
-    _reserve(fd, places[len(dense)] + total * blob)
+    file.reserve(places[len(dense)] + total * blob)
     for i, info in enumerate(dense):
         data = gguf.data(info.name)
         sums[i] = zlib.crc32(data.data)
-        write_at(fd, places[i], data)
+        file.write(places[i], data)
         gguf.release(info.name)
     for i, data in enumerate(_blobs(gguf, config, blob)):
         sums[len(dense) + i] = zlib.crc32(data.data)
-        write_at(fd, places[len(dense)] + i * blob, data)
+        file.write(places[len(dense)] + i * blob, data)
         progress(i + 1, total)
     header, _ = _header(gguf, config, dense, blob, sums, source)
-    write_at(fd, 0, np.frombuffer(header, np.uint8))
+    file.write(0, header)
 
 
 def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
@@ -238,14 +184,6 @@ def _header(
     return head.ljust(data, b"\0"), [data + at for at in starts]
 
 
-def write_at(fd: int, offset: int, data: Bytes) -> None:
-    """Writes all of an array's bytes at an offset; threads may share the descriptor."""
-    view = np.ascontiguousarray(data).data.cast("B")
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
 def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> list[str]:
     """Writes the GGUF that a packed file was made of, the same bytes, and checks them against its hash.
 
@@ -271,18 +209,18 @@ def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progres
             if not len(part.header) <= info.offset <= part.size - info.nbytes:
                 raise ModelFormatError("has tensors outside the file", path=gguf.path, field="stpk.source_tensors")
         targets = _part_names(os.fspath(target), len(parts))
-        fds = [stack.enter_context(atomic_file(name)) for name in targets]
-        for fd, part in zip(fds, parts, strict=True):
-            _reserve(fd, part.size)
-            write_at(fd, 0, np.frombuffer(part.header, np.uint8))
-        files = {name: fds[part] for name, part in places.items()}
+        written = [stack.enter_context(atomic_file(name)) for name in targets]
+        for file, part in zip(written, parts, strict=True):
+            file.reserve(part.size)
+            file.write(0, part.header)
+        files = {name: written[part] for name, part in places.items()}
         for name, info in packed.tensors.items():
             if name.split(".")[-2] not in EXPERT_ROLES:
-                write_at(files[name], info.offset, packed.data(name))
+                files[name].write(info.offset, packed.data(name))
                 packed.release(name)
         _write_experts(files, packed, config, progress or (lambda done, total: None))
-        for fd, part in zip(fds, parts, strict=True):
-            if _hash(fd) != (part.sha256, part.size):
+        for file, part in zip(written, parts, strict=True):
+            if _hash(file.descriptor) != (part.sha256, part.size):
                 raise ModelFormatError("does not give its source back: damaged, see verify", path=gguf.path)
         return targets
 
@@ -335,8 +273,8 @@ def _first_header(gguf: GGUFFile, layout: dict[str, Any]) -> bytes:
     return bytes.fromhex(layout["start"]) + b"".join(entries) + bytes.fromhex(layout["table"])
 
 
-def _write_experts(files: dict[str, int], packed: PackedFile, config: ModelConfig, progress: Progress) -> None:
-    """files: the descriptor that each tensor is written to."""
+def _write_experts(files: dict[str, PartialFile], packed: PackedFile, config: ModelConfig, progress: Progress) -> None:
+    """files: what each tensor is written to."""
     _, blob = packed.experts(config)
     for layer in range(config.n_layers):
         infos = expert_infos(packed, layer)
@@ -344,6 +282,6 @@ def _write_experts(files: dict[str, int], packed: PackedFile, config: ModelConfi
         stack = packed.container.data(blob_name(layer)).reshape(config.n_experts, blob)
         for e in range(config.n_experts):
             for info, part in zip(infos, layout.unpack(stack[e]), strict=True):
-                write_at(files[info.name], info.offset + e * part.size, part)
+                files[info.name].write(info.offset + e * part.size, part)
             progress(layer * config.n_experts + e + 1, config.n_layers * config.n_experts)
         packed.container.release(blob_name(layer))

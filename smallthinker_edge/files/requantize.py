@@ -21,9 +21,10 @@ from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge._native.quantize import quantize
 from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
+from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.config import PREDICTOR_TYPES, ModelConfig, tensor_name
 from smallthinker_edge.files.convert import Progress, aligned, write_tensors
-from smallthinker_edge.files.pack import DROPPED_KEYS, atomic_file, tensor_entry, write_at
+from smallthinker_edge.files.pack import DROPPED_KEYS, tensor_entry
 from smallthinker_edge.files.packed import is_packed
 
 SLICE = 1 << 20  # weights at a time, whole blocks of every type; NumPy takes some 20 bytes for each on the way
@@ -90,11 +91,11 @@ class Requantizer:
         ]
         header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join(entries) + b"".join(infos)
         with atomic_file(path) as file:
-            write_at(file, 0, np.frombuffer(header.ljust(aligned(len(header)), b"\0"), np.uint8))
+            file.write(0, header.ljust(aligned(len(header)), b"\0"))
             tensors = [(target, target.source.name, target.bytes) for target in self.targets]
             write_tensors(file, path, tensors, functools.partial(self._pieces, file), progress)
 
-    def _pieces(self, file: int, target: Target, at: int) -> Iterator[Callable[[], None]]:
+    def _pieces(self, file: PartialFile, target: Target, at: int) -> Iterator[Callable[[], None]]:
         """What writes a tensor whose data begins at byte `at`, piece by piece."""
         block, size = self.gguf.GGML_QUANT_SIZES[self.gguf.GGMLQuantizationType[target.source.type]]
         elements = target.source.nbytes // size * block
@@ -104,24 +105,24 @@ class Requantizer:
             to = at + first * target.bytes // elements
             yield functools.partial(self._write_piece, file, target, start, stop - start, to)
 
-    def _write_piece(self, file: int, target: Target, start: int, count: int, at: int) -> None:
+    def _write_piece(self, file: PartialFile, target: Target, start: int, count: int, at: int) -> None:
         info = target.source
         path = self.source.paths[info.part]
         raw = np.fromfile(path, np.uint8, count, offset=info.offset + start)
         if raw.size != count:
             raise ModelFormatError("cannot be read whole", path=path, field=info.name)
         if info.type == target.type:
-            write_at(file, at, raw)
+            file.write(at, raw)
             return
         try:
             if target.type == "F32":
                 values = self._floats(info.type, raw)
                 if not np.isfinite(values).all():
                     raise OverflowError("holds values that are not finite")
-                write_at(file, at, values.view(np.uint8))
+                file.write(at, values.view(np.uint8))
             else:
                 values = raw.view(np.uint16) if info.type == "BF16" else self._floats(info.type, raw)
-                write_at(file, at, quantize(target.type, values))
+                file.write(at, quantize(target.type, values))
         except OverflowError as problem:
             raise ModelFormatError(str(problem), path=path, field=info.name) from None
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge.errors import SessionFormatError
+from smallthinker_edge.files.atomic import atomic_file
 from smallthinker_edge.files.config import ModelFile, tensor_name
 
 MAGIC, VERSION = b"STKVSESS", 1
@@ -51,21 +52,12 @@ def save(path: str | os.PathLike[str], cache: KVCache, model: bytes) -> None:
         MAGIC, VERSION, cache.kv.encode(), model, cache.position, cache.lost, len(blocks), sum(b.size for b in blocks)
     )
     parts: list[bytes | memoryview] = [header, cache.tokens.astype("<i4").tobytes(), *(block.data for block in blocks)]
-    temporary = f"{os.fspath(path)}.part"
-    try:
-        with open(temporary, "wb") as file:
-            total = 0
-            for part in parts:
-                file.write(part)
-                total = zlib.crc32(part, total)
-            file.write(struct.pack("<I", total))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    with atomic_file(path) as file:
+        total = at = 0
+        for part in parts:
+            file.write(at, part)
+            at, total = at + len(part), zlib.crc32(part, total)
+        file.write(at, struct.pack("<I", total))
 
 
 class _Reader:
