@@ -78,9 +78,7 @@ def _create(folder: str, name: str) -> tuple[int, str]:
     while True:
         path = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with suppress(
-            BlockingIOError, FileNotFoundError
-        ):  # another writer may take it for a leftover until it is locked
+        with suppress(BlockingIOError, FileNotFoundError):  # another writer has taken it for a leftover
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.stat(path)
             return descriptor, path

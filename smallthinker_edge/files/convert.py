@@ -315,11 +315,8 @@ def write_tensors(
 
     Raises OSError where the disk has no room for all of it, before anything is written.
     """
-    ends = list(
-        itertools.accumulate(
-            (aligned(size) for *_, size in tensors), initial=aligned(os.fstat(file.descriptor).st_size)
-        )
-    )
+    header = aligned(os.fstat(file.descriptor).st_size)
+    ends = list(itertools.accumulate((aligned(size) for *_, size in tensors), initial=header))
     space = os.fstatvfs(file.descriptor)
     if ends[-1] > space.f_bavail * space.f_frsize:
         raise OSError(errno.ENOSPC, f"{ends[-1]} bytes are needed, and there is no room for them", path)

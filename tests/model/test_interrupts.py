@@ -326,6 +326,7 @@ def test_close_gives_threads_and_files_back_at_once(packed: str) -> None:
     session.close()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_the_collector_may_take_a_model_while_it_reads(path: str, packed: str) -> None:
     for _ in range(20):
         model = SmallThinker(packed, verify=True, threads=2)
