@@ -39,6 +39,7 @@ lint: $(VENV)/dev ## Check style and types of Python, Cython and C
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tools/build/check_layers.py
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint smallthinker_edge
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES) $(TEST_C_FILES)
 

@@ -19,17 +19,20 @@ from smallthinker_edge.errors import (
     SessionFormatError,
     SmallThinkerError,
 )
-from smallthinker_edge.generation.stream import GenerationResult, TextStream, Timings, TokenSampler
+from smallthinker_edge.generation.stream import GenerationResult, TextStream, Timings
 from smallthinker_edge.model import SmallThinker
+from smallthinker_edge.options import CancelSignal, GenerationOptions, TokenSampler
 from smallthinker_edge.session import Session
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CancelSignal",
     "ChatTemplateError",
     "ContextFull",
     "DecodeCancelled",
     "ExpertReadError",
+    "GenerationOptions",
     "GenerationResult",
     "MemoryBudgetError",
     "ModelFormatError",

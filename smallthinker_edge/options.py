@@ -10,13 +10,25 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, Protocol, TypedDict, get_args, get_type_hints
 
-from smallthinker_edge.generation.overflow import POLICIES
-from smallthinker_edge.generation.stream import TokenSampler
-from smallthinker_edge.session import CancelSignal
+import numpy as np
+import numpy.typing as npt
 
 MOST_SPECULATED = 64
+
+
+class CancelSignal(Protocol):
+    """Anything with is_set(), such as threading.Event."""
+
+    def is_set(self) -> bool: ...
+
+
+class TokenSampler(Protocol):
+    """What chooses tokens: a Sampler, or an object of your own for the `sampler` of generate() and stream()."""
+
+    def sample(self, logits: npt.NDArray[np.float32], history: Sequence[int], /) -> int:
+        """The next id, by the logits [V] of the last of the ids so far; logits may be changed in place."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class GenerationOptions(TypedDict, total=False):
     ]
     overflow: Annotated[
         str | None,
-        Option("error", "choice", "at the context's end; shift drops old turns", choices=POLICIES, metavar="POLICY"),
+        Option("error", "choice", "at the context's end; shift drops old turns", choices=("error", "shift")),
     ]
     speculate: Annotated[
         int | None, Option(0, "int", "guess up to N repeated tokens; same text, faster", low=0, high=MOST_SPECULATED)

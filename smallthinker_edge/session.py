@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +17,9 @@ from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge._native.locks import Busy, Turns
 from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError
 from smallthinker_edge.files import session_file
+from smallthinker_edge.options import CancelSignal
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
-
-
-class CancelSignal(Protocol):
-    """Anything with is_set(), such as threading.Event."""
-
-    def is_set(self) -> bool: ...
 
 
 class Session:

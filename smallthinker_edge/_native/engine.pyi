@@ -7,7 +7,7 @@ from smallthinker_edge._native.kv_cache import KVCache, KVMemory
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.weights import ModelWeights
 from smallthinker_edge.files.config import ModelConfig
-from smallthinker_edge.session import CancelSignal
+from smallthinker_edge.options import CancelSignal
 
 class Engine:
     weights: ModelWeights

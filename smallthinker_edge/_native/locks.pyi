@@ -1,4 +1,4 @@
-from smallthinker_edge.session import CancelSignal
+from smallthinker_edge.options import CancelSignal
 
 class Busy:
     def __enter__(self) -> None: ...

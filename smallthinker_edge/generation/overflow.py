@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 from smallthinker_edge.text.tokenizer import Tokenizer
 
-POLICIES = ("error", "shift")
-
 
 def shift_limit(context: int) -> int:
     """Tokens that a shift leaves at most: three quarters of the context, so that the next one is a while away."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +17,9 @@ from smallthinker_edge.errors import DecodeCancelled
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore, common_prefix
 from smallthinker_edge.generation.speculation import BatchCosts, PromptLookup
-from smallthinker_edge.session import CancelSignal, Session
+from smallthinker_edge.options import CancelSignal, TokenSampler
+from smallthinker_edge.session import Session
 from smallthinker_edge.text.tokenizer import Tokenizer
-
-
-class TokenSampler(Protocol):
-    """What chooses tokens: a Sampler, or an object of your own for the `sampler` of generate() and stream()."""
-
-    def sample(self, logits: npt.NDArray[np.float32], history: Sequence[int], /) -> int:
-        """The next id, by the logits [V] of the last of the ids so far; logits may be changed in place."""
 
 
 @dataclass(frozen=True)
