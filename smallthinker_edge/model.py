@@ -22,7 +22,7 @@ from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
-from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
 from smallthinker_edge.files.packed import PackedFile, expert_infos, is_packed
 from smallthinker_edge.files.session_file import model_hash
@@ -107,7 +107,7 @@ class SmallThinker:
         engine: Engine | None = None
         gguf = GGUFFile(path)
         try:
-            self._file: GGUFFile | PackedFile = PackedFile(gguf) if is_packed(gguf) else gguf
+            self._file: ModelFile = PackedFile(gguf) if is_packed(gguf) else gguf
             self.config = ModelConfig.from_gguf(self._file)
             self.context = min(DEFAULT_CONTEXT, self.config.context_length) if context is None else context
             if not 1 <= self.context <= self.config.context_length:
@@ -185,7 +185,7 @@ class SmallThinker:
         types = [(TYPES[g.type].number, TYPES[u.type].number, TYPES[d.type].number) for g, u, d in layers]
         # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:
         # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
-        reserve = plan.parts["KV cache"] if self.config.tied else 0
+        reserve = plan.kv_cache if self.config.tied else 0
         free = plan.limit is None  # then the page cache may help
         paging = ExpertPaging(
             self.config, self._file.path, offsets, size, plan.slots, lent=reserve, sums=sums, cached=free

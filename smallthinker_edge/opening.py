@@ -7,30 +7,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.gguf import TensorInfo
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.config import ModelConfig, tensor_name
+from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
 
 
-class ModelSource(Protocol):
-    """What is needed of a model file: GGUFFile, or PackedFile."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def tensors(self) -> dict[str, TensorInfo]: ...
-    def data(self, name: str) -> np.ndarray: ...
-    def release(self, name: str, cache: bool = False) -> None: ...
-    def expect_rows(self, name: str) -> None: ...
-
-
-def forget(source: ModelSource, name: str) -> None:
+def forget(source: ModelFile, name: str) -> None:
     """Takes a tensor's pages out of memory and cache, unless its file is closed already."""
     with suppress(ValueError):
         source.release(name, cache=True)
@@ -44,7 +30,7 @@ class Loader:
     """
 
     def __init__(
-        self, gguf: ModelSource, config: ModelConfig, engine: Engine, *, paged: bool = False, predictor: bool = False
+        self, gguf: ModelFile, config: ModelConfig, engine: Engine, *, paged: bool = False, predictor: bool = False
     ) -> None:
         self.gguf = gguf
         self.config = config

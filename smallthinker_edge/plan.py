@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
 from smallthinker_edge._native.buffers import buffer_sizes, partial_sizes
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.kv_cache import kv_bytes
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES, kv_kinds
 from smallthinker_edge.errors import MemoryBudgetError
-from smallthinker_edge.files.config import ModelConfig, tensor_name
-from smallthinker_edge.files.packed import ExpertLayout, PackedFile, expert_infos
+from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
+from smallthinker_edge.files.packed import ExpertLayout, expert_infos
 from smallthinker_edge.machine.memory import parse_memory
 
 logger = logging.getLogger(__name__)
@@ -34,26 +33,48 @@ class Plan:
 
     Attributes:
         limit: the budget in bytes, None without one.
-        parts: bytes by purpose, expert slots not included.
+        kv: kind of the KV cache, a name of KV_TYPES.
+        process: bytes that Python, libraries and tokenizer took when the plan was made.
+        weights: of weights in memory; where experts are paged, of all others.
+        kv_cache: of one session whose context is full.
+        buffers: of the engine, and one row of logits.
+        margin: what nobody can count.
+        page_tables: of the kernel.
         slots: experts kept in memory; 0 where the weights are loaded whole.
         slot_bytes: of one slot.
-        kv: type of the KV cache, "f16", "q8_0" or "q8_0-all".
     """
 
     limit: int | None
-    parts: dict[str, int]
-    slots: int
-    slot_bytes: int
-    kv: str = "f16"
+    kv: str
+    process: int
+    weights: int
+    kv_cache: int
+    buffers: int
+    margin: int = MARGIN
+    page_tables: int = 0
+    slots: int = 0
+    slot_bytes: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of everything but the expert slots."""
+        return self.process + self.weights + self.kv_cache + self.buffers + self.margin + self.page_tables
 
     @property
     def total(self) -> int:
         """Bytes of everything."""
-        return sum(self.parts.values()) + self.slots * self.slot_bytes
+        return self.fixed + self.slots * self.slot_bytes
 
     def table(self) -> str:
         """The plan as lines of text, in MiB."""
-        rows = [*self.parts.items()]
+        rows = [
+            ("process and tokenizer", self.process),
+            ("dense weights" if self.slot_bytes else "weights", self.weights),
+            ("KV cache", self.kv_cache),
+            ("buffers", self.buffers),
+            ("margin", self.margin),
+            ("page tables", self.page_tables),
+        ]
         if self.slots:
             rows.append((f"{self.slots} expert slots", self.slots * self.slot_bytes))
         rows.append(("total", self.total))
@@ -63,7 +84,7 @@ class Plan:
 
 
 def make_plan(
-    file: GGUFFile | PackedFile,
+    file: ModelFile,
     config: ModelConfig,
     context: int,
     batch: int,
@@ -92,34 +113,36 @@ def make_plan(
         skip.add(tensor_name("lm_head_profiler"))
     if slot_bytes:
         skip |= {name for name in file.tensors if name.endswith("_exps.weight")}
-    parts = {
-        "process and tokenizer": psutil.Process().memory_info().rss,
-        "dense weights" if slot_bytes else "weights": sum(i.nbytes for n, i in file.tensors.items() if n not in skip),
-        "KV cache": kv_bytes(config, context, kv),
-        "buffers": _buffer_bytes(file, config, context, batch, kv, predictor, threads),
-        "margin": MARGIN,
-    }
-    experts = config.n_layers * config.n_experts
     limit = None if memory is None else parse_memory(memory)
-    parts["page tables"] = _page_tables(sum(parts.values()), config.n_experts * slot_bytes, experts * slot_bytes, limit)
+    plan = Plan(
+        limit,
+        kv,
+        process=psutil.Process().memory_info().rss,
+        weights=sum(info.nbytes for name, info in file.tensors.items() if name not in skip),
+        kv_cache=kv_bytes(config, context, kv),
+        buffers=_buffer_bytes(file, config, context, batch, kv, predictor, threads),
+        slot_bytes=slot_bytes,
+    )
+    experts = config.n_layers * config.n_experts if slot_bytes else 0
+    few = config.n_experts if slot_bytes else 0  # a prompt may use every expert of a layer at once
+    plan = replace(plan, page_tables=_page_tables(plan.fixed, few * slot_bytes, experts * slot_bytes, limit))
     if limit is None:
-        return Plan(None, parts, experts if slot_bytes else 0, slot_bytes, kv)
-    # A prompt may use every expert of a layer at once.
-    least = Plan(limit, parts, config.n_experts if slot_bytes else 0, slot_bytes, kv)
+        return replace(plan, slots=experts)
+    least = replace(plan, slots=few)
     if least.total > limit:
         hint = "" if slot_bytes else "; a packed file (smallthinker-edge pack) needs less"
         raise MemoryBudgetError(
             f"a budget of {limit} bytes is too small: this model with a context of {context} needs {least.total} "
             f"bytes{hint}\n{least.table()}"
         )
-    slots = min(experts, (limit - sum(parts.values())) // slot_bytes) if slot_bytes else 0
+    slots = min(experts, (limit - plan.fixed) // slot_bytes) if slot_bytes else 0
     if slot_bytes and slots < config.n_layers * config.n_experts_used:
         logger.warning("%d expert slots are fewer than one token uses: nearly every expert will be read again", slots)
-    return Plan(limit, parts, slots, slot_bytes, kv)
+    return replace(plan, slots=slots)
 
 
 def _buffer_bytes(
-    file: GGUFFile | PackedFile,
+    file: ModelFile,
     config: ModelConfig,
     context: int,
     batch: int,
@@ -147,7 +170,7 @@ def _page_tables(parts: int, least: int, most: int, limit: int | None) -> int:
 
 
 def _plan_kv(
-    file: GGUFFile | PackedFile,
+    file: ModelFile,
     config: ModelConfig,
     context: int,
     batch: int,

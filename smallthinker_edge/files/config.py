@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Literal, NoReturn, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from smallthinker_edge._native.gguf import TensorInfo
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
 
@@ -40,28 +44,26 @@ LAYER_TENSORS = (
 )
 
 
-class TensorLike(Protocol):
-    """What is needed of a tensor's entry; see _native.gguf.TensorInfo."""
+class ModelHeader(Protocol):
+    """What a model file says of itself. paths: all its parts."""
 
-    @property
-    def type(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def part(self) -> int: ...
+    paths: list[str]
 
-
-class ModelFile(Protocol):
-    """What is needed of a model file; see _native.gguf.GGUFFile."""
-
-    @property
-    def paths(self) -> list[str]: ...
     @property
     def metadata(self) -> Mapping[str, object]: ...
     @property
-    def tensors(self) -> Mapping[str, Any]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+
+class ModelFile(ModelHeader, Protocol):
+    """A header and the bytes, wherever they come from: a GGUF file, or a packed one. See GGUFFile for the methods."""
+
+    path: str
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]: ...
+    def release(self, name: str, cache: bool = False) -> None: ...
+    def expect_rows(self, name: str) -> None: ...
+    def close(self) -> None: ...
 
 
 def tensor_name(role: str, layer: int | None = None) -> str:
@@ -124,7 +126,7 @@ class ModelConfig:
     lm_head_threshold: float = 0.0
 
     @classmethod
-    def from_gguf(cls, gguf: ModelFile) -> ModelConfig:
+    def from_gguf(cls, gguf: ModelHeader) -> ModelConfig:
         """Reads and checks the configuration of an opened file.
 
         - Window: the file's own `attention.sliding_window` is what is used. (llama.cpp takes 4096 whatever
@@ -176,7 +178,7 @@ class ModelConfig:
 class _Keys:
     """Typed access to `smallthinker.*` metadata; every failure names the key."""
 
-    def __init__(self, gguf: ModelFile) -> None:
+    def __init__(self, gguf: ModelHeader) -> None:
         self.path = gguf.paths[0]
         self.metadata = gguf.metadata
 
@@ -241,7 +243,7 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_config(gguf: ModelFile) -> ModelConfig:
+def _read_config(gguf: ModelHeader) -> ModelConfig:
     keys = _Keys(gguf)
     architecture = gguf.metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
@@ -391,9 +393,9 @@ def _read_vocab_size(keys: _Keys, tensors: _Tensors, d_model: int) -> int:
 class _Tensors:
     """Checks the tensor table; every failure names the tensor and its file."""
 
-    def __init__(self, gguf: ModelFile) -> None:
+    def __init__(self, gguf: ModelHeader) -> None:
         self.paths = gguf.paths
-        self.table: Mapping[str, TensorLike] = gguf.tensors
+        self.table: Mapping[str, TensorInfo] = gguf.tensors
 
     def fail(self, name: str, message: str) -> NoReturn:
         info = self.table.get(name)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.layouts import TYPES, Expert
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.config import ModelConfig, tensor_name
+from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
 
 # By whether down is transposed: the experts of such files kept their GGUF rows in "tile16-2".
 LAYOUTS = {False: "tile16-2", True: "tile16-3"}
@@ -65,9 +65,9 @@ class ExpertLayout:
         return gate, up, down
 
 
-def expert_infos(gguf: GGUFFile | PackedFile, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
+def expert_infos(file: ModelFile, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
     """The tensor entries of a layer's gate, up and down."""
-    gate, up, down = (gguf.tensors[tensor_name(role, layer)] for role in EXPERT_ROLES)
+    gate, up, down = (file.tensors[tensor_name(role, layer)] for role in EXPERT_ROLES)
     return gate, up, down
 
 

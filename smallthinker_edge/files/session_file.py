@@ -37,11 +37,11 @@ def model_hash(file: ModelFile) -> bytes:
         info = file.tensors[name]
         digest.update(f"{name} {info.type} {tuple(info.shape)}\n".encode())
         if not name.endswith("_exps.weight"):
-            data = file.data(name)  # type: ignore[attr-defined]
+            data = file.data(name)
             for at in range(0, data.size, SLICE):
-                digest.update(data[at : at + SLICE])
+                digest.update(data[at : at + SLICE].data)
             if name != tensor_name("token_embd"):  # its rows may be in use
-                file.release(name)  # type: ignore[attr-defined]
+                file.release(name)
     return digest.digest()
 
 

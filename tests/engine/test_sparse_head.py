@@ -172,10 +172,10 @@ def test_it_can_be_turned_off_and_then_takes_no_memory(path: str) -> None:
     with SmallThinker(path, head_threshold=None) as off, SmallThinker(path) as on:
         assert off.head_threshold is None
         assert on.stats()["model_bytes"] - off.stats()["model_bytes"] >= size  # type: ignore[operator]
-        assert on.plan.parts["weights"] - off.plan.parts["weights"] == size
+        assert on.plan.weights - off.plan.weights == size
         with off.session() as session:
             assert np.isfinite(session.decode(tokens(9), head_threshold=0.0)).all()
-        assert plan_memory(path).parts["weights"] == on.plan.parts["weights"]
+        assert plan_memory(path).weights == on.plan.weights
 
 
 def test_a_packed_file_carries_the_predictor(path: str, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_memory_of_an_empty_kv_cache_holds_experts_until_it_is_needed(
     tokens = np.resize(TOKENS, 1000)
     with SmallThinker(source) as model:
         expected = model.session().decode(tokens)
-        block = model.plan.parts["KV cache"] // 4  # a context of 1024 is four blocks of 256 positions
+        block = model.plan.kv_cache // 4  # a context of 1024 is four blocks of 256 positions
     set_slots(monkeypatch, 20, lent=4 * block + (2 << 20))
     with SmallThinker(target) as model:
         seen = [model.stats()["slots"]]
