@@ -310,7 +310,7 @@ def test_close_gives_threads_and_files_back_at_once(packed: str) -> None:
         return len(os.listdir("/proc/self/fd"))
 
     before = threads(), files()
-    model = SmallThinker(packed, threads=3, memory="1GiB")
+    model = SmallThinker(packed, threads=3, memory="8GiB")
     session = model.session()
     session.decode([1, 2, 3])
     stream = model.stream(PROMPT, max_tokens=50)
