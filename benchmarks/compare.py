@@ -28,8 +28,8 @@ import psutil
 from report import markdown
 from traffic import traffic_of
 
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack
 from smallthinker_edge.machine.cpus import auto_threads
 

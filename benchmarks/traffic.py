@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from smallthinker_edge._native.gguf import TensorInfo
 from smallthinker_edge.files.config import ModelConfig, tensor_name
+from smallthinker_edge.files.gguf import TensorInfo
 
 KV_ELEMENT_BYTES = 2  # fp16 keys and values
 # Q4_0: a block of 32 weights is 2 bytes of scale and 16 of nibbles.

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
 from smallthinker_edge.files.config import ModelConfig, ModelFile
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
 from smallthinker_edge.files.packed import PackedFile, expert_infos, is_packed
 from smallthinker_edge.files.session_file import model_hash

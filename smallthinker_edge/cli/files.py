@@ -23,8 +23,8 @@ from smallthinker_edge.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from smallthinker_edge._native.gguf import GGUFFile
     from smallthinker_edge.files.config import ModelConfig
+    from smallthinker_edge.files.gguf import GGUFFile
 
 VALUE_WIDTH = 72
 
@@ -35,8 +35,8 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    from smallthinker_edge._native.gguf import GGUFFile
     from smallthinker_edge.files.config import ModelConfig
+    from smallthinker_edge.files.gguf import GGUFFile
 
     with GGUFFile(arguments.file) as gguf:
         size = sum(os.path.getsize(path) for path in gguf.paths)

@@ -14,9 +14,9 @@ from typing import Literal, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native.gguf import TensorInfo
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.files.gguf import TensorInfo
 
 ARCHITECTURE = "smallthinker"
 MATRIX_TYPES = frozenset(TYPES)

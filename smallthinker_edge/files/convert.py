@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.quantize import quantize
 from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
 from smallthinker_edge.files.atomic import PartialFile, atomic_file
@@ -33,6 +32,7 @@ from smallthinker_edge.files.checkpoint import (
 )
 from smallthinker_edge.files.checkpoint_tokenizer import chat_templates, read_vocabulary, special_ids
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.torch_file import read_tensors
 from smallthinker_edge.text.tokenizer import Tokenizer
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 from smallthinker_edge.files.packed import (
     ALIGN,
     EXPERT_ROLES,

@@ -18,10 +18,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.layouts import TYPES, Expert
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
+from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 
 # By whether down is transposed: the experts of such files kept their GGUF rows in "tile16-2".
 LAYOUTS = {False: "tile16-2", True: "tile16-3"}

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge._native.quantize import quantize
 from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
 from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.config import PREDICTOR_TYPES, ModelConfig, tensor_name
 from smallthinker_edge.files.convert import Progress, aligned, write_tensors
+from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 from smallthinker_edge.files.pack import DROPPED_KEYS, tensor_entry
 from smallthinker_edge.files.packed import is_packed
 

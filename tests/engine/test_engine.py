@@ -15,10 +15,10 @@ from small_model import SHAPE, divergence, open_session, tokens
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.buffers import buffer_sizes, partial_sizes
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge.errors import ContextFull, NotFiniteError, SessionBusy
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.opening import Loader
 from smallthinker_edge.session import Session
 

@@ -16,10 +16,10 @@ from small_model import SHAPE, divergence, open_session, tokens
 
 from smallthinker_edge import SmallThinker, plan
 from smallthinker_edge._native import kernels
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.kv_cache import KVCache, kv_bytes
 from smallthinker_edge.errors import MemoryBudgetError
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
 
 WINDOW = 64
 Q8_KINDS = ("q8_0", "q8_0-all")

@@ -15,9 +15,9 @@ from small_model import SHAPE, tokens
 from smallthinker_edge import ModelFormatError, SmallThinker
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.generation.speculation import BatchCosts
 from smallthinker_edge.model import plan_memory

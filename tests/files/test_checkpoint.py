@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from smallthinker_edge import ModelFormatError, SmallThinker
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.files.atomic import atomic_file
 from smallthinker_edge.files.checkpoint import Checkpoint, read_header
 from smallthinker_edge.files.checkpoint_tokenizer import chat_templates, read_vocabulary, special_ids
 from smallthinker_edge.files.convert import convert
+from smallthinker_edge.files.gguf import GGUFFile
 
 INDEX = "model.safetensors.index.json"
 

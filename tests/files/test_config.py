@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gguf_files import write_model, write_split_model
 
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.config import ModelConfig, tensor_name
+from smallthinker_edge.files.gguf import GGUFFile
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from gguf_files import (
     write_split_model,
 )
 
-from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge._native.layouts import OTHER_TYPES, TYPES
 from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 
 F32, F16, Q4_0, Q4_K = 0, 1, 2, 12
 U8, I8, U16, I16, U32, I32, FLOAT32, BOOL, STRING, ARRAY, U64, I64, FLOAT64 = range(13)

@@ -22,9 +22,9 @@ import pytest
 from gguf_files import write_model, write_split_model
 
 from smallthinker_edge import ExpertReadError, MemoryBudgetError, ModelFormatError, SmallThinker
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge.files import packed
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.files.packed import PackedFile
 from smallthinker_edge.machine.memory import process_memory

@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType
 from gguf_files import RawGGUF, write_model, write_split_model
 
 from smallthinker_edge import ModelFormatError, SmallThinker
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.cli import main
 from smallthinker_edge.files.convert import convert
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack
 
 SHAPE = {"n_layers": 2, "d_model": 256, "d_ffn": 256, "n_experts": 4, "head_dim": 64, "context_length": 128}

@@ -13,7 +13,7 @@ from reference import Reference
 from small_model import divergence, open_session
 
 from smallthinker_edge._native import kernels
-from smallthinker_edge._native.gguf import GGUFFile
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

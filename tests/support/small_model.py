@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.opening import Loader
 from smallthinker_edge.session import Session
 

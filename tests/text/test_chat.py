@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallthinker_edge import SmallThinker
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.errors import ChatTemplateError
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.text.chat import encode_chat, is_chatml, render_chat
 from smallthinker_edge.text.tokenizer import Tokenizer
 

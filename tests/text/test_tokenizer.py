@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from gguf_files import MERGES, write_model
 
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.text.tokenizer import Tokenizer
 
 TEXTS = [

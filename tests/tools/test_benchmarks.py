@@ -17,8 +17,8 @@ import report
 import worker
 from traffic import Traffic, traffic_of
 
-from smallthinker_edge._native.gguf import GGUFFile, TensorInfo
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from reference import Reference
 
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "models" / "make_synthetic.py"
 EXPERTS, USED, LAYERS, HOT = 32, 4, 3, 7

@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge import SmallThinker
-from smallthinker_edge._native.gguf import GGUFFile
 from smallthinker_edge.files.config import tensor_name
+from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.packed import is_packed
 
 Array = npt.NDArray[np.float32]

@@ -1,20 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Reads GGUF files: metadata, tensor table, and views of tensor bytes in a read-only memory mapping.
+"""Reads the header of one GGUF file: metadata and tensor table, from a read-only memory mapping.
 
-Called by config.py (what model is this), the loader and packer (tensor bytes), the tokenizer (vocabulary) and
-`info`. Never interprets a weight, never writes, and never trusts a number in the file before checking it.
+Called by files/gguf.py. Never interprets a weight, never writes, and trusts no number in the file before checking it.
 """
 
-import errno
 import mmap
 import operator
 import os
-import re
 import stat
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,29 +54,6 @@ ARRAY_DTYPES = {
 # GGUF number -> (name, weights in a block, bytes of a block)
 SUPPORTED_TYPES = {info.number: (name, info.columns, info.bytes) for name, info in TYPES.items()}
 SUPPORTED_NAMES = ", ".join(TYPES)
-SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One row of the tensor table.
-
-    Attributes:
-        name: as in the file, `.weight` included.
-        type: a name of _native.layouts.TYPES.
-        shape: in elements, GGUF order: the first dimension is the contiguous one.
-        offset: byte offset of the data from the start of its file (not of the data section).
-        nbytes: length of the data in bytes.
-        part: index of its file in GGUFFile.paths.
-    """
-
-    name: str
-    type: str
-    shape: tuple
-    offset: int
-    nbytes: int
-    part: int
-
 
 cdef class StringArray:
     """A read-only sequence of str that keeps its text as bytes and decodes an item when it is asked for.
@@ -407,7 +378,10 @@ cdef uint64_t scalar_width(uint32_t kind) noexcept nogil:
 
 
 cdef class Part:
-    """One file of a model: its mapping, metadata and tensors. Internal to GGUFFile."""
+    """One file of a model: its mapping, metadata and tensors, as (name, type, shape, offset, bytes) in file order.
+
+    See files/gguf.py for what is what and what is raised.
+    """
 
     cdef readonly str path
     cdef readonly object mapping
@@ -558,13 +532,13 @@ cdef class Part:
                     " bytes: the file is cut short or damaged",
                     entry,
                 )
-            self.tensors.append(TensorInfo(name, type_name, shape, data_start + offset, nbytes, self.index))
+            self.tensors.append((name, type_name, shape, data_start + offset, nbytes))
         end, previous = 0, None
-        for info in sorted(self.tensors, key=operator.attrgetter("offset")):
-            if info.offset < end:
-                cursor.field = info.name
-                raise cursor.error(f"its data overlaps that of {previous}", info.offset)
-            end, previous = info.offset + info.nbytes, info.name
+        for name, _, _, start, nbytes in sorted(self.tensors, key=operator.itemgetter(3)):
+            if start < end:
+                cursor.field = name
+                raise cursor.error(f"its data overlaps that of {previous}", start)
+            end, previous = start + nbytes, name
         return 0
 
 
@@ -582,186 +556,3 @@ cdef object map_file(str path):
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except (OverflowError, ValueError) as problem:
             raise ModelFormatError(f"cannot be mapped into memory: {problem}", path=path) from problem
-
-
-def split_integer(part, key):
-    """A split.* key of one part as an int, or None when absent."""
-    value = part.metadata.get(key)
-    if value is not None and (type(value) is not int or value < 0):
-        raise ModelFormatError(f"must be a whole number, not {value!r}", path=part.path, field=key)
-    return value
-
-
-def open_parts(path, more_types=None):
-    """Every part of the model that `path` belongs to, in order; one for an ordinary file."""
-    first = Part(path, 0, more_types)
-    count = split_integer(first, "split.count")
-    if count is None or count <= 1:
-        return [first]
-    folder, base = os.path.split(path)
-    match = SPLIT_NAME.fullmatch(base)
-    if match is None or int(match["count"]) != count:
-        raise ModelFormatError(
-            f"this is one of {count} parts; it must keep its name NAME-0000N-of-{count:05d}.gguf",
-            path=path, field="split.count",
-        )
-    parts = []
-    for number in range(1, count + 1):
-        part_path = os.path.join(folder, f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
-        try:
-            parts.append(Part(part_path, number - 1, more_types))
-        except FileNotFoundError:
-            raise ModelFormatError(
-                f"part {number} of {count} is missing: put all parts in one folder", path=part_path,
-                field="split.count",
-            ) from None
-    check_parts(parts)
-    return parts
-
-
-def check_parts(parts):
-    """Refuses parts of different splits, in the wrong order, or that do not add up."""
-    for part in parts:
-        if split_integer(part, "split.count") != len(parts):
-            raise ModelFormatError(
-                f"says {part.metadata.get('split.count')!r} parts where the first part says {len(parts)}",
-                path=part.path, field="split.count",
-            )
-        number = split_integer(part, "split.no")
-        if number != part.index:
-            raise ModelFormatError(
-                f"the name says part {part.index + 1} but the file says split.no {number!r} (counted from 0):"
-                " the parts are in the wrong order",
-                path=part.path, field="split.no",
-            )
-    expected = split_integer(parts[0], "split.tensors.count")
-    found = sum(len(part.tensors) for part in parts)
-    if expected is not None and expected != found:
-        raise ModelFormatError(
-            f"the parts hold {found} tensors, {expected} were announced",
-            path=parts[0].path, field="split.tensors.count",
-        )
-
-
-class GGUFFile:
-    """A GGUF model opened for reading: one file, or all parts of a split one.
-
-    Args:
-        path: any GGUF file of version 2 or 3, little-endian. For a split model any one of its parts
-            (`NAME-00001-of-00003.gguf`): the others are found next to it by name.
-        more_types: tensor types to accept besides those that run: {number: (name, weights of a block, its bytes)}.
-
-    Attributes:
-        path: the path given; paths: all parts in order (one for an ordinary file).
-        version, alignment: of the first part.
-        metadata: key -> int, float, bool, str, list of int, float or bool, or StringArray (a Sequence of
-            str). A split model's metadata is that of its first part. Bytes that are not UTF-8 become lone
-            surrogates.
-        tensors: name -> TensorInfo, in file order.
-        key_ranges: key -> (first byte, end) of its whole entry, and header_end: the first byte after the tensor
-            table, both in the first part; for the packer, which copies entries as they are.
-
-    Raises:
-        ModelFormatError: anything malformed or unsupported, with path, field and offset; opening checks every
-            number that later reads depend on.
-        OSError: as open() raises it (FileNotFoundError, IsADirectoryError, PermissionError, ...).
-
-    A context manager; close() may be called twice. Reading from several threads at once is allowed, closing
-    at the same time is not. A file that another process cuts short while open cannot be guarded against:
-    the operating system then kills the reader (SIGBUS), as for every memory mapping.
-    """
-
-    def __init__(self, path, more_types=None):
-        if sys.byteorder != "little":
-            raise ModelFormatError("GGUF files are read on little-endian machines only", path=os.fspath(path))
-        self.path = os.fsdecode(path)
-        parts = open_parts(self.path, more_types)
-        self.paths = [part.path for part in parts]
-        self.version = parts[0].version
-        self.alignment = parts[0].alignment
-        self.metadata = parts[0].metadata
-        self.key_ranges = parts[0].key_ranges
-        self.header_end = parts[0].header_end
-        self.tensors = {}
-        for part in parts:
-            for info in part.tensors:
-                if info.name in self.tensors:
-                    raise ModelFormatError(
-                        f"the tensor is also in {self.paths[self.tensors[info.name].part]}",
-                        path=part.path, field=info.name, offset=info.offset,
-                    )
-                self.tensors[info.name] = info
-        self._mappings = [part.mapping for part in parts]
-        self.release()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-    def __repr__(self):
-        return f"<GGUFFile {self.path!r}: {len(self.metadata)} keys, {len(self.tensors)} tensors>"
-
-    @property
-    def closed(self):
-        """True after close()."""
-        return self._mappings is None
-
-    def close(self):
-        """Lets go of the files. Arrays that data() gave stay valid and keep their mapping until freed."""
-        self._mappings = None
-
-    def data(self, name):
-        """The bytes of tensor `name`: uint8 [nbytes], a read-only view of the mapping (no copy).
-
-        Raises KeyError for a name that is not in `tensors`, ValueError after close().
-        """
-        info = self.tensors[name]
-        return np.frombuffer(self._mapping(info.part), np.uint8, info.nbytes, info.offset)
-
-    def release(self, name=None, cache=False):
-        """Drops the resident pages of tensor `name`, or of everything that was read, from this process.
-
-        They stay in the operating system's page cache and come back when touched: views stay valid. Lets a
-        loader stream through a file with little resident memory. Does nothing where there is no madvise.
-        cache: of a named tensor, drops them from the page cache too, which counts towards a memory limit; a hint.
-        Raises KeyError for a name that is not in `tensors`, ValueError after close().
-        """
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        if name is None:
-            for part in range(len(self.paths)):
-                mapping = self._mapping(part)
-                self._advise(mapping, mmap.MADV_DONTNEED, 0, len(mapping))
-        else:
-            info = self.tensors[name]
-            self._advise(self._mapping(info.part), mmap.MADV_DONTNEED, info.offset, info.nbytes)
-            if cache and hasattr(os, "posix_fadvise"):
-                with suppress(OSError), open(self.paths[info.part], "rb") as file:
-                    os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
-
-    def expect_rows(self, name):
-        """Tells the system that single rows of tensor `name` will be read here and there, so that it reads nothing
-        around them: what it reads counts towards a memory limit. A hint.
-
-        Raises KeyError for a name that is not in `tensors`, ValueError after close().
-        """
-        if hasattr(mmap, "MADV_RANDOM"):
-            info = self.tensors[name]
-            self._advise(self._mapping(info.part), mmap.MADV_RANDOM, info.offset, info.nbytes)
-
-    def _mapping(self, part):
-        if self._mappings is None:
-            raise ValueError(f"{self.path} is closed")
-        return self._mappings[part]
-
-    @staticmethod
-    def _advise(mapping, advice, offset, nbytes):
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        try:
-            mapping.madvise(advice, start, offset + nbytes - start)
-        except OSError as problem:
-            # Only advice: a kernel or file system that does not take it changes nothing but memory use.
-            if problem.errno not in (errno.EINVAL, errno.ENOSYS):
-                raise
