@@ -24,7 +24,7 @@ from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBefore
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
-from smallthinker_edge.files.packed import PackedFile, expert_infos, is_packed
+from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore
@@ -107,7 +107,7 @@ class SmallThinker:
         engine: Engine | None = None
         gguf = GGUFFile(path)
         try:
-            self._file: ModelFile = PackedFile(gguf) if is_packed(gguf) else gguf
+            self._file: ModelFile = as_model(gguf)
             self.config = ModelConfig.from_gguf(self._file)
             self.context = min(DEFAULT_CONTEXT, self.config.context_length) if context is None else context
             if not 1 <= self.context <= self.config.context_length:
@@ -192,7 +192,7 @@ class SmallThinker:
         )
         engine.page_experts(paging, types)
         path = profile_path(self._file.path) if profile is None else profile
-        uses = load_profile(path, len(offsets)) if profile is not None or os.path.exists(path) else None
+        uses = load_profile(path, len(offsets)) if profile is not None or os.path.isfile(path) else None
         every = free and plan.slots == len(offsets) and plan.total < available_memory()
         if uses is not None or every:
             warm_up(paging, np.zeros(len(offsets)) if uses is None else uses, every)
@@ -296,6 +296,8 @@ class SmallThinker:
         ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt has no tokens")
+        if not all(0 <= token < self.config.vocab_size for token in given["logit_bias"]):
+            raise ValueError(f"logit_bias has a token outside the vocabulary of {self.config.vocab_size}")
         drop = TurnDropper(self.tokenizer) if given["overflow"] == "shift" else None
         if len(ids) > self.context:
             shorter = drop(ids, shift_limit(self.context)) if drop else None
@@ -454,7 +456,7 @@ def plan_memory(
     Raises as SmallThinker() does.
     """
     with GGUFFile(path) as gguf:
-        file = PackedFile(gguf) if is_packed(gguf) else gguf
+        file = as_model(gguf)
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
         slot_bytes = file.experts(config)[1] if isinstance(file, PackedFile) else 0

@@ -37,6 +37,7 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 def info(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.config import ModelConfig
     from smallthinker_edge.files.gguf import GGUFFile
+    from smallthinker_edge.files.packed import as_model
 
     with GGUFFile(arguments.file) as gguf:
         size = sum(os.path.getsize(path) for path in gguf.paths)
@@ -44,7 +45,7 @@ def info(arguments: argparse.Namespace) -> int:
         print(f"{gguf.paths[0]}: GGUF version {gguf.version}, {mebibytes(size)}{parts}")
         print_metadata(gguf)
         print_tensors(gguf, arguments.tensors)
-        print_config(ModelConfig.from_gguf(gguf))
+        print_config(ModelConfig.from_gguf(as_model(gguf)))
     return OK
 
 

@@ -57,7 +57,11 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[PartialFile]:
     target = os.path.realpath(target)
     folder, name = os.path.split(target)
     _remove_leftovers(folder, name)
-    descriptor, path = _create(folder, name)
+    try:
+        descriptor, path = _create(folder, name)
+    except OSError as problem:
+        problem.filename = target  # the name that the caller knows
+        raise
     try:
         with suppress(FileNotFoundError):
             os.fchmod(descriptor, os.stat(target).st_mode & 0o777)

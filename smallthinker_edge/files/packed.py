@@ -36,6 +36,11 @@ def is_packed(gguf: GGUFFile) -> bool:
     return "stpk.layout" in gguf.metadata
 
 
+def as_model(gguf: GGUFFile) -> ModelFile:
+    """The model in an opened file, whether that is packed or not."""
+    return PackedFile(gguf) if is_packed(gguf) else gguf
+
+
 class ExpertLayout:
     """How one layer's experts stand in their blobs: what expert.h says, over arrays."""
 

@@ -107,6 +107,43 @@ def test_argument_that_the_library_refuses_exits_with_2(
     assert_one_line_error(err)
 
 
+def test_info_of_a_packed_file_tells_of_its_model(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "pack", tiny_model, "-o", tmp_path / "m.stpk")[0] == 0
+    code, out, err = run(capsys, "info", tmp_path / "m.stpk")
+    assert (code, err) == (0, "")
+    assert "stpk.layout" in out
+    source = run(capsys, "info", tiny_model)[1]
+    assert out[out.index("\nModel") :] == source[source.index("\nModel") :]
+
+
+def test_a_folder_in_place_of_a_profile_is_no_profile(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "pack", tiny_model, "-o", tmp_path / "m.stpk")
+    (tmp_path / "m.stpk.hot").mkdir()
+    assert run(capsys, "generate", "-m", tmp_path / "m.stpk", "-p", "hello", "--max-tokens", "1")[0] == 0
+
+
+@pytest.mark.parametrize("option", [["--logit-bias", "99999999=1"], ["--logit-bias", "-1=1"]], ids=" ".join)
+def test_a_bias_for_no_token_exits_with_2(
+    option: list[str], tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "generate", "-m", tiny_model, "-p", "hello", *option)
+    assert code == 2
+    assert_one_line_error(err)
+
+
+def test_a_target_that_cannot_be_written_is_named(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "pack", tiny_model, "-o", tmp_path / "none" / "m.stpk")
+    assert code == 1
+    assert_one_line_error(err)
+    assert f"{tmp_path}/none/m.stpk:" in err
+
+
 def test_budget_that_cannot_work_exits_with_1(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "generate", "-m", tiny_model, "-p", "hello", "--memory", "1MiB")
     assert code == 1
