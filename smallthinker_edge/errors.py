@@ -41,6 +41,10 @@ class MemoryBudgetError(SmallThinkerError, MemoryError):
     """The memory budget cannot hold the model; the message names the smallest one that would."""
 
 
+class OutOfMemoryError(SmallThinkerError, MemoryError):
+    """The system has not enough memory, or no more threads, for what was asked; the model stays as it was."""
+
+
 class ExpertReadError(SmallThinkerError, OSError):
     """Expert weights could not be read from storage; the session stays usable."""
 

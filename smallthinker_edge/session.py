@@ -15,7 +15,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge._native.locks import Busy, Turns
-from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError
+from smallthinker_edge.errors import ContextFull, DecodeCancelled, OutOfMemoryError, SmallThinkerError
 from smallthinker_edge.files import session_file
 from smallthinker_edge.options import CancelSignal
 
@@ -221,7 +221,10 @@ class Session:
                 raise ContextFull(
                     f"{ids.size} tokens at position {cache.position} do not fit a context of {cache.context}"
                 )
-            logits = np.empty((rows, self._vocab_size), np.float32)
+            try:
+                logits = np.empty((rows, self._vocab_size), np.float32)
+            except MemoryError:
+                raise OutOfMemoryError(f"no memory for {4 * rows * self._vocab_size} bytes of logits") from None
             start = 0
             while start < ids.size:
                 if cancel is not None and cancel.is_set():

@@ -9,6 +9,8 @@ from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
 from smallthinker_edge._native.weights cimport Shape
 
+from smallthinker_edge.errors import OutOfMemoryError
+
 
 def buffer_sizes(config, int64_t batch, int threads, *, bint predictor=True, bint q8=False, bint row_experts=False):
     """Bytes of every buffer by its name, those of one thread as scratch.NAME, for a ModelConfig.
@@ -99,7 +101,7 @@ cdef class ModelBuffers:
         b.nq_head, b.nq_z = blocks(config.head_dim), blocks(config.lm_head_predictor_size if predictor else 0)
         b.scratch = <Scratch *>calloc(threads, sizeof(Scratch))
         if b.scratch == NULL:
-            raise MemoryError("cannot allocate the threads' buffers")
+            raise OutOfMemoryError("cannot allocate the threads' buffers")
         b.x = <float *>self.arena.take(sizes["x"])
         b.hidden = <float *>self.arena.take(sizes["hidden"])
         b.xq = <st_q8x4 *>self.arena.take(sizes["xq"])

@@ -22,7 +22,8 @@ from smallthinker_edge._native.paging cimport ExpertPaging
 from smallthinker_edge._native.router cimport Paging
 from smallthinker_edge._native.weights cimport ModelWeights, Shape
 
-from smallthinker_edge.errors import DecodeCancelled, ExpertReadError, NotFiniteError, OpenedBeforeFork
+from smallthinker_edge.errors import (
+    DecodeCancelled, ExpertReadError, NotFiniteError, OpenedBeforeFork, OutOfMemoryError)
 
 cdef enum:
     MOST_CPUS = 1024  # a cpu_set_t has no more
@@ -90,7 +91,7 @@ cdef class Engine:
             place = places
             self.call.team = st_team_create(threads, &place[0])
         if self.call.team == NULL:
-            raise MemoryError("cannot start the threads")
+            raise OutOfMemoryError("cannot start the threads")
 
     def __dealloc__(self):
         self.close()

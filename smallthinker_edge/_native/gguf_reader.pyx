@@ -4,6 +4,7 @@
 Called by files/gguf.py. Never interprets a weight, never writes, and trusts no number in the file before checking it.
 """
 
+import errno
 import mmap
 import operator
 import os
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from smallthinker_edge._native.layouts import OTHER_TYPES, TYPES
-from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.errors import ModelFormatError, OutOfMemoryError
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.unicode cimport PyUnicode_DecodeUTF8
@@ -356,7 +357,7 @@ cdef class Cursor:
         result.text = <char *>malloc(text_bytes + 1)
         result.starts = <uint64_t *>malloc((count + 1) * sizeof(uint64_t))
         if result.text == NULL or result.starts == NULL:
-            raise MemoryError(f"no memory for the strings of {self.field}")
+            raise OutOfMemoryError(f"no memory for the strings of {self.field}")
         with nogil:
             copy_strings(self.data, start, count, result.text, result.starts)
         result.length = <Py_ssize_t>count
@@ -556,3 +557,7 @@ cdef object map_file(str path):
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except (OverflowError, ValueError) as problem:
             raise ModelFormatError(f"cannot be mapped into memory: {problem}", path=path) from problem
+        except OSError as problem:
+            if problem.errno != errno.ENOMEM:
+                raise
+            raise OutOfMemoryError(f"{path}: no room to map {size} bytes") from problem

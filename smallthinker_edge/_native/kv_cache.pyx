@@ -14,6 +14,8 @@ from smallthinker_edge._native.core cimport *
 
 from smallthinker_edge._native.layouts import KV_TYPES
 
+from smallthinker_edge.errors import OutOfMemoryError
+
 
 cdef class KVMemory:
     """Counts the memory of all caches of a model, some of which its pager may use while they do not.
@@ -41,7 +43,7 @@ cdef class KVBlock:
             memory.paging.fit(memory.in_use)
         self.data = <uint8_t *>st_memory_alloc(size)
         if self.data == NULL:
-            raise MemoryError(f"cannot get {size} bytes for the KV cache from the system")
+            raise OutOfMemoryError(f"cannot get {size} bytes for the KV cache from the system")
 
     def __dealloc__(self):
         if self.memory is not None:
@@ -82,7 +84,7 @@ cdef class KVCache:
         view.ring = <uint8_t **>calloc(view.ring_blocks + 1, sizeof(void *))
         self.ids = <int32_t *>calloc(context + 1, sizeof(int32_t))
         if view.full == NULL or view.ring == NULL or self.ids == NULL:
-            raise MemoryError("cannot allocate a KV cache")
+            raise OutOfMemoryError("cannot allocate a KV cache")
 
     def __dealloc__(self):
         self.release(0, 0)

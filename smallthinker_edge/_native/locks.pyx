@@ -9,7 +9,7 @@ from cpython.pythread cimport (
     PY_LOCK_ACQUIRED, PyLockStatus, PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock,
     PyThread_get_thread_ident, PyThread_release_lock, PyThread_type_lock)
 
-from smallthinker_edge.errors import DecodeCancelled, SessionBusy
+from smallthinker_edge.errors import DecodeCancelled, OutOfMemoryError, SessionBusy
 
 cdef extern from "pythread.h":
     PyLockStatus PyThread_acquire_lock_timed(PyThread_type_lock lock, long long microseconds, int interrupts) nogil
@@ -45,7 +45,7 @@ cdef class Turns:
     def __cinit__(self):
         self.lock = PyThread_allocate_lock()
         if self.lock == NULL:
-            raise MemoryError("cannot allocate a lock")
+            raise OutOfMemoryError("cannot allocate a lock")
 
     def __dealloc__(self):
         if self.lock != NULL and not self.held:

@@ -5,6 +5,8 @@ from libc.stdint cimport uint8_t, uintptr_t
 
 from smallthinker_edge._native.core cimport st_memory_alloc, st_memory_free
 
+from smallthinker_edge.errors import OutOfMemoryError
+
 cdef enum:
     SLAB_BYTES = 32 << 20
 
@@ -37,7 +39,7 @@ cdef class Arena:
     cdef void *map(self, size_t size) except NULL:
         cdef void *p = st_memory_alloc(size)
         if p == NULL:
-            raise MemoryError(f"cannot get {size} bytes from the system")
+            raise OutOfMemoryError(f"cannot get {size} bytes from the system")
         self.blocks.append((<uintptr_t>p, size))
         return p
 

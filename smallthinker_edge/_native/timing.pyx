@@ -15,6 +15,8 @@ from smallthinker_edge._native.core cimport *
 
 from smallthinker_edge._native.kernels import need
 
+from smallthinker_edge.errors import OutOfMemoryError
+
 cdef extern from "smallthinker/bandwidth.h" nogil:
     enum:
         ST_READ_STEP
@@ -37,7 +39,7 @@ cdef class Memory:
     def __cinit__(self, Py_ssize_t size):
         self.data = <uint8_t *>st_memory_alloc(size)
         if self.data == NULL:
-            raise MemoryError(f"cannot get {size} bytes from the system")
+            raise OutOfMemoryError(f"cannot get {size} bytes from the system")
         self.size = size
 
     def __dealloc__(self):
@@ -355,7 +357,7 @@ cdef class Timer:
         self.threads = threads
         self.team = st_team_create(threads, NULL)
         if self.team == NULL:
-            raise MemoryError("cannot start the threads")
+            raise OutOfMemoryError("cannot start the threads")
 
     def __dealloc__(self):
         st_team_destroy(self.team)

@@ -8,6 +8,8 @@ from libc.string cimport memcpy
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
 
+from smallthinker_edge.errors import OutOfMemoryError
+
 
 @cython.no_gc_clear  # __dealloc__ has an order
 cdef class ModelWeights:
@@ -36,7 +38,7 @@ cdef class ModelWeights:
         w.layers = <Layer *>calloc(s.layers, sizeof(Layer))
         w.experts = <const uint8_t **>calloc(s.layers * s.experts, sizeof(void *))
         if w.layers == NULL or w.experts == NULL:
-            raise MemoryError("cannot allocate the layers")
+            raise OutOfMemoryError("cannot allocate the layers")
         self.set_layouts()
 
     def __dealloc__(self):

@@ -82,3 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SmallThinkerError as error:
         report(error)
         return FAILED
+    except MemoryError:
+        report("out of memory")
+        return FAILED
