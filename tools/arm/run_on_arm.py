@@ -1,7 +1,7 @@
 """Tests the ARM wheels without a board: in a real arm64 (and armhf) Debian userland under qemu's user emulation.
 
 Run by `make test-arm` and .ci/run. It cross-compiles the wheel (tools/build/build_wheels.py), unpacks Debian's packages
-of the other architecture into a cache folder, installs the wheel with NumPy, tokenizers and psutil beside it, and runs
+of the other architecture into a cache folder, installs the wheel with what it depends on beside it, and runs
 tests/engine/test_kernels.py and tests/support/arm_check.py on several CPU models. Nothing is installed on this machine
 and no setting of its package manager is changed. Where qemu or the network is missing it says so and exits with 0: a
 skip.
@@ -44,12 +44,12 @@ class Machine:
 
 ARM64 = Machine(
     "arm64", "aarch64", "manylinux_2_28_aarch64", "aarch64-linux-gnu", ("python3", "libstdc++6"),
-    ("numpy", "tokenizers", "psutil", "gguf", "pytest"), MODELS,
+    ("numpy", "tokenizers", "psutil", "jinja2", "gguf", "pytest"), MODELS,
 )  # fmt: skip
 # PyPI has no NumPy and psutil for armv7l: Debian's.
 ARMHF = Machine(
     "armhf", "arm", "manylinux_2_31_armv7l", "arm-linux-gnueabihf",
-    ("python3", "python3-numpy", "python3-psutil", "python3-yaml", "python3-requests", "libstdc++6"),
+    ("python3", "python3-numpy", "python3-psutil", "python3-jinja2", "python3-yaml", "python3-requests", "libstdc++6"),
     ("tokenizers", "gguf", "pytest"), {"cortex-a7": "ref"},
 )  # fmt: skip
 
@@ -110,7 +110,8 @@ def install(machine: Machine, root: Path, wheel: Path) -> Path:
         *(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--upgrade"),
         *("--python-version", version, "--implementation", "cp", "--only-binary=:all:"),
     ]
-    if not (site / "complete").exists():
+    complete = site / f"complete-{'-'.join(machine.wheels)}"
+    if not complete.exists():
         shutil.rmtree(site, ignore_errors=True)
         tags = [part for tag in (*platforms, "manylinux2014_" + platforms[0][17:]) for part in ("--platform", tag)]
         options = ["--no-deps"] if machine is ARMHF else []
@@ -118,7 +119,7 @@ def install(machine: Machine, root: Path, wheel: Path) -> Path:
         result = run([*pip, *options, *tags, "--target", str(site), *names], capture_output=True, check=False)
         if result.returncode != 0:
             raise Skip(f"wheels for {machine.platform} cannot be downloaded: {result.stderr.strip()[-300:]}")
-        (site / "complete").touch()
+        complete.touch()
     own = CACHE / machine.debian / "own"
     shutil.rmtree(own, ignore_errors=True)
     run([*pip, "--no-deps", "--platform", machine.platform, "--target", str(own), str(wheel)], check=True)
