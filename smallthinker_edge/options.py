@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypedDict, get_args, get_type_hints
 
@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 MOST_SPECULATED = 64
+# A bias, then a penalty of this size leave float32 logits finite.
+LARGEST = 1e15
 
 
 class CancelSignal(Protocol):
@@ -110,7 +112,7 @@ class GenerationOptions(TypedDict, total=False):
         Option(0.0, "float", "drop tokens below P times the likeliest one", low=0, high=1, metavar="P", sampling=True),
     ]
     repetition_penalty: Annotated[
-        float | None, Option(1.0, "float", "1 is none", low=0, above_low=True, metavar="R", sampling=True)
+        float | None, Option(1.0, "float", "1 is none", low=1 / LARGEST, high=LARGEST, metavar="R", sampling=True)
     ]
     repetition_window: Annotated[
         int | None, Option(64, "int", "newest tokens the penalty looks at", low=0, sampling=True)
@@ -145,22 +147,39 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: option.checked(name, options.get(name)) for name, option in OPTIONS.items()}
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool | str | bytes):
+        raise TypeError
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond doubles
+        return math.inf if value > 0 else -math.inf
+
+
 def _number(option: Option, name: str, value: Any) -> Any:
     try:
-        number = operator.index(value) if option.kind == "int" else float(value)
-        if isinstance(value, bool | str | bytes):
-            raise TypeError
+        number = _whole(value) if option.kind == "int" else _real(value)
     except (TypeError, ValueError):
         kind = "a whole number" if option.kind == "int" else "a number"
         raise TypeError(f"{name} must be {kind}, not {value!r:.60}") from None
     low, high = option.low, option.high
-    fits = math.isfinite(number) and (low is None or number > low or (number == low and not option.above_low))
-    if not fits or (high is not None and number > high):
+    low_enough = high is None or number <= high
+    high_enough = low is None or (number > low if option.above_low else number >= low)
+    if not (low_enough and high_enough) or (option.kind == "float" and not math.isfinite(number)):
         raise ValueError(f"{name} must be {option.range}, not {value!r:.60}")
-    return number
+    # Where there is no bound, what the core can count is as good as more.
+    return min(number, 2**63 - 1) if option.kind == "int" and high is None else number
 
 
 def _texts(option: Option, name: str, value: Any) -> list[str]:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a string or a list of them, not {value!r:.60}")
     texts = [value] if isinstance(value, str) else list(value)
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"{name} must be a non-empty string or a list of them")
@@ -168,10 +187,14 @@ def _texts(option: Option, name: str, value: Any) -> list[str]:
 
 
 def _bias(option: Option, name: str, value: Any) -> dict[int, float]:
-    bias = {int(token): float(number) for token, number in dict(value).items()}
-    if any(math.isnan(number) or number == math.inf for number in bias.values()):
-        raise ValueError(f"a number of {name} must be below infinity")
-    return bias
+    try:  # the names of a JSON object are strings: "7" is token 7
+        pairs = dict(value).items()
+        bias = {int(token) if isinstance(token, str) else _whole(token): _real(number) for token, number in pairs}
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be {{token: number}}, not {value!r:.60}") from None
+    if min(bias, default=0) < 0 or not all(number <= LARGEST for number in bias.values()):
+        raise ValueError(f"{name} must have tokens >= 0 and numbers <= {LARGEST:g}, not {value!r:.60}")
+    return {token: number if number >= -LARGEST else -math.inf for token, number in bias.items()}
 
 
 def _choice(option: Option, name: str, value: Any) -> str:

@@ -15,12 +15,12 @@ class Sampler:
     def __init__(
         self,
         *,
-        temperature: float = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        min_p: float = ...,
-        repetition_penalty: float = ...,
-        repetition_window: int = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        min_p: float | None = ...,
+        repetition_penalty: float | None = ...,
+        repetition_window: int | None = ...,
         seed: int | None = ...,
         logit_bias: Mapping[int, float] | None = ...,
     ) -> None: ...

@@ -3,6 +3,7 @@
 
 Called by model.py, and by people who drive a Session themselves. It never sees the model.
 """
+from libc.float cimport FLT_MAX
 from libc.math cimport INFINITY, isnan
 from libc.stdint cimport int64_t, uint64_t
 
@@ -23,6 +24,10 @@ cdef uint64_t splitmix(uint64_t *state) noexcept nogil:
     return z ^ (z >> 31)
 
 
+def _checked(name, value):
+    return OPTIONS[name].checked(name, value)
+
+
 cdef class Sampler:
     """Picks tokens. Steps, in this order: logit bias, repetition penalty, temperature, top-k, top-p, min-p, draw.
 
@@ -37,7 +42,8 @@ cdef class Sampler:
         seed: same seed, same draws, on every platform; None takes one from the system.
         logit_bias: {token: added to its logit}; minus infinity forbids a token.
 
-    Raises ValueError for a value out of range. Not safe for several threads at once.
+    None is the default. Raises ValueError for a value out of range, TypeError for one of another type. Not safe for
+    several threads at once.
     """
     cdef readonly double temperature, top_p, min_p, repetition_penalty
     cdef readonly int64_t top_k, repetition_window
@@ -45,15 +51,16 @@ cdef class Sampler:
     cdef readonly dict logit_bias
     cdef uint64_t state
 
-    def __init__(self, *, double temperature=0.0, int64_t top_k=0, double top_p=1.0, double min_p=0.0,
-                 double repetition_penalty=1.0, int64_t repetition_window=64, seed=None, logit_bias=None):
-        for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p),
-                            ("repetition_penalty", repetition_penalty), ("repetition_window", repetition_window)):
-            OPTIONS[name].checked(name, value)
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repetition_penalty, self.repetition_window = repetition_penalty, repetition_window
-        self.logit_bias = dict(OPTIONS["logit_bias"].checked("logit_bias", logit_bias))
-        self.seed = secrets.randbits(63) if seed is None else OPTIONS["seed"].checked("seed", seed)
+    def __init__(self, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+                 repetition_penalty=1.0, repetition_window=64, seed=None, logit_bias=None):
+        self.temperature = _checked("temperature", temperature)
+        self.top_k = _checked("top_k", top_k)
+        self.top_p = _checked("top_p", top_p)
+        self.min_p = _checked("min_p", min_p)
+        self.repetition_penalty = _checked("repetition_penalty", repetition_penalty)
+        self.repetition_window = _checked("repetition_window", repetition_window)
+        self.logit_bias = dict(_checked("logit_bias", logit_bias))
+        self.seed = secrets.randbits(63) if seed is None else _checked("seed", seed)
         self.state = self.seed
 
     def reset(self):
@@ -98,7 +105,7 @@ cdef class Sampler:
     def _kept(self, values, best):
         """Ids that survive top-k, top-p and min-p, most likely first, and their unnormalised weights (float64)."""
         # A token this far below the best has a weight under 1e-17: it cannot change a sum of doubles.
-        floor = float(values[best]) - 40 * self.temperature
+        floor = max(float(values[best]) - 40 * self.temperature, -FLT_MAX)  # never minus infinity, however hot
         ids = np.flatnonzero(values >= floor)  # not empty, however small the temperature
         if 0 < self.top_k < ids.size:
             ids = np.sort(np.argpartition(-values, self.top_k - 1)[: self.top_k])
