@@ -9,7 +9,9 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+RANDOM = 4  # bytes of a part's own name
+LONGEST = 255 - len("...part") - 2 * RANDOM  # bytes of the target's name in it
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,17 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[PartialFile]:
     """A file beside `target` that takes its name when the block ends well and is on disk, and goes when it fails.
 
     Each writer has a file of its own (`.NAME.RANDOM.part`), so that two writers of one target never mix: the last one
-    wins, whole. It is locked while it is written; what a killed writer left is not, and the next one removes it. A
-    symbolic link is written through, and the mode of an older file is kept.
+    wins, whole. A lock of the target would make the second one wait, or fail. The file itself is locked while it is
+    written; what a killed writer left is not, and the next one removes it. Where a file system has no locks, leftovers
+    stay: nobody could tell them from the file of a living writer. A symbolic link is written through, and the mode of
+    an older file is kept.
 
-    Raises OSError, such as a full disk or a folder that cannot be written; an older file then stays as it was.
+    Raises OSError, such as a full disk, a folder that cannot be written or a target that is no file; an older file then
+    stays as it was.
     """
     target = os.path.realpath(target)
     folder, name = os.path.split(target)
+    mode = _mode(target)
     _remove_leftovers(folder, name)
     try:
         descriptor, path = _create(folder, name)
@@ -63,13 +72,14 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[PartialFile]:
         problem.filename = target  # the name that the caller knows
         raise
     try:
-        with suppress(FileNotFoundError):
-            os.fchmod(descriptor, os.stat(target).st_mode & 0o777)
+        if mode is not None:
+            with suppress(PermissionError):  # FAT keeps none
+                os.fchmod(descriptor, mode)
         yield PartialFile(descriptor, path)
-        os.fsync(descriptor)
+        _sync(descriptor)
         os.replace(path, target)
     except BaseException:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(path)
         raise
     finally:
@@ -77,21 +87,46 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[PartialFile]:
     _sync_folder(folder)
 
 
+def _mode(target: str) -> int | None:
+    """The permissions of the file there, None where there is none. OSError for what a file must not replace."""
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is a device or pipe, no file", target)
+    return mode & 0o777
+
+
+def _prefix(name: str) -> str:
+    """How the parts of a target are called, short enough for every file system that takes the target's own name."""
+    return f".{os.fsencode(name)[:LONGEST].decode(errors='ignore')}."
+
+
 def _create(folder: str, name: str) -> tuple[int, str]:
-    """A new locked file and its path."""
+    """A new file, locked where that is possible, and its path."""
     while True:
-        path = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
+        path = os.path.join(folder, f"{_prefix(name)}{secrets.token_hex(RANDOM)}.part")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with suppress(BlockingIOError, FileNotFoundError):  # another writer has taken it for a leftover
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.stat(path)
+        except (BlockingIOError, FileNotFoundError):  # another writer has taken it for a leftover
+            os.close(descriptor)
+        except OSError:  # no locks here
             return descriptor, path
-        os.close(descriptor)
+        else:
+            return descriptor, path
 
 
 def _remove_leftovers(folder: str, name: str) -> None:
-    """Removes the parts of writers that are gone."""
-    for path in glob.glob(f".{glob.escape(name)}.*.part", root_dir=folder):
+    """Removes the parts of writers that are gone, and no file that only looks like one."""
+    random = re.compile(rf"{re.escape(_prefix(name))}[0-9a-f]{{{2 * RANDOM}}}\.part")
+    for path in glob.glob(f"{glob.escape(_prefix(name))}*.part", root_dir=folder):
+        if not random.fullmatch(path):
+            continue
         with suppress(OSError):
             descriptor = os.open(os.path.join(folder, path), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
@@ -101,13 +136,20 @@ def _remove_leftovers(folder: str, name: str) -> None:
                 os.close(descriptor)
 
 
-def _sync_folder(folder: str) -> None:
-    """Makes the new name last through a power cut, where the file system can sync a folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def _sync(descriptor: int) -> None:
+    """Waits until a file or folder is on disk, where the file system can tell."""
     try:
         os.fsync(descriptor)
     except OSError as problem:
-        if problem.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
-    finally:
-        os.close(descriptor)
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes the new name last through a power cut. A folder that cannot be read cannot be opened for it."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)

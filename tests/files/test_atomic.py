@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -115,3 +119,74 @@ def test_a_killed_writer_leaves_the_old_file_and_its_part_goes_with_the_next(tmp
         assert target.read_bytes() == b"other"
     assert target.read_bytes() == b"first"
     assert names(tmp_path) == [target.name]
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def refuse(number: int) -> Callable[..., NoReturn]:
+    def call(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "number"),
+    [(fcntl, "flock", errno.ENOLCK), (os, "fsync", errno.EINVAL), (os, "fchmod", errno.EPERM)],
+)
+def test_file_systems_without_locks_syncs_or_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, call: str, number: int
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(module, call, refuse(number))
+    before = open_descriptors()
+    with atomic_file(tmp_path / "a") as file:
+        file.write(0, b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("call", "number"), [("fsync", errno.EIO), ("fsync", errno.ENOSPC), ("replace", errno.EROFS), ("open", errno.EROFS)]
+)
+def test_what_the_system_refuses_is_raised_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    before = open_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse(number))
+        with pytest.raises(OSError) as raised, atomic_file(tmp_path / "a") as file:
+            file.write(0, b"new")
+    assert raised.value.errno == number
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+    assert open_descriptors() == before
+
+
+def test_files_that_look_like_parts_are_left_alone(tmp_path: Path) -> None:
+    others = [".a.notes.part", ".a.0123456.part", ".a.b.01234567.part", ".b.01234567.part"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".a.01234567.part").touch()
+    with atomic_file(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == sorted([*others, "a"])
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
+    target = tmp_path / ("\u00e9" * 127)
+    with atomic_file(target) as file:
+        file.write(0, b"new")
+    assert names(tmp_path) == [target.name]
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(OSError, match="pipe"), atomic_file(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a").is_fifo()
+    assert names(tmp_path) == ["a"]
