@@ -10,7 +10,8 @@ import hashlib
 import os
 import struct
 import zlib
-from typing import BinaryIO, NoReturn
+from io import BufferedReader
+from typing import NoReturn
 
 import numpy as np
 
@@ -63,14 +64,14 @@ def save(path: str | os.PathLike[str], cache: KVCache, model: bytes) -> None:
 class _Reader:
     """Reads exactly what is asked for and keeps the checksum."""
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
+    def __init__(self, file: BufferedReader, path: str) -> None:
         self.file, self.path, self.total, self.at = file, path, 0, 0
 
     def fail(self, message: str, field: str) -> NoReturn:
         raise SessionFormatError(message, path=self.path, field=field, offset=self.at)
 
     def into(self, buffer: memoryview, field: str) -> None:
-        if self.file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        if self.file.readinto(buffer) != len(buffer):
             self.fail("the file ends too early", field)
         self.total = zlib.crc32(buffer, self.total)
         self.at += len(buffer)
