@@ -27,6 +27,13 @@ def test_the_package_keeps_to_its_layers() -> None:
         ("model.py", "from smallthinker_edge.cli import main"),
         ("plan.py", "from smallthinker_edge.files.pack import _write"),
         ("_native/engine.pyx", "from smallthinker_edge.model import SmallThinker"),
+        ("_native/engine.pyx", "from ..model import (\n    SmallThinker)"),
+        ("_native/engine.pyi", "from smallthinker_edge.model import SmallThinker"),
+        ("text/chat.py", "from ..model import SmallThinker"),
+        ("text/chat.py", "from .. import model"),
+        ("plan.py", "from smallthinker_edge.files import gguf\ngguf._read()"),
+        ("plan.py", "import smallthinker_edge.files.gguf as reader\nreader._read()"),
+        ("plan.py", "import smallthinker_edge.files.gguf\nsmallthinker_edge.files.gguf._read()"),
         ("elsewhere.py", "import os"),
     ],
 )
@@ -35,10 +42,14 @@ def test_what_is_forbidden_is_found(tmp_path: Path, file: str, line: str) -> Non
     target.parent.mkdir(exist_ok=True)
     (tmp_path / "files").mkdir(exist_ok=True)
     (tmp_path / "files" / "gguf.py").touch()
+    (tmp_path / "model.py").touch()
     target.write_text(line + "\n")
     assert len(faults(tmp_path)) == 1
 
 
 def test_what_is_allowed_is_not(tmp_path: Path) -> None:
-    (tmp_path / "model.py").write_text("import os\nfrom smallthinker_edge.files.gguf import GGUFFile\n")
+    (tmp_path / "model.py").write_text("import os\nfrom smallthinker_edge.files.gguf import GGUFFile\nos._exit(0)\n")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "gguf.py").write_text("from . import config\nfrom .config import read\nself._own()\n")
+    (tmp_path / "files" / "config.py").touch()
     assert faults(tmp_path) == []

@@ -32,8 +32,11 @@ LAYERS = {
     "__main__": {"cli"},
     "__init__": {"_native", "generation", "session", "model"},
 }
+STUBS = {"files.config"}  # whose types the stubs of _native may name, which never run
 # Cython's own imports of modules of the package; cimports stay within _native.
-CYTHON_IMPORT = re.compile(rf"^\s*(?:from ({PACKAGE}[\w.]*) import (.*)|import ({PACKAGE}[\w.]*))", re.MULTILINE)
+CYTHON_IMPORT = re.compile(
+    rf"^\s*(?:from ({PACKAGE}[\w.]*|\.+[\w.]*) import (.*)|import ({PACKAGE}[\w.]*))", re.MULTILINE
+)
 
 
 def room_of(module: str) -> str:
@@ -41,44 +44,81 @@ def room_of(module: str) -> str:
     return module.partition(".")[0] or "__init__"
 
 
-def imports(path: Path) -> Iterator[tuple[str, str]]:
-    """(module, name) of what a file imports from the package, without its name; name "" for `import module`."""
+def absolute(source: str, folder: Path) -> str | None:
+    """The module that "package.a.b", or "..b" in a file of that folder of the package, names: "a.b"; None of others."""
+    level = len(source) - len(source.lstrip("."))
+    if level:
+        above = folder.parts[: len(folder.parts) - level + 1]
+        return ".".join((*above, source[level:])).strip(".")
+    head, _, rest = source.partition(".")
+    return rest if head == PACKAGE else None
+
+
+def imports(path: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """(module, name, as) of what a file imports from the package, without its name; name "" for `import module`.
+
+    folder: where the file is in the package. as: what stands for it in the file, "" where that is not known.
+    """
     text = path.read_text(encoding="utf-8")
-    if path.suffix != ".py":
+    if path.suffix in (".pyx", ".pxd"):
         for source, names, plain in CYTHON_IMPORT.findall(text):
-            for name in re.findall(r"\w+", names) or [""]:
-                yield (source or plain).removeprefix(PACKAGE).lstrip("."), name
+            module = absolute(source or plain, folder)
+            if module is not None:
+                for name in re.findall(r"\w+", names) or [""]:
+                    yield module, name, ""
         return
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
-            for alias in node.names:
-                yield (node.module or "").removeprefix(PACKAGE).lstrip("."), alias.name
+        if isinstance(node, ast.ImportFrom):
+            module = absolute("." * node.level + (node.module or ""), folder)
+            if module is not None:
+                for alias in node.names:
+                    yield module, alias.name, alias.asname or alias.name
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.partition(".")[0] == PACKAGE:
-                    yield alias.name.removeprefix(PACKAGE).lstrip("."), ""
+                module = absolute(alias.name, folder)
+                if module is not None:
+                    yield module, "", alias.asname or alias.name
+
+
+def hidden(name: str) -> bool:
+    """It belongs to the module that defines it."""
+    return name.startswith("_") and not name.startswith("__") and name != "_native"
+
+
+def attributes(path: Path) -> Iterator[tuple[str, str]]:
+    """("a.b", "_c") of each a.b._c in a Python file."""
+    if path.suffix in (".py", ".pyi"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and hidden(node.attr):
+                yield ast.unparse(node.value), node.attr
 
 
 def faults(root: Path) -> list[str]:
     """What breaks the rules in a package folder, one line each."""
     found = []
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.pyx"), *root.rglob("*.pxd")]):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".pyi", ".pyx", ".pxd")):
         own = path.relative_to(root).with_suffix("").as_posix().replace("/", ".")
         room = room_of(own)
         if room not in LAYERS:
             found.append(f"{path}: {room} has no row in LAYERS")
             continue
-        for module, name in imports(path):
+        modules = {}
+        for module, name, known_as in imports(path, path.relative_to(root).parent):
             # `from smallthinker_edge.files import packed` imports a module.
             whole = (
                 f"{module}.{name}".strip(".") if (root / module.replace(".", "/") / f"{name}.py").exists() else module
             )
             target = room_of(whole)
-            allowed = LAYERS[room] | LEAVES | {room}
+            allowed = LAYERS[room] | LEAVES | {room} | (STUBS if path.suffix == ".pyi" else set())
             if target not in allowed and whole not in allowed:
                 found.append(f"{path}: {room} imports {whole or '__init__'}")
-            if name.startswith("_") and not name.startswith("__") and name != "_native":
+            if hidden(name):
                 found.append(f"{path}: takes {name} of {module}")
+            if not name or whole != module:
+                modules[known_as] = whole
+        for owner, name in attributes(path):
+            if owner in modules:
+                found.append(f"{path}: takes {name} of {modules[owner]}")
     return found
 
 
