@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import psutil
 
@@ -64,6 +64,10 @@ class Plan:
     def total(self) -> int:
         """Bytes of everything."""
         return self.fixed + self.slots * self.slot_bytes
+
+    def figures(self) -> dict[str, int | str | None]:
+        """Every field and the total by name, for programs."""
+        return {**asdict(self), "total": self.total}
 
     def table(self) -> str:
         """The plan as lines of text, in MiB."""

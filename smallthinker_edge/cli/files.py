@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -180,12 +181,14 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="GGUF or packed file")
     parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 1GiB")
     parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="positions (default: 4096)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print bytes by name, for programs")
 
 
 def plan(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.model import plan_memory
 
-    print(plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv).table())
+    made = plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv)
+    print(json.dumps(made.figures(), indent=1) if arguments.as_json else made.table())
     return OK
 
 
