@@ -292,7 +292,9 @@ class SmallThinker:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
         self._open_engine()
         given = checked_options(options)
-        sampler = given["sampler"] or Sampler(**{name: given[name] for name in OPTIONS if OPTIONS[name].sampling})
+        sampler = given["sampler"]
+        if sampler is None:
+            sampler = Sampler(**{name: given[name] for name in OPTIONS if OPTIONS[name].sampling})
         ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt has no tokens")
@@ -305,7 +307,7 @@ class SmallThinker:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
             ids = shorter
         # A bias, or another sampler, may choose tokens of which the predictor knows nothing.
-        threshold = None if given["logit_bias"] or given["sampler"] else self.head_threshold
+        threshold = None if given["logit_bias"] or given["sampler"] is not None else self.head_threshold
         return TextStream(
             Generation(
                 self._sessions,

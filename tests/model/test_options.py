@@ -89,6 +89,17 @@ def test_near_zero_is_greedy(model: SmallThinker, tmp_path: Path) -> None:
     assert model.generate("hello", max_tokens=9, temperature=1e-30, seed=1).tokens == greedy
 
 
+class EmptyList(list[int]):
+    """A sampler that is also an empty list: false where one asks for truth."""
+
+    def sample(self, logits: object, history: object) -> int:
+        return 5
+
+
+def test_a_sampler_that_is_false_is_used(model: SmallThinker) -> None:
+    assert model.generate("hello", max_tokens=3, sampler=EmptyList()).tokens == [5, 5, 5]
+
+
 def test_what_json_can_say_is_understood() -> None:
     options = checked_options({"logit_bias": {"7": -100, "8": -1e300}, "max_tokens": 10**30})
     assert options["logit_bias"] == {7: -100, 8: float("-inf")}
