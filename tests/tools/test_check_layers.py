@@ -28,6 +28,7 @@ def test_the_package_keeps_to_its_layers() -> None:
         ("plan.py", "from smallthinker_edge.files.pack import _write"),
         ("_native/engine.pyx", "from smallthinker_edge.model import SmallThinker"),
         ("_native/engine.pyx", "from ..model import (\n    SmallThinker)"),
+        ("_native/engine.pyx", "import os, smallthinker_edge.model as model"),
         ("_native/engine.pyi", "from smallthinker_edge.model import SmallThinker"),
         ("text/chat.py", "from ..model import SmallThinker"),
         ("text/chat.py", "from .. import model"),

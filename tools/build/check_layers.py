@@ -34,9 +34,7 @@ LAYERS = {
 }
 STUBS = {"files.config"}  # whose types the stubs of _native may name, which never run
 # Cython's own imports of modules of the package; cimports stay within _native.
-CYTHON_IMPORT = re.compile(
-    rf"^\s*(?:from ({PACKAGE}[\w.]*|\.+[\w.]*) import (.*)|import ({PACKAGE}[\w.]*))", re.MULTILINE
-)
+CYTHON_IMPORT = re.compile(rf"^\s*(?:from ({PACKAGE}[\w.]*|\.+[\w.]*) import (.*)|import (.*))", re.MULTILINE)
 
 
 def room_of(module: str) -> str:
@@ -62,10 +60,12 @@ def imports(path: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix in (".pyx", ".pxd"):
         for source, names, plain in CYTHON_IMPORT.findall(text):
-            module = absolute(source or plain, folder)
-            if module is not None:
-                for name in re.findall(r"\w+", names) or [""]:
-                    yield module, name, ""
+            # `import a, b as c` names several modules; `from a import b, c` several names of one.
+            for whole in [source] if source else re.findall(r"(?:^|,)\s*([\w.]+)", plain.partition("#")[0]):
+                module = absolute(whole, folder)
+                if module is not None:
+                    for name in re.findall(r"\w+", names) or [""]:
+                        yield module, name, ""
         return
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
