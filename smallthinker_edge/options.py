@@ -198,7 +198,7 @@ def _bias(option: Option, name: str, value: Any) -> dict[int, float]:
 
 
 def _choice(option: Option, name: str, value: Any) -> str:
-    if value not in option.choices:
+    if not isinstance(value, str) or value not in option.choices:
         raise ValueError(f"{name} must be one of {', '.join(option.choices)}, not {value!r:.60}")
     return str(value)
 

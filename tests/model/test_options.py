@@ -44,7 +44,7 @@ def test_null_is_the_default(model: SmallThinker) -> None:
         ("repetition_window", [-1]),
         ("seed", [-1, 2**64]),
         ("logit_bias", [{3: float("inf")}, {3: float("nan")}, {3: 1e300}, {-3: 1}]),
-        ("overflow", ["drop", 3]),
+        ("overflow", ["drop", 3, np.array(["error", "shift"])]),
         ("speculate", [-1, 65]),
     ],
 )
