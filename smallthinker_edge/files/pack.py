@@ -198,8 +198,6 @@ def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progres
     such as a full disk.
     """
     with GGUFFile(path) as gguf, ExitStack() as stack:
-        if not is_packed(gguf):
-            raise ModelFormatError("is not a packed file", path=gguf.path, field="stpk.layout")
         packed = PackedFile(gguf)
         config = ModelConfig.from_gguf(packed)
         parts, part_of = _source_parts(gguf, len(packed.tensors))

@@ -86,6 +86,8 @@ class PackedFile:
     def __init__(self, gguf: GGUFFile) -> None:
         self.container = gguf
         self.path, self.paths = gguf.path, gguf.paths
+        if not is_packed(gguf):
+            raise self._error("stpk.layout", "is not a packed file")
         if gguf.metadata["stpk.layout"] not in LAYOUTS.values():
             raise self._layout_error(" or ".join(map(repr, LAYOUTS.values())))
         self.metadata = {key: value for key, value in gguf.metadata.items() if not key.startswith("stpk.")}
@@ -190,8 +192,6 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> in
     Raises ModelFormatError naming the first tensor or expert that is damaged.
     """
     with GGUFFile(path) as gguf:
-        if not is_packed(gguf):
-            raise ModelFormatError("is not a packed file", path=gguf.path, field="stpk.layout")
         packed = PackedFile(gguf)
         config = ModelConfig.from_gguf(packed)
         offsets, size = packed.experts(config)
