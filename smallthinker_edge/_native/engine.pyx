@@ -177,7 +177,7 @@ cdef class Engine:
         self.check_arguments(cache, ids)
         self.set_logits(logits, n, head_threshold)
         self.buffers.fit(cache.context, ST_Q8_0 in (cache.view.full_page.type, cache.view.ring_page.type),
-                         self.has_row_experts())
+                         self.weights.row_experts)
         self.buffers.fill_rope(&self.weights.weights.shape, cache.position, n)
         if self.paging is not None:
             self.paging.fit(self.kv_memory.in_use)
@@ -237,13 +237,6 @@ cdef class Engine:
         if head_threshold is not None and call.weights.predictor_in.rows > 0:
             call.sparse_head, call.head_threshold = 1, head_threshold
         return 0
-
-    cdef bint has_row_experts(self):
-        cdef int64_t l
-        for l in range(self.weights.weights.shape.layers):
-            if self.weights.weights.layers[l].expert.tiled < 0:
-                return True
-        return False
 
     cdef bint run(self) noexcept nogil:
         """The forward pass with what is set in the call; whether it was stopped before its end."""
