@@ -156,9 +156,9 @@ def _buffer_bytes(
 ) -> int:
     """Bytes of the engine's buffers and of one row of logits."""
     layers = (expert_infos(file, layer) for layer in range(config.n_layers))
-    row_experts = not all(ExpertLayout.of(config, infos).expert.packed for infos in layers)
+    experts = {ExpertLayout.of(config, infos).expert.layout for infos in layers}
     q8 = TYPES["Q8_0"].number in KV_TYPES[kv]
-    sizes = buffer_sizes(config, batch, threads, predictor=predictor, q8=q8, row_experts=row_experts)
+    sizes = buffer_sizes(config, batch, threads, predictor=predictor, q8=q8, experts=experts)
     sizes |= partial_sizes(config, context, threads)
     return sum(sizes.values()) + 4 * config.vocab_size
 

@@ -1,24 +1,31 @@
 /* One expert's weights as a blob: where gate, up and down stand in it. In memory, in a packed file and in a pager's
- * slot it is the same. Packed: gate in Tile16, up in Rows, down in Down or Down transposed (layout.h). Otherwise the
- * GGUF rows of the three, one after another. Whoever holds blobs aligns and pads them. */
+ * slot it is the same. Whoever holds blobs aligns and pads them. */
 #ifndef SMALLTHINKER_EXPERT_H
 #define SMALLTHINKER_EXPERT_H
 
 #include "smallthinker/layout.h"
 
+/* How the three stand there, one after another; see layout.h. */
+enum {
+    ST_EXPERT_ROWS,  /* GGUF rows, computed with in float */
+    ST_EXPERT_TILES, /* all in Tile16: every neuron is computed */
+    ST_EXPERT_SPARSE /* gate in Tile16, up in Rows, down in Down or Down transposed: silent neurons are skipped */
+};
+
 typedef struct st_expert {
     int64_t d, f;          /* width of the model, neurons */
     int gate, up, down;    /* types */
     int transposed;        /* down is [f][d] in the file: a neuron's weights are one row */
-    int tiled;             /* packed: the place of the type's kernels (types.h); -1: GGUF rows */
+    int layout;            /* ST_EXPERT_... */
+    int tiled[3];          /* places of their types' kernels (types.h), where they are not in rows */
     size_t rows[3];        /* bytes of gate, up and down as GGUF rows */
     size_t up_at, down_at; /* where they begin in a blob; gate at 0 */
     size_t bytes;          /* of a blob, without padding */
-    size_t group_bytes;    /* packed: of the gate's two tiles of 32 neurons, from group to group */
+    size_t group_bytes;    /* sparse: of the gate's two tiles of 32 neurons, from group to group */
 } st_expert;
 
-/* Fills e; pack: in the kernels' layouts where all three are of one sparse type and f % 32 == 0. 0, or -1 where a type
- * cannot be read or the sizes do not fit it. */
+/* Fills e; pack: sparse where all three are of one sparse type and f % 32 == 0, tiles where all have these and down is
+ * not transposed, else rows. 0, or -1 where a type cannot be read or the sizes do not fit it. */
 int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack);
 
 /* GGUF rows of one expert, e->rows bytes each, to its blob of e->bytes, and back. */

@@ -10,21 +10,30 @@
 #define ST_BLOCK 32       /* columns that share a scale in Q4_0 and Q8_0 */
 #define ST_DOWN_CHUNK 128 /* outputs of the down projection that stand together */
 
-/* Tile16 takes 16 times the bytes of a row's block (types.h), for every 16 rows and every block.
+/* Tile16 takes 16 times the bytes of a row's block (types.h), for every 16 rows and every block. Rows are padded to a
+ * multiple of 16 with zero bytes.
  * Tile16, Q4_0: for every 16 rows, for every block of 32 columns, 288 bytes:
  *   uint16 scale[16] (fp16, one a row), then 4 groups g of 64 bytes: byte 4*r + j of group g is byte 4*g + j of
  *   row r's block, so its low nibble is column 4*g + j and its high nibble column 16 + 4*g + j.
  * Tile16, Q8_0: the same with 8 groups of 64 bytes, byte 4*r + j of group g being column 4*g + j: 544 bytes.
- * Tile16, Q6_K: for every 256 columns uint16 d[16], then for each of their 8 blocks of 32 columns 416 bytes: int8
- *   scale[2][16] (of the first and the last 16 columns), the low four bits as in Q4_0, and 2 groups h of 64 bytes with
- * the two bits above: byte 4*r + j of group h holds, from its low end, those of columns 8*h + j, 16 + 8*h + j, 8*h + 4
- * + j and 16 + 8*h + 4 + j. Rows are padded to a multiple of 16 with zero bytes. */
+ * Tile16, Q4_K: for every 256 columns a head of 256 bytes: uint16 d[16], dmin[16]; 8 times 16 bytes, a row's byte of
+ *   block b being the low four bits of its scale and, above them, of its minimum; 4 times 16 bytes, a row's byte b (b <
+ *   4) being from its low end the two bits above these of the scales of blocks b and 4 + b and of their minima. Then
+ * for each of the 8 blocks of 32 columns the nibbles as in Q4_0: 256 bytes. Tile16, Q5_K: the same, and after each
+ * block's nibbles 64 bytes of fifth bits: bit 2*g + h of byte 4*r + j is that of column 16*h + 4*g + j. Tile16, Q6_K:
+ * for every 256 columns uint16 d[16], then for each of their 8 blocks of 32 columns 416 bytes: int8 scale[2][16] (of
+ * the first and the last 16 columns), the low four bits as in Q4_0, and 2 groups h of 64 bytes with the two bits above:
+ * byte 4*r + j of group h holds, from its low end, those of columns 8*h + j, 16 + 8*h + j, 8*h + 4 + j and 16 + 8*h + 4
+ * + j. */
 enum {
     ST_TILE_Q4_0_BYTES = ST_TILE_ROWS * ST_Q4_0_BYTES,
     ST_TILE_Q8_0_BYTES = ST_TILE_ROWS * ST_Q8_0_BYTES,
+    ST_TILE_K_HEAD = 256,                                    /* of 256 columns of Q4_K or Q5_K */
+    ST_TILE_Q4_K_BYTES = 256,                                /* of a block of 32 after it */
+    ST_TILE_Q5_K_BYTES = 320,                                /* likewise */
     ST_TILE_Q6_K_SUPER_BYTES = ST_TILE_ROWS * ST_Q6_K_BYTES, /* of 256 columns: 32 + 8 * 416 */
     ST_TILE_Q6_K_BYTES = 416,                                /* of a block of 32 */
-    ST_SUPER = ST_Q6_K_COLUMNS                               /* columns of a Q6_K super-block */
+    ST_SUPER = ST_Q6_K_COLUMNS                               /* columns of a super-block of the K types */
 };
 
 /* Rows, Q4_0 ("up"; one row is read alone when its neuron fires): per row, uint16 scale[nb], then the blocks

@@ -13,8 +13,16 @@
     X(F16, f16, 1, 1, 2)                                                                                               \
     X(Q4_0, q4_0, 2, 32, 18)                                                                                           \
     X(Q4_1, q4_1, 3, 32, 20)                                                                                           \
+    X(Q5_0, q5_0, 6, 32, 22)                                                                                           \
+    X(Q5_1, q5_1, 7, 32, 24)                                                                                           \
     X(Q8_0, q8_0, 8, 32, 34)                                                                                           \
+    X(Q2_K, q2_k, 10, 256, 84)                                                                                         \
+    X(Q3_K, q3_k, 11, 256, 110)                                                                                        \
+    X(Q4_K, q4_k, 12, 256, 144)                                                                                        \
+    X(Q5_K, q5_k, 13, 256, 176)                                                                                        \
     X(Q6_K, q6_k, 14, 256, 210)                                                                                        \
+    X(IQ4_NL, iq4_nl, 20, 32, 18)                                                                                      \
+    X(IQ4_XS, iq4_xs, 23, 256, 136)                                                                                    \
     X(BF16, bf16, 30, 1, 2)
 
 /* Those that also have Tile16 (layout.h, a packer of blocks in src/weights/layout.c) and a gemm in every kernel table:
@@ -22,6 +30,8 @@
 #define ST_TILED_TYPES(X)                                                                                              \
     X(Q4_0, q4_0)                                                                                                      \
     X(Q8_0, q8_0)                                                                                                      \
+    X(Q4_K, q4_k)                                                                                                      \
+    X(Q5_K, q5_k)                                                                                                      \
     X(Q6_K, q6_k)
 
 /* Those of them whose experts are computed sparsely: Rows and Down in layout.h, and rows, ffn and down kernels. */
@@ -29,22 +39,14 @@
 
 /* Types of the GGUF format that are only known by name, for messages: X(NAME, number). */
 #define ST_OTHER_TYPES(X)                                                                                              \
-    X(Q5_0, 6)                                                                                                         \
-    X(Q5_1, 7)                                                                                                         \
     X(Q8_1, 9)                                                                                                         \
-    X(Q2_K, 10)                                                                                                        \
-    X(Q3_K, 11)                                                                                                        \
-    X(Q4_K, 12)                                                                                                        \
-    X(Q5_K, 13)                                                                                                        \
     X(Q8_K, 15)                                                                                                        \
     X(IQ2_XXS, 16)                                                                                                     \
     X(IQ2_XS, 17)                                                                                                      \
     X(IQ3_XXS, 18)                                                                                                     \
     X(IQ1_S, 19)                                                                                                       \
-    X(IQ4_NL, 20)                                                                                                      \
     X(IQ3_S, 21)                                                                                                       \
     X(IQ2_S, 22)                                                                                                       \
-    X(IQ4_XS, 23)                                                                                                      \
     X(I8, 24)                                                                                                          \
     X(I16, 25)                                                                                                         \
     X(I32, 26)                                                                                                         \
@@ -91,6 +93,9 @@ int st_sparse(int type);
 size_t st_row_bytes(int type, int64_t cols);
 /* One GGUF row of cols elements, whole blocks of a type that can be read, as floats. */
 void st_dequantize_row(int type, const uint8_t *row, int64_t cols, float *out);
+
+/* The eight six-bit scales and minima of a Q4_K or Q5_K block, from the 12 bytes that hold them there. */
+void st_k_scales(const uint8_t *packed, uint8_t scale[8], uint8_t min[8]);
 
 float st_f16_to_f32(uint16_t h);
 uint16_t st_f32_to_f16(float f); /* round to nearest even; overflow to infinity */

@@ -7,6 +7,8 @@ from smallthinker_edge._native.memory cimport Arena
 from smallthinker_edge._native.weights cimport Shape
 
 cdef enum:
+    NEURON_UNIT = 128  # neurons of a unit whose experts are in tiles: one st_q8x4
+    NEURON_TOKENS = 32  # whose gate and up of such a unit are computed together
     FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/performance.md, short batches)
 
 # What one thread needs for itself.
@@ -17,6 +19,7 @@ cdef struct Scratch:
     st_neurons neurons[4]  # on their way through the FFN of a few tokens
     st_neurons *stage[4]   # which of them is where; NULL: none
     float *gate           # [batch][32]
+    float *neurons_of_unit  # [gate, up][NEURON_TOKENS][NEURON_UNIT]
     float *row            # [max(d, H*hd, f)] one dequantised row
     int32_t *keys         # [E] of top_k
     float *scores         # [2 * G][256], or one head
@@ -56,6 +59,8 @@ cdef struct Buffers:
     st_fired *fired       # the same where down is transposed
     float *parts          # [FEW_TOKENS * K * parts][d_padded]: what each part of an expert adds, not yet weighted
     float *h              # [n*K][f], where experts stay in GGUF rows
+    st_q8x4 *hq           # [n*K][nq_h], where they are in tiles
+    int64_t nq_h
     float *z              # [n][K] predictor_in . x
     st_q8x4 *zq           # [n][nq_z]
     int64_t nq_z
@@ -66,8 +71,10 @@ cdef class ModelBuffers:
     cdef Arena arena
     cdef Arena partials
     cdef int threads
+    cdef int expert_layouts  # that there are buffers for: bits 1 << ST_EXPERT_...
     cdef object config
 
     cdef void give_back(self) noexcept
-    cdef int fit(self, int64_t context, bint q8, bint row_experts) except -1
+    cdef int fit(self, int64_t context, bint q8, int expert_layouts) except -1
+    cdef int fit_experts(self, int layouts) except -1
     cdef int fill_rope(self, const Shape *shape, int64_t position, int64_t n) except -1

@@ -1,3 +1,5 @@
+from collections.abc import Collection
+
 from smallthinker_edge.files.config import ModelConfig
 
 def buffer_sizes(
@@ -7,6 +9,6 @@ def buffer_sizes(
     *,
     predictor: bool = ...,
     q8: bool = ...,
-    row_experts: bool = ...,
+    experts: Collection[str] = ...,
 ) -> dict[str, int]: ...
 def partial_sizes(config: ModelConfig, context: int, threads: int) -> dict[str, int]: ...

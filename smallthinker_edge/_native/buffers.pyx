@@ -9,10 +9,11 @@ from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
 from smallthinker_edge._native.weights cimport Shape
 
+from smallthinker_edge._native.layouts import EXPERT_LAYOUTS
 from smallthinker_edge.errors import OutOfMemoryError
 
 
-def buffer_sizes(config, int64_t batch, int threads, *, bint predictor=True, bint q8=False, bint row_experts=False):
+def buffer_sizes(config, int64_t batch, int threads, *, bint predictor=True, bint q8=False, experts=("sparse",)):
     """Bytes of every buffer by its name, those of one thread as scratch.NAME, for a ModelConfig.
 
     The one list that both the engine and the memory plan take sizes from.
@@ -20,7 +21,7 @@ def buffer_sizes(config, int64_t batch, int threads, *, bint predictor=True, bin
     Args:
         batch: most tokens computed together. threads: of the team.
         predictor: the LM head's is used where there is one. q8: keys and values are in Q8_0 somewhere.
-        row_experts: some layer's experts stay in GGUF rows.
+        experts: the layouts of the layers' experts, see EXPERT_LAYOUTS of layouts.pyx.
     """
     cdef int64_t n = batch, d = config.d_model, f = config.d_ffn, hd = config.head_dim, E = config.n_experts
     cdef int64_t K = config.n_experts_used, heads = config.n_heads, kv_heads = config.n_kv_heads
@@ -47,15 +48,17 @@ def buffer_sizes(config, int64_t batch, int threads, *, bint predictor=True, bin
         "q8": 2 * n * heads * blocks(hd) * sizeof(st_q8x4) if q8 else 0,
         "rope": rope,
         "rope_window": rope if two_ropes else 0,
-        "active": n * K * groups * output,
-        "parts": min(n, FEW_TOKENS) * K * parts * d_padded * 4,
-        "h": n * K * f * 4 if row_experts else 0,
+        "active": n * K * groups * output if "sparse" in experts else 0,
+        "parts": min(n, FEW_TOKENS) * K * parts * d_padded * 4 if "sparse" in experts else 0,
+        "h": n * K * f * 4 if "rows" in experts else 0,
+        "hq": n * K * blocks(f) * sizeof(st_q8x4) if "tiles" in experts else 0,
         "z": n * scores * 4,
         "zq": n * blocks(scores) * sizeof(st_q8x4),
         "scratch.norm": threads * width * 4,
         "scratch.xq": threads * blocks(width) * sizeof(st_q8x4),
         "scratch.rows": threads * 2 * n * sizeof(void *),
         "scratch.gate": threads * n * 32 * 4,
+        "scratch.neurons_of_unit": threads * 2 * NEURON_TOKENS * NEURON_UNIT * 4,
         "scratch.row": threads * max(width, f) * 4,
         "scratch.keys": threads * E * 4,
         "scratch.scores": threads * (2 * G * ST_ATTN_CHUNK + hd) * 4,
@@ -95,9 +98,10 @@ cdef class ModelBuffers:
         cdef int i
         self.config, self.threads = config, threads
         self.arena = Arena()
-        sizes = buffer_sizes(config, batch, threads, predictor=predictor)
+        sizes = buffer_sizes(config, batch, threads, predictor=predictor, experts=())
         b.batch = batch
         b.nq = blocks(max(config.d_model, config.n_heads * config.head_dim))
+        b.nq_h = blocks(config.d_ffn)
         b.nq_head, b.nq_z = blocks(config.head_dim), blocks(config.lm_head_predictor_size if predictor else 0)
         b.scratch = <Scratch *>calloc(threads, sizeof(Scratch))
         if b.scratch == NULL:
@@ -118,11 +122,6 @@ cdef class ModelBuffers:
         b.rope = b.rope_window = <float *>self.arena.take(sizes["rope"])
         if sizes["rope_window"]:
             b.rope_window = <float *>self.arena.take(sizes["rope_window"])
-        if config.down_transposed:
-            b.fired = <st_fired *>self.arena.take(sizes["active"])
-        else:
-            b.active = <st_active *>self.arena.take(sizes["active"])
-        b.parts = <float *>self.arena.take(sizes["parts"])
         if sizes["z"]:
             b.z = <float *>self.arena.take(sizes["z"])
             b.zq = <st_q8x4 *>self.arena.take(sizes["zq"])
@@ -132,6 +131,7 @@ cdef class ModelBuffers:
             s.xq = <st_q8x4 *>self.arena.take(sizes["scratch.xq"] // threads)
             s.rows = <const st_q8x4 **>self.arena.take(sizes["scratch.rows"] // threads)
             s.gate = <float *>self.arena.take(sizes["scratch.gate"] // threads)
+            s.neurons_of_unit = <float *>self.arena.take(sizes["scratch.neurons_of_unit"] // threads)
             s.row = <float *>self.arena.take(sizes["scratch.row"] // threads)
             s.keys = <int32_t *>self.arena.take(sizes["scratch.keys"] // threads)
             s.scores = <float *>self.arena.take(sizes["scratch.scores"] // threads)
@@ -156,19 +156,16 @@ cdef class ModelBuffers:
         """Bytes taken."""
         return self.arena.bytes + (0 if self.partials is None else self.partials.bytes)
 
-    cdef int fit(self, int64_t context, bint q8, bint row_experts) except -1:
+    cdef int fit(self, int64_t context, bint q8, int expert_layouts) except -1:
         """Takes what this call needs beyond earlier ones; for attention, by the longest context seen."""
         cdef Buffers *b = &self.buffers
         cdef Arena arena
         cdef float *partial
         cdef float *m
         cdef float *sums
-        if q8 and b.q8 == NULL or row_experts and b.h == NULL:
-            sizes = buffer_sizes(self.config, b.batch, self.threads, q8=q8, row_experts=row_experts)
-            if q8 and b.q8 == NULL:
-                b.q8 = <st_q8x4 *>self.arena.take(sizes["q8"])
-            if row_experts and b.h == NULL:
-                b.h = <float *>self.arena.take(sizes["h"])
+        if q8 and b.q8 == NULL:
+            b.q8 = <st_q8x4 *>self.arena.take(buffer_sizes(self.config, b.batch, self.threads, q8=True)["q8"])
+        self.fit_experts(expert_layouts)
         if chunks_of(context) <= b.max_chunks:
             return 0
         sizes = partial_sizes(self.config, context, self.threads)
@@ -178,6 +175,25 @@ cdef class ModelBuffers:
         sums = <float *>arena.take(sizes["partial_l"])
         b.partial, b.partial_m, b.partial_l, b.max_chunks = partial, m, sums, chunks_of(context)
         self.partials = arena  # frees the old ones
+        return 0
+
+    cdef int fit_experts(self, int layouts) except -1:
+        """What experts in these layouts (bits 1 << ST_EXPERT_...) need, where it is not there yet."""
+        cdef Buffers *b = &self.buffers
+        if layouts & ~self.expert_layouts == 0:
+            return 0
+        sizes = buffer_sizes(self.config, b.batch, self.threads, experts=EXPERT_LAYOUTS)
+        if layouts >> ST_EXPERT_SPARSE & 1 and b.parts == NULL:
+            if self.config.down_transposed:
+                b.fired = <st_fired *>self.arena.take(sizes["active"])
+            else:
+                b.active = <st_active *>self.arena.take(sizes["active"])
+            b.parts = <float *>self.arena.take(sizes["parts"])
+        if layouts >> ST_EXPERT_ROWS & 1 and b.h == NULL:
+            b.h = <float *>self.arena.take(sizes["h"])
+        if layouts >> ST_EXPERT_TILES & 1 and b.hq == NULL:
+            b.hq = <st_q8x4 *>self.arena.take(sizes["hq"])
+        self.expert_layouts |= layouts
         return 0
 
     cdef int fill_rope(self, const Shape *shape, int64_t position, int64_t n) except -1:

@@ -47,6 +47,10 @@ cdef extern from "smallthinker/layout.h" nogil:
     void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out)
 
 cdef extern from "smallthinker/expert.h" nogil:
+    enum:
+        ST_EXPERT_ROWS
+        ST_EXPERT_TILES
+        ST_EXPERT_SPARSE
     ctypedef struct st_expert:
         int64_t d
         int64_t f
@@ -54,7 +58,8 @@ cdef extern from "smallthinker/expert.h" nogil:
         int up
         int down
         int transposed
-        int tiled
+        int layout
+        int tiled[3]
         size_t rows[3]
         size_t up_at
         size_t down_at

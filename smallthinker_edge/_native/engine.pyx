@@ -177,7 +177,7 @@ cdef class Engine:
         self.check_arguments(cache, ids)
         self.set_logits(logits, n, head_threshold)
         self.buffers.fit(cache.context, ST_Q8_0 in (cache.view.full_page.type, cache.view.ring_page.type),
-                         self.weights.row_experts)
+                         self.weights.expert_layouts)
         self.buffers.fill_rope(&self.weights.weights.shape, cache.position, n)
         if self.paging is not None:
             self.paging.fit(self.kv_memory.in_use)

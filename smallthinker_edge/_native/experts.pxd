@@ -1,27 +1,36 @@
 # cython: cdivision=True
-# Gate, up and down of the chosen experts, sparse where the weights are packed.
+# Gate, up and down of the chosen experts, as the layout of their blobs wants it.
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy, memset
 
-from smallthinker_edge._native.buffers cimport FEW_TOKENS, Buffers, Scratch
+from smallthinker_edge._native.buffers cimport FEW_TOKENS, NEURON_TOKENS, NEURON_UNIT, Buffers, Scratch
 from smallthinker_edge._native.call cimport Call, expert_blob, inputs, next_unit
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.weights cimport Layer, Shape, dequantize
 
 cdef enum:
     ROWS_CHUNK = 256  # outputs of one down unit over GGUF rows; a multiple of every block size
+    TILES_CHUNK = 64  # and over tiles
 
 
 cdef inline bint few_tokens(const Call *call, const Layer *layer) noexcept nogil:
     """Whether the FFN runs by parts of experts, gate to down at once: quicker where tokens hardly share an expert, as
     measured up to two each. Changes no bit."""
     return (call.n <= FEW_TOKENS and (call.n == 1 or call.n * call.weights.shape.used < 2 * call.buffers.n_active)
-            and layer.expert.tiled >= 0)
+            and layer.expert.layout == ST_EXPERT_SPARSE)
 
 
 cdef inline int64_t neuron_units(const Call *call, const Layer *layer) noexcept nogil:
+    return call.buffers.n_active * (
+        call.weights.shape.parts if few_tokens(call, layer) else neuron_units_of_expert(call, layer))
+
+
+cdef inline int64_t neuron_units_of_expert(const Call *call, const Layer *layer) noexcept nogil:
+    """Units of an expert's gate and up, where down is another phase."""
     cdef const Shape *shape = &call.weights.shape
-    return call.buffers.n_active * (shape.parts if few_tokens(call, layer) else shape.groups)
+    if layer.expert.layout == ST_EXPERT_TILES:
+        return (shape.f + NEURON_UNIT - 1) // NEURON_UNIT
+    return shape.groups
 
 
 cdef inline int64_t output_chunks(const Shape *shape) noexcept nogil:
@@ -39,8 +48,10 @@ cdef inline int64_t down_units(const Call *call, const Layer *layer) noexcept no
     cdef const Shape *shape = &call.weights.shape
     if few_tokens(call, layer):
         return call.n * output_chunks(shape)
-    if layer.expert.tiled >= 0:
+    if layer.expert.layout == ST_EXPERT_SPARSE:
         return (output_chunks(shape) + down_step(call) - 1) // down_step(call)
+    if layer.expert.layout == ST_EXPERT_TILES:
+        return (shape.d + TILES_CHUNK - 1) // TILES_CHUNK
     return (shape.d + ROWS_CHUNK - 1) // ROWS_CHUNK
 
 
@@ -110,7 +121,8 @@ cdef inline void parts_phase(Call *call, const Layer *layer, int64_t l, int tid,
 
 cdef inline void ffn_step(const Call *call, const Layer *layer, Scratch *scratch) noexcept nogil:
     """Moves what is on its way through the FFN of a few tokens a stage further; stage 0 is free afterwards."""
-    call.weights.kernels.ffn[layer.expert.tiled](call.weights.shape.d // 32, call.weights.shape.groups, scratch.stage)
+    cdef const Shape *shape = &call.weights.shape
+    call.weights.kernels.ffn[layer.expert.tiled[0]](shape.d // 32, shape.groups, scratch.stage)
     st_neurons_advance(scratch.stage)
 
 
@@ -158,19 +170,21 @@ cdef inline void add_parts(const Call *call, int64_t unit) noexcept nogil:
 
 cdef inline void neurons_phase(Call *call, const Layer *layer, int64_t l, int tid, const st_q8x4 *const *xq,
                                const float *xf, Scratch *scratch) noexcept nogil:
-    """Gate and up of all tokens' experts, into buffers.active, fired or h."""
+    """Gate and up of all tokens' experts, into buffers.active, fired, hq or h."""
     cdef const uint8_t *blob
     cdef int64_t u, e, g = 0
     while True:
         u = next_unit(call, tid)
         if u < 0:
             break
-        e = expert_of_unit(call, u, call.weights.shape.groups, &g)
+        e = expert_of_unit(call, u, neuron_units_of_expert(call, layer), &g)
         blob = expert_blob(call, l, e, tid)
         if blob == NULL:
             continue
-        if layer.expert.tiled >= 0:
-            neurons_packed(call, layer, blob, e, g, xq, scratch)
+        if layer.expert.layout == ST_EXPERT_SPARSE:
+            neurons_sparse(call, layer, blob, e, g, xq, scratch)
+        elif layer.expert.layout == ST_EXPERT_TILES:
+            neurons_tiles(call, layer, blob, e, g, xq, scratch)
         else:
             neurons_rows(call, layer, blob, e, g, xf, scratch)
 
@@ -183,13 +197,15 @@ cdef inline void down_unit(Call *call, const Layer *layer, int64_t l, int64_t un
     for i in range(call.buffers.n_active):
         e = call.buffers.active_expert[i]
         blob = expert_blob(call, l, e, tid)
-        if layer.expert.tiled >= 0:
-            down_packed(call, layer, blob, e, unit)
+        if layer.expert.layout == ST_EXPERT_SPARSE:
+            down_sparse(call, layer, blob, e, unit)
+        elif layer.expert.layout == ST_EXPERT_TILES:
+            down_tiles(call, layer, blob, e, unit, scratch)
         else:
             down_rows(call, layer, blob, e, unit, scratch)
 
 
-cdef inline void neurons_packed(const Call *call, const Layer *layer, const uint8_t *blob, int64_t e, int64_t g,
+cdef inline void neurons_sparse(const Call *call, const Layer *layer, const uint8_t *blob, int64_t e, int64_t g,
                                 const st_q8x4 *const *xq, Scratch *scratch) noexcept nogil:
     """Gate of 32 neurons for every token of the expert, then up only where the gate is positive."""
     cdef const st_kernels *kernels = call.weights.kernels
@@ -204,11 +220,11 @@ cdef inline void neurons_packed(const Call *call, const Layer *layer, const uint
     neurons.group = g
     for i in range(m):
         rows[i] = xq[slots[i] // shape.used]
-    kernels.gemm[layer.expert.tiled](blob, shape.f, nb, 2 * g, 2 * g + 2, rows, m, scratch.gate, 32)
+    kernels.gemm[layer.expert.tiled[0]](blob, shape.f, nb, 2 * g, 2 * g + 2, rows, m, scratch.gate, 32)
     for i in range(m):
         memcpy(neurons.g, scratch.gate + i * 32, 32 * sizeof(float))
         st_neurons_choose(neurons)
-        kernels.rows[layer.expert.tiled](blob + layer.expert.up_at, nb, neurons.index, neurons.fired, rows[i], value)
+        kernels.rows[layer.expert.tiled[0]](blob + layer.expert.up_at, nb, neurons.index, neurons.fired, rows[i], value)
         if shape.down_transposed:
             st_neurons_multiply(neurons, value, buffers.fired + slots[i] * shape.groups + g)
         else:
@@ -216,7 +232,7 @@ cdef inline void neurons_packed(const Call *call, const Layer *layer, const uint
             kernels.activate(neurons.g, up, buffers.active + slots[i] * shape.groups + g)
 
 
-cdef inline void down_packed(const Call *call, const Layer *layer, const uint8_t *blob, int64_t e,
+cdef inline void down_sparse(const Call *call, const Layer *layer, const uint8_t *blob, int64_t e,
                              int64_t unit) noexcept nogil:
     cdef const st_kernels *kernels = call.weights.kernels
     cdef const Shape *shape = &call.weights.shape
@@ -228,11 +244,60 @@ cdef inline void down_packed(const Call *call, const Layer *layer, const uint8_t
         slot = buffers.list_slot[i]
         x = buffers.x + slot // shape.used * shape.d_padded + c0 * ST_DOWN_CHUNK
         if shape.down_transposed:
-            kernels.down_transposed[layer.expert.tiled](down, shape.d, shape.groups, c0, c1,
-                                                        buffers.fired + slot * shape.groups, buffers.weight[slot], x)
+            kernels.down_transposed[layer.expert.tiled[0]](down, shape.d, shape.groups, c0, c1,
+                                                           buffers.fired + slot * shape.groups, buffers.weight[slot], x)
         else:
-            kernels.down[layer.expert.tiled](down, shape.d, shape.groups, c0, c1, buffers.active + slot * shape.groups,
-                                             buffers.weight[slot], x)
+            kernels.down[layer.expert.tiled[0]](down, shape.d, shape.groups, c0, c1,
+                                                buffers.active + slot * shape.groups, buffers.weight[slot], x)
+
+
+# ---------------------------------------------------------------- experts in tiles, every neuron
+
+cdef inline void neurons_tiles(const Call *call, const Layer *layer, const uint8_t *blob, int64_t e, int64_t unit,
+                               const st_q8x4 *const *xq, Scratch *scratch) noexcept nogil:
+    """Gate times up of NEURON_UNIT neurons for every token of the expert, quantised."""
+    cdef const st_kernels *kernels = call.weights.kernels
+    cdef const Shape *shape = &call.weights.shape
+    cdef Buffers *buffers = call.buffers
+    cdef const int32_t *slots = buffers.list_slot + buffers.list_start[e]
+    cdef const st_q8x4 **rows = scratch.rows + buffers.batch
+    cdef int64_t turn, first, i, n, count, m = buffers.list_start[e + 1] - buffers.list_start[e], nb = shape.d // 32
+    cdef int64_t t0 = unit * (NEURON_UNIT // ST_TILE_ROWS), width = min(shape.f - unit * NEURON_UNIT, NEURON_UNIT)
+    cdef int64_t t1 = t0 + (width + ST_TILE_ROWS - 1) // ST_TILE_ROWS
+    cdef float *gate
+    cdef float *up
+    for turn in range((m + NEURON_TOKENS - 1) // NEURON_TOKENS):
+        first = turn * NEURON_TOKENS
+        count = min(m - first, NEURON_TOKENS)
+        for i in range(count):
+            rows[i] = xq[slots[first + i] // shape.used]
+        gate, up = scratch.neurons_of_unit, scratch.neurons_of_unit + NEURON_TOKENS * NEURON_UNIT
+        kernels.gemm[layer.expert.tiled[0]](blob, shape.f, nb, t0, t1, rows, count, gate, NEURON_UNIT)
+        kernels.gemm[layer.expert.tiled[1]](blob + layer.expert.up_at, shape.f, nb, t0, t1, rows, count, up,
+                                            NEURON_UNIT)
+        for i in range(count):
+            for n in range(width):
+                gate[n] = 0 if gate[n] <= 0 else gate[n] * up[n]
+            kernels.quantize(gate, width, buffers.hq + slots[first + i] * buffers.nq_h + unit)
+            gate, up = gate + NEURON_UNIT, up + NEURON_UNIT
+
+
+cdef inline void down_tiles(const Call *call, const Layer *layer, const uint8_t *blob, int64_t e, int64_t unit,
+                            Scratch *scratch) noexcept nogil:
+    cdef const st_kernels *kernels = call.weights.kernels
+    cdef const Shape *shape = &call.weights.shape
+    cdef Buffers *buffers = call.buffers
+    cdef const int32_t *slots = buffers.list_slot + buffers.list_start[e]
+    cdef const st_q8x4 **rows = scratch.rows + buffers.batch
+    cdef int64_t i, m = buffers.list_start[e + 1] - buffers.list_start[e]
+    cdef int64_t r0 = unit * TILES_CHUNK, r1 = min(r0 + TILES_CHUNK, shape.d)
+    for i in range(m):
+        rows[i] = buffers.hq + slots[i] * buffers.nq_h
+    kernels.gemm[layer.expert.tiled[2]](blob + layer.expert.down_at, shape.d, shape.f // 32, r0 // ST_TILE_ROWS,
+                                        (r1 + ST_TILE_ROWS - 1) // ST_TILE_ROWS, rows, m, scratch.out, TILES_CHUNK)
+    for i in range(m):
+        kernels.axpy(buffers.weight[slots[i]], scratch.out + i * TILES_CHUNK,
+                     buffers.x + slots[i] // shape.used * shape.d_padded + r0, r1 - r0)
 
 
 # ---------------------------------------------------------------- experts in GGUF rows, in float arithmetic

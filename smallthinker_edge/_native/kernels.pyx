@@ -61,6 +61,15 @@ def unpack_tile16(int type, const uint8_t[::1] src, int64_t rows, int64_t cols):
     return out
 
 
+def dequantize(int type, const uint8_t[::1] row, int64_t cols):
+    """One GGUF row of a type that can be read, as floats."""
+    need(0 < row.shape[0] == <int64_t>st_row_bytes(type, cols))
+    out = np.empty(cols, np.float32)
+    cdef float[::1] dst = out
+    st_dequantize_row(type, &row[0], cols, &dst[0])
+    return out
+
+
 def pack_rows(const uint8_t[::1] src, int64_t rows, int64_t cols, bint back=False):
     """GGUF rows of Q4_0 to the Rows layout, or back."""
     need(src.shape[0] == rows * <int64_t>st_row_bytes(ST_Q4_0, cols))

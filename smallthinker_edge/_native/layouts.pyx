@@ -44,6 +44,10 @@ def _kv_types():
 KV_TYPES = _kv_types()
 
 
+# Names of ST_EXPERT_ROWS, ST_EXPERT_TILES and ST_EXPERT_SPARSE, by their numbers.
+EXPERT_LAYOUTS = ("rows", "tiles", "sparse")
+
+
 def kv_kinds(int64_t head_dim, bint windows):
     """The kinds of KV cache that heads of this width fit, largest first; windows: the model has window layers, without
     which kinds that differ in these are one."""
@@ -76,9 +80,9 @@ cdef class Expert:
         return self.e.rows[0], self.e.rows[1], self.e.rows[2]
 
     @property
-    def packed(self):
-        """Whether it is in the kernels' layouts, and not in GGUF rows."""
-        return self.e.tiled >= 0
+    def layout(self):
+        """One of EXPERT_LAYOUTS."""
+        return EXPERT_LAYOUTS[self.e.layout]
 
     @property
     def bytes(self):

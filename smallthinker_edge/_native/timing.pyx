@@ -110,7 +110,7 @@ cdef void step_ffn(const st_kernels *k, const st_expert *expert, const uint8_t *
         neurons.gate = blob + group * expert.group_bytes
         neurons.up, neurons.down = blob + expert.up_at, blob + expert.down_at
         neurons.x, neurons.transposed, neurons.y, neurons.group = x, expert.transposed, y, group
-    k.ffn[expert.tiled](expert.d // 32, expert.f // 32, stage)
+    k.ffn[expert.tiled[0]](expert.d // 32, expert.f // 32, stage)
     if blob != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
         st_neurons_choose(neurons)
@@ -266,7 +266,7 @@ cdef const uint8_t *expert_at(Ffn *t, int64_t token, int64_t slot) noexcept nogi
 cdef void dense_neurons(Ffn *t, const uint8_t *expert, int64_t slot, int64_t group, float *out) noexcept nogil:
     """Gate and up of 32 neurons, both whole."""
     cdef int64_t i
-    cdef st_gemm *gemm = t.k.gemm[t.expert.tiled]
+    cdef st_gemm *gemm = t.k.gemm[t.expert.tiled[0]]
     gemm(expert, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out, 32)
     gemm(expert + t.expert.up_at, t.f, t.d // 32, 2 * group, 2 * group + 2, &t.x, 1, out + 32, 32)
     for i in range(32):
@@ -280,8 +280,8 @@ cdef void dense_down(Ffn *t, int64_t token, int64_t chunk, const st_q8x4 *hidden
     for slot in range(t.used):
         w = expert_at(t, token, slot) + t.expert.down_at
         row = hidden + slot * ((t.f + 127) // 128)
-        t.k.gemm[t.expert.tiled](w, t.d, t.f // 32, tile, tile + ST_DOWN_CHUNK // ST_TILE_ROWS, &row, 1, out,
-                                 ST_DOWN_CHUNK)
+        t.k.gemm[t.expert.tiled[2]](w, t.d, t.f // 32, tile, tile + ST_DOWN_CHUNK // ST_TILE_ROWS, &row, 1, out,
+                                    ST_DOWN_CHUNK)
         for i in range(ST_DOWN_CHUNK):
             t.y[chunk * ST_DOWN_CHUNK + i] += out[i]
 

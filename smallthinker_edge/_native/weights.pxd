@@ -142,7 +142,7 @@ cdef class ModelWeights:
     cdef list views           # of the file, that matrices are read from
     cdef readonly object config
     cdef readonly bint exact
-    cdef bint row_experts     # some layer's experts stay in GGUF rows
+    cdef int expert_layouts   # of all layers: bits 1 << ST_EXPERT_...
 
     cdef void give_back(self) noexcept
     cdef int set_layouts(self) except -1

@@ -188,7 +188,7 @@ cdef class ModelWeights:
         gate, up, down = types
         if st_expert_init(&layer.expert, s.d, s.f, gate, up, down, s.down_transposed, not self.exact) < 0:
             raise ValueError("experts of a type that cannot be read, or sizes that do not fit it")
-        self.row_experts |= layer.expert.tiled < 0
+        self.expert_layouts |= 1 << layer.expert.layout
         return 0
 
 

@@ -63,6 +63,44 @@ static ST_GEMM(gemm_q4_0) { gemm_tile16(ST_Q4_0, w, rows, nb, t0, t1, x, n, y, l
 
 static ST_GEMM(gemm_q8_0) { gemm_tile16(ST_Q8_0, w, rows, nb, t0, t1, x, n, y, ldy); }
 
+/* Six-bit scale (0) or minimum (1) of block b of row r, from the head of a tile of Q4_K or Q5_K (layout.h). */
+static int k_scale(const uint8_t *head, int64_t r, int64_t b, int min) {
+    int low = head[64 + 16 * b + r] >> 4 * min & 15, high = head[192 + b % 4 * 16 + r] >> (4 * min + b / 4 * 2) & 3;
+    return low | high << 4;
+}
+
+/* The products d * scale and dmin * minimum are exact in float32. */
+static void gemm_k(int type, const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1,
+                   const st_q8x4 *const *x, int64_t n, float *y, int64_t ldy) {
+    int64_t bytes = type == ST_Q4_K ? ST_TILE_Q4_K_BYTES : ST_TILE_Q5_K_BYTES, super = ST_TILE_K_HEAD + 8 * bytes;
+    for (int64_t row = t0 * ST_TILE_ROWS; row < t1 * ST_TILE_ROWS && row < rows; row++) {
+        const uint8_t *tile = w + row / ST_TILE_ROWS * (nb / 8) * super;
+        int64_t r = row % ST_TILE_ROWS;
+        for (int64_t t = 0; t < n; t++) {
+            float sum = 0;
+            for (int64_t b = 0; b < nb; b++) {
+                const uint8_t *head = tile + b / 8 * super, *block = head + ST_TILE_K_HEAD + b % 8 * bytes;
+                float scale = u16_f32(head + 2 * r) * (float)k_scale(head, r, b % 8, 0);
+                float min = u16_f32(head + 32 + 2 * r) * (float)k_scale(head, r, b % 8, 1);
+                float by = x[t][b / 4].scale[b % 4 * 4];
+                int dot = 0;
+                for (int i = 0; i < ST_BLOCK; i++) {
+                    int low = block[64 * (i % 16 / 4) + 4 * r + i % 4] >> i / 16 * 4 & 15;
+                    int high = type == ST_Q5_K ? block[256 + 4 * r + i % 4] >> (i % 16 / 4 * 2 + i / 16) & 1 : 0;
+                    dot += q8_at(x[t], b, i) * (low | high << 4);
+                }
+                sum += (float)dot * (scale * by);
+                sum += min * ((float)x[t][b / 4].corr[b % 4 * 4] * (0.125f * by)); /* corr is -8 times the sum of x */
+            }
+            y[t * ldy + row - t0 * ST_TILE_ROWS] = sum;
+        }
+    }
+}
+
+static ST_GEMM(gemm_q4_k) { gemm_k(ST_Q4_K, w, rows, nb, t0, t1, x, n, y, ldy); }
+
+static ST_GEMM(gemm_q5_k) { gemm_k(ST_Q5_K, w, rows, nb, t0, t1, x, n, y, ldy); }
+
 /* Column i of row r of a Q6_K block of a tile (layout.h), -32..31. */
 static int q6_at(const uint8_t *block, int64_t r, int i) {
     int low = block[32 + 64 * (i % 16 / 4) + 4 * r + i % 4] >> i / 16 * 4 & 15;

@@ -6,45 +6,67 @@
 
 int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack) {
     size_t in = st_row_bytes(gate, d), out = transposed ? st_row_bytes(down, d) : st_row_bytes(down, f);
-    *e = (st_expert){.d = d, .f = f, .gate = gate, .up = up, .down = down, .transposed = transposed, .tiled = -1};
+    *e = (st_expert){.d = d, .f = f, .gate = gate, .up = up, .down = down, .transposed = transposed};
     if (f <= 0 || !in || !st_row_bytes(up, d) || !out)
         return -1;
     e->rows[0] = in * (size_t)f;
     e->rows[1] = st_row_bytes(up, d) * (size_t)f;
     e->rows[2] = out * (size_t)(transposed ? f : d);
-    e->up_at = e->rows[0];
-    e->bytes = e->rows[2];
+    size_t bytes[3] = {e->rows[0], e->rows[1], e->rows[2]};
+    for (int i = 0; i < 3; i++)
+        e->tiled[i] = st_tiled(i == 0 ? gate : i == 1 ? up : down);
     if (pack && gate == up && up == down && st_sparse(gate) && f % ST_BLOCK == 0) {
-        e->tiled = st_tiled(gate);
-        e->up_at = st_tile16_bytes(gate, f, d);
-        e->bytes = st_down_bytes(down, d, f);
+        e->layout = ST_EXPERT_SPARSE;
+        bytes[0] = st_tile16_bytes(gate, f, d);
+        bytes[2] = st_down_bytes(down, d, f);
         e->group_bytes = st_tile16_bytes(gate, ST_BLOCK, d);
+    } else if (pack && !transposed && e->tiled[0] >= 0 && e->tiled[1] >= 0 && e->tiled[2] >= 0) {
+        e->layout = ST_EXPERT_TILES;
+        bytes[0] = st_tile16_bytes(gate, f, d);
+        bytes[1] = st_tile16_bytes(up, f, d);
+        bytes[2] = st_tile16_bytes(down, d, f);
     }
-    e->down_at = e->up_at + e->rows[1];
-    e->bytes += e->down_at;
+    e->up_at = bytes[0];
+    e->down_at = e->up_at + bytes[1];
+    e->bytes = e->down_at + bytes[2];
     return 0;
 }
 
+/* Tiles that `rows` rows take. */
+static int64_t tiles(int64_t rows) { return (rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS; }
+
 void st_expert_pack(const st_expert *e, const uint8_t *gate, const uint8_t *up, const uint8_t *down, uint8_t *blob) {
-    if (e->tiled < 0) {
+    uint8_t *up_to = blob + e->up_at, *down_to = blob + e->down_at;
+    if (e->layout == ST_EXPERT_ROWS) {
         memcpy(blob, gate, e->rows[0]);
-        memcpy(blob + e->up_at, up, e->rows[1]);
-        memcpy(blob + e->down_at, down, e->rows[2]);
+        memcpy(up_to, up, e->rows[1]);
+        memcpy(down_to, down, e->rows[2]);
         return;
     }
-    st_pack_tile16(e->gate, gate, e->f, e->d, blob, 0, (e->f + ST_TILE_ROWS - 1) / ST_TILE_ROWS);
-    st_pack_rows(e->up, up, e->f, e->d, blob + e->up_at);
-    st_pack_down(e->down, e->transposed, down, e->d, e->f, blob + e->down_at);
+    st_pack_tile16(e->gate, gate, e->f, e->d, blob, 0, tiles(e->f));
+    if (e->layout == ST_EXPERT_TILES) {
+        st_pack_tile16(e->up, up, e->f, e->d, up_to, 0, tiles(e->f));
+        st_pack_tile16(e->down, down, e->d, e->f, down_to, 0, tiles(e->d));
+    } else {
+        st_pack_rows(e->up, up, e->f, e->d, up_to);
+        st_pack_down(e->down, e->transposed, down, e->d, e->f, down_to);
+    }
 }
 
 void st_expert_unpack(const st_expert *e, const uint8_t *blob, uint8_t *gate, uint8_t *up, uint8_t *down) {
-    if (e->tiled < 0) {
+    const uint8_t *up_from = blob + e->up_at, *down_from = blob + e->down_at;
+    if (e->layout == ST_EXPERT_ROWS) {
         memcpy(gate, blob, e->rows[0]);
-        memcpy(up, blob + e->up_at, e->rows[1]);
-        memcpy(down, blob + e->down_at, e->rows[2]);
+        memcpy(up, up_from, e->rows[1]);
+        memcpy(down, down_from, e->rows[2]);
         return;
     }
     st_unpack_tile16(e->gate, blob, e->f, e->d, gate);
-    st_unpack_rows(e->up, blob + e->up_at, e->f, e->d, up);
-    st_unpack_down(e->down, e->transposed, blob + e->down_at, e->d, e->f, down);
+    if (e->layout == ST_EXPERT_TILES) {
+        st_unpack_tile16(e->up, up_from, e->f, e->d, up);
+        st_unpack_tile16(e->down, down_from, e->d, e->f, down);
+    } else {
+        st_unpack_rows(e->up, up_from, e->f, e->d, up);
+        st_unpack_down(e->down, e->transposed, down_from, e->d, e->f, down);
+    }
 }

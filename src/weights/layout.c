@@ -30,6 +30,66 @@ static inline void unpack_block_q8_0(const uint8_t *tile, int r, uint8_t *block)
         memcpy(block + 2 + 4 * g, tile + 32 + 64 * g + 4 * r, 4);
 }
 
+/* Q4_K and Q5_K. In a block of GGUF, the nibbles of blocks 2 * i and 2 * i + 1 of 32 columns share 32 bytes, and bit b
+ * of 32 more is the fifth bit of block b's columns. five: bytes of fifth bits, 0 or 32. */
+
+static inline void pack_k(const uint8_t *super, int r, uint8_t *tile, int five) {
+    const uint8_t *high = super + 16, *nibbles = high + five;
+    uint8_t scale[8], min[8];
+    memcpy(tile + 2 * r, super, 2);
+    memcpy(tile + 32 + 2 * r, super + 2, 2);
+    st_k_scales(super + 4, scale, min);
+    for (int b = 0; b < 8; b++)
+        tile[64 + 16 * b + r] = (uint8_t)((scale[b] & 15) | min[b] << 4);
+    for (int b = 0; b < 4; b++)
+        tile[192 + 16 * b + r] =
+            (uint8_t)(scale[b] >> 4 | scale[4 + b] >> 4 << 2 | min[b] >> 4 << 4 | min[4 + b] >> 4 << 6);
+    tile += ST_TILE_K_HEAD;
+    for (int b = 0; b < 8; b++, tile += five ? ST_TILE_Q5_K_BYTES : ST_TILE_Q4_K_BYTES) {
+        const uint8_t *block = nibbles + b / 2 * 32;
+        for (int i = 0; i < 16; i++) {
+            int low = block[i] >> b % 2 * 4 & 15, up = block[16 + i] >> b % 2 * 4 & 15;
+            tile[64 * (i / 4) + 4 * r + i % 4] = (uint8_t)(low | up << 4);
+        }
+        for (int j = 0; five && j < 4; j++) {
+            int bits = 0;
+            for (int k = 0; k < 8; k++) /* g = k / 2, h = k % 2 */
+                bits |= (high[16 * (k % 2) + 4 * (k / 2) + j] >> b & 1) << k;
+            tile[256 + 4 * r + j] = (uint8_t)bits;
+        }
+    }
+}
+
+static inline void unpack_k(const uint8_t *tile, int r, uint8_t *super, int five) {
+    uint8_t *scales = super + 4, *high = super + 16, *nibbles = high + five;
+    memset(super, 0, (size_t)(ST_Q4_K_BYTES + five));
+    memcpy(super, tile + 2 * r, 2);
+    memcpy(super + 2, tile + 32 + 2 * r, 2);
+    for (int b = 0; b < 4; b++) {
+        int first = tile[64 + 16 * b + r], last = tile[128 + 16 * b + r], above = tile[192 + 16 * b + r];
+        scales[b] = (uint8_t)((first & 15) | (above & 3) << 4 | (above >> 2 & 3) << 6);
+        scales[4 + b] = (uint8_t)(first >> 4 | (above >> 4 & 3) << 4 | above >> 6 << 6);
+        scales[8 + b] = (uint8_t)last;
+    }
+    tile += ST_TILE_K_HEAD;
+    for (int b = 0; b < 8; b++, tile += five ? ST_TILE_Q5_K_BYTES : ST_TILE_Q4_K_BYTES) {
+        uint8_t *block = nibbles + b / 2 * 32;
+        for (int i = 0; i < 16; i++) {
+            int both = tile[64 * (i / 4) + 4 * r + i % 4];
+            block[i] |= (uint8_t)((both & 15) << b % 2 * 4);
+            block[16 + i] |= (uint8_t)(both >> 4 << b % 2 * 4);
+        }
+        for (int j = 0; five && j < 4; j++)
+            for (int k = 0; k < 8; k++)
+                high[16 * (k % 2) + 4 * (k / 2) + j] |= (uint8_t)((tile[256 + 4 * r + j] >> k & 1) << b);
+    }
+}
+
+static inline void pack_block_q4_k(const uint8_t *super, int r, uint8_t *tile) { pack_k(super, r, tile, 0); }
+static inline void unpack_block_q4_k(const uint8_t *tile, int r, uint8_t *super) { unpack_k(tile, r, super, 0); }
+static inline void pack_block_q5_k(const uint8_t *super, int r, uint8_t *tile) { pack_k(super, r, tile, 32); }
+static inline void unpack_block_q5_k(const uint8_t *tile, int r, uint8_t *super) { unpack_k(tile, r, super, 32); }
+
 /* Where the low four bits of columns i and 16 + i (i < 16), and the bits above of columns i, 16 + i, 4 + i and 20 + i
  * (i < 4, 8 <= i < 12), of row r stand in a Q6_K block of a tile. */
 static int q6_low(int r, int i) { return 32 + 64 * (i / 4) + 4 * r + i % 4; }

@@ -89,6 +89,122 @@ static void dequantize_q8_0(const uint8_t *row, int64_t blocks, float *out) {
     }
 }
 
+static uint32_t load_u32(const uint8_t *p) {
+    uint32_t v;
+    memcpy(&v, p, 4);
+    return v;
+}
+
+/* 32 weights: fp16 scale, in Q5_1 fp16 minimum, a fifth bit for every weight, 16 bytes of nibbles. */
+
+static void dequantize_q5_0(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_Q5_0_BYTES, out += 32) {
+        float d = load_f16(row);
+        uint32_t high = load_u32(row + 2);
+        for (int i = 0; i < 32; i++) {
+            int low = row[6 + i % 16] >> i / 16 * 4 & 15;
+            out[i] = d * (float)((low | (int)(high >> i & 1) << 4) - 16);
+        }
+    }
+}
+
+static void dequantize_q5_1(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_Q5_1_BYTES, out += 32) {
+        float d = load_f16(row), m = load_f16(row + 2);
+        uint32_t high = load_u32(row + 4);
+        for (int i = 0; i < 32; i++) {
+            int low = row[8 + i % 16] >> i / 16 * 4 & 15;
+            out[i] = d * (float)(low | (int)(high >> i & 1) << 4) + m;
+        }
+    }
+}
+
+/* 256 weights: 16 bytes of scale and minimum of 16 weights each, 4 bits the two; 64 bytes of bit pairs; fp16 scales of
+ * the scales and of the minima. */
+static void dequantize_q2_k(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_Q2_K_BYTES) {
+        float d = load_f16(row + 80), dmin = load_f16(row + 82);
+        for (int i = 0; i < 256; i++) {
+            int scales = row[i / 16], q = row[16 + i / 128 * 32 + i % 32] >> i % 128 / 32 * 2 & 3;
+            *out++ = d * (float)(scales & 15) * (float)q - dmin * (float)(scales >> 4);
+        }
+    }
+}
+
+/* 256 weights: 32 bytes of high bits, 64 of bit pairs, 12 of six-bit scales (8 of low nibbles, 4 of bit pairs), fp16
+ * super-scale. */
+static void dequantize_q3_k(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_Q3_K_BYTES) {
+        const uint8_t *scales = row + 96;
+        float d = load_f16(row + 108);
+        for (int i = 0; i < 256; i++) {
+            int s = i / 16, scale = (scales[s % 8] >> s / 8 * 4 & 15) | (scales[8 + s % 4] >> s / 4 * 2 & 3) << 4;
+            int low = row[32 + i / 128 * 32 + i % 32] >> i % 128 / 32 * 2 & 3, high = row[i % 32] >> i / 32 & 1;
+            *out++ = d * (float)(scale - 32) * (float)((low | high << 2) - 4);
+        }
+    }
+}
+
+void st_k_scales(const uint8_t *packed, uint8_t scale[8], uint8_t min[8]) {
+    for (int i = 0; i < 4; i++) {
+        scale[i] = packed[i] & 63;
+        min[i] = packed[4 + i] & 63;
+        scale[4 + i] = (uint8_t)((packed[8 + i] & 15) | packed[i] >> 6 << 4);
+        min[4 + i] = (uint8_t)(packed[8 + i] >> 4 | packed[4 + i] >> 6 << 4);
+    }
+}
+
+/* 256 weights: fp16 scales of the scales and of the minima; eight of each (st_k_scales); in Q5_K 32 bytes of high bits;
+ * 128 bytes of nibbles. */
+
+static void dequantize_q4_k(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_Q4_K_BYTES) {
+        float d = load_f16(row), dmin = load_f16(row + 2);
+        uint8_t scale[8], min[8];
+        st_k_scales(row + 4, scale, min);
+        for (int i = 0; i < 256; i++) {
+            int q = row[16 + i / 64 * 32 + i % 32] >> i % 64 / 32 * 4 & 15;
+            *out++ = d * (float)scale[i / 32] * (float)q - dmin * (float)min[i / 32];
+        }
+    }
+}
+
+static void dequantize_q5_k(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_Q5_K_BYTES) {
+        float d = load_f16(row), dmin = load_f16(row + 2);
+        uint8_t scale[8], min[8];
+        st_k_scales(row + 4, scale, min);
+        for (int i = 0; i < 256; i++) {
+            int low = row[48 + i / 64 * 32 + i % 32] >> i % 64 / 32 * 4 & 15, high = row[16 + i % 32] >> i / 32 & 1;
+            *out++ = d * (float)scale[i / 32] * (float)(low | high << 4) - dmin * (float)min[i / 32];
+        }
+    }
+}
+
+/* What a nibble of IQ4_NL and IQ4_XS stands for: the table of the format. */
+static const int8_t nonlinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+static void dequantize_iq4_nl(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_IQ4_NL_BYTES, out += 32) {
+        float d = load_f16(row);
+        for (int i = 0; i < 32; i++)
+            out[i] = d * (float)nonlinear[row[2 + i % 16] >> i / 16 * 4 & 15];
+    }
+}
+
+/* 256 weights: fp16 super-scale, eight six-bit scales (bit pairs of all in two bytes, four bytes of low nibbles), 128
+ * bytes of nibbles. */
+static void dequantize_iq4_xs(const uint8_t *row, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, row += ST_IQ4_XS_BYTES) {
+        float d = load_f16(row);
+        for (int i = 0; i < 256; i++) {
+            int s = i / 32, low = row[4 + s / 2] >> s % 2 * 4 & 15, high = load_u16(row + 2) >> 2 * s & 3;
+            float scale = d * (float)((low | high << 4) - 32);
+            *out++ = scale * (float)nonlinear[row[8 + 16 * s + i % 16] >> i % 32 / 16 * 4 & 15];
+        }
+    }
+}
+
 /* 256 weights: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, fp16 super-scale. */
 static void dequantize_q6_k(const uint8_t *row, int64_t blocks, float *out) {
     for (int64_t b = 0; b < blocks; b++, row += ST_Q6_K_BYTES) {

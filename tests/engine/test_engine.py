@@ -33,7 +33,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "d not a multiple of 128": {"d_model": 96, "head_dim": 32},
     "Q8_0": {"types": "Q8_0"},
     "Q4_1": {"types": "Q4_1"},
-    "Q6_K": {"types": "Q6_K", "d_ffn": 256},
+    "Q4_K": {"types": "Q4_K", "d_model": 256, "d_ffn": 256},
+    "Q5_K": {"types": "Q5_K", "d_model": 256, "d_ffn": 256},
+    "Q6_K": {"types": "Q6_K", "d_model": 256, "d_ffn": 256},
+    "Q4_K_M": {"types": {"default": "Q4_K", "down": "Q6_K", "head": "Q6_K"}, "d_model": 256, "d_ffn": 512},
+    "Q2_K": {"types": "Q2_K", "d_model": 256, "d_ffn": 256},
+    "Q3_K": {"types": "Q3_K", "d_model": 256, "d_ffn": 256},
+    "Q5_0": {"types": "Q5_0"},
+    "Q5_1": {"types": "Q5_1"},
+    "IQ4_NL": {"types": "IQ4_NL"},
+    "IQ4_XS": {"types": "IQ4_XS", "d_model": 256, "d_ffn": 256},
     "F16": {"types": "F16"},
     "BF16": {"types": "BF16"},
     "F32": {"types": "F32"},
@@ -79,11 +88,11 @@ def test_quantised_activations_stay_close_to_the_reference(variant: str, table: 
 
 
 @pytest.mark.parametrize("table", kernels.tables())
-@pytest.mark.parametrize("variant", ["plain", "transposed down"])
+@pytest.mark.parametrize("variant", ["plain", "transposed down", "Q8_0", "Q4_K_M", "Q5_K"])
 def test_logits_do_not_depend_on_threads_or_chunks(path: str, variant: str, table: str, tmp_path: Path) -> None:
     ids = tokens(600 if table != "ref" else 150)
     if VARIANTS[variant]:
-        path = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant] | {"window": 64, "d_ffn": 224})
+        path = write_model(tmp_path / "model.gguf", **SHAPE | {"d_ffn": 224} | VARIANTS[variant] | {"window": 64})
     expected = open_session(path, table=table).decode(ids, all_logits=True)
     assert np.isfinite(expected).all()
     for threads, batch in ((2, 512), (3, 7), (2, 1), (2, 2), (1, 3), (4, 64)):
@@ -177,14 +186,13 @@ def test_sessions_of_one_model_run_from_several_threads(path: str) -> None:
     [
         ("plain", "f16", {}),
         ("plain", "q8_0", {"q8": True}),
-        ("Q8_0", "f16", {"row_experts": True}),
+        ("Q8_0", "f16", {"experts": {"tiles"}}),
+        ("Q4_1", "f16", {"experts": {"rows"}}),
         ("transposed down", "f16", {}),
         ("window", "q8_0", {"q8": True}),
     ],
 )
-def test_buffers_are_those_that_the_plan_counts(
-    variant: str, kv: str, options: dict[str, bool], tmp_path: Path
-) -> None:
+def test_buffers_are_those_that_the_plan_counts(variant: str, kv: str, options: dict[str, Any], tmp_path: Path) -> None:
     session = open_session(write_model(tmp_path / "m.gguf", **SHAPE | VARIANTS[variant]), threads=3, batch=64, kv=kv)
     config = session._engine.config
     counted = buffer_sizes(config, 64, 3, **options) | partial_sizes(config, session.context, 3)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from gguf import quants
-from gguf_files import quantize_q6_k
+from gguf_files import encode, random_blocks
 
 from smallthinker_edge._native import kernels
 from smallthinker_edge._native.kernels import ACTIVE, FIRED, Q8X4_BYTES, Table
@@ -78,10 +79,10 @@ def values_of(xq: np.ndarray, cols: int) -> np.ndarray:
 def weights(kind: int, rows: int, cols: int, seed: int = 1, extreme: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(GGUF bytes, float64 values) of a random quantised matrix."""
     values = np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
-    raw = quantize_q6_k(values) if kind == 14 else quants.quantize(values, TYPES[kind])
+    raw = np.array(encode(values, TYPES[kind].name)[0])
     if extreme:
         block = raw.reshape(-1, INFOS[kind].bytes)
-        codes = block[:, :-2] if kind == 14 else block[:, 2:]
+        codes = block[:, :-2] if kind == T.Q6_K else block[:, 4 if kind in (T.Q4_K, T.Q5_K) else 2 :]
         codes[:] = np.random.default_rng(seed).choice([0x00, 0xFF, 0xF0, 0x80, 0x7F], codes.shape)
         raw = block.reshape(raw.shape)
     return np.ascontiguousarray(raw).reshape(-1), quants.dequantize(raw, TYPES[kind]).astype(np.float64).reshape(
@@ -94,6 +95,19 @@ def assert_close(
 ) -> None:
     """Within `tolerance` of the sum of the absolute products: the error that float32 summation may have."""
     assert np.all(np.abs(result - expected) <= tolerance * magnitude + 1e-30)
+
+
+@pytest.mark.parametrize("type_", [info.number for info in TYPE_INFOS.values()])
+def test_rows_of_every_type_are_the_numbers_that_they_stand_for(name: str, type_: int) -> None:
+    rng = np.random.default_rng(type_)
+    block, size = gguf.GGML_QUANT_SIZES[T(type_)]
+    if block == 1:
+        raw = np.frombuffer(encode(rng.standard_normal((1, 512)).astype(np.float32), T(type_).name)[0], np.uint8)
+    else:
+        raw = random_blocks(T(type_), (1, 4 * block), rng).reshape(-1)
+    cols = raw.size // size * block
+    expected = quants.dequantize(raw.reshape(1, -1), T(type_))[0]
+    assert_close(kernels.dequantize(type_, raw, cols), expected, np.abs(expected), 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,7 +29,7 @@ from smallthinker_edge._native.layouts import OTHER_TYPES, TYPES
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 
-F32, F16, Q4_0, Q4_K = 0, 1, 2, 12
+F32, F16, Q4_0, IQ2_XS = 0, 1, 2, 17
 U8, I8, U16, I16, U32, I32, FLOAT32, BOOL, STRING, ARRAY, U64, I64, FLOAT64 = range(13)
 
 
@@ -349,8 +349,8 @@ def test_byte_sizes_that_overflow_are_refused(tmp_path: Path) -> None:
 
 
 def test_unsupported_tensor_types_are_refused_by_name(tmp_path: Path) -> None:
-    path = RawGGUF().tensor("t", (256,), Q4_K).write(tmp_path / "known.gguf")
-    error = refuse(path, field="t", match="Q4_K")
+    path = RawGGUF().tensor("t", (256,), IQ2_XS).write(tmp_path / "known.gguf")
+    error = refuse(path, field="t", match="IQ2_XS")
     assert all(name in str(error) for name in TYPES)
     refuse(RawGGUF().tensor("t", (256,), 999).write(tmp_path / "odd.gguf"), field="t", match="999")
 

@@ -84,15 +84,20 @@ def read_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smallthinker_edge.model.warm_up", lambda *_: None)
 
 
-def test_old_files_whose_down_is_transposed_are_refused(tmp_path: Path, stpk: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "layout"), [({"down_transposed": True}, b"tile16-3"), ({"types": "Q8_0"}, b"tile16-4")]
+)
+def test_files_of_a_layout_that_has_changed_are_refused(
+    changes: dict[str, Any], layout: bytes, tmp_path: Path, stpk: str
+) -> None:
     """They hold GGUF rows, under the name that is still that of the others' layout."""
     target = tmp_path / "m.stpk"
-    pack(write_model(tmp_path / "m.gguf", **SHAPE | {"down_transposed": True}), target)
-    assert b"tile16-3" in target.read_bytes()
+    pack(write_model(tmp_path / "m.gguf", **SHAPE | changes), target)
+    assert layout in target.read_bytes()
     assert b"tile16-2" in Path(stpk).read_bytes()
-    target.write_bytes(target.read_bytes().replace(b"tile16-3", b"tile16-2"))
+    target.write_bytes(target.read_bytes().replace(layout, b"tile16-2"))
     for open_ in (SmallThinker, packed.verify, lambda path: unpack(path, tmp_path / "back.gguf")):
-        with pytest.raises(ModelFormatError, match=r"stpk\.layout.*tile16-2.*transposed down: pack the model again"):
+        with pytest.raises(ModelFormatError, match=r"stpk\.layout.*tile16-2.*of these types: pack the model again"):
             open_(target)
     assert not (tmp_path / "back.gguf").exists()
 

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from gguf_files import RawGGUF, write_model, write_split_model
+from gguf_files import SCALES, RawGGUF, random_blocks, write_model, write_split_model
 
 from smallthinker_edge import ModelFormatError, SmallThinker
 from smallthinker_edge.cli import main
@@ -17,22 +17,6 @@ from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack
 
 SHAPE = {"n_layers": 2, "d_model": 256, "d_ffn": 256, "n_experts": 4, "head_dim": 64, "context_length": 128}
-# Where a block's fp16 scales stand; every other byte may be anything.
-SCALES = {
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_0": (0,),
-    "Q5_1": (0, 2), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
-    "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q8_0": (0,),
-}  # fmt: skip
-
-
-def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Any bytes, with scales between 0.001 and 0.01: [..., bytes of a row]."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    data = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), np.uint8)
-    for at in SCALES[kind.name]:
-        scales = rng.uniform(0.001, 0.01, data.shape[:-1]).astype(np.float16)
-        data[..., at : at + 2] = scales[..., None].view(np.uint8)
-    return data.reshape(*shape[:-1], -1)
 
 
 def write_of_type(folder: Path, type_: str) -> tuple[str, dict[str, np.ndarray]]:

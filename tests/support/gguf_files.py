@@ -72,6 +72,43 @@ def quantize_q6_k(values: np.ndarray) -> np.ndarray:
     return packed.reshape(*values.shape[:-1], values.shape[-1] // 256 * 210)
 
 
+# Where a block's fp16 scales stand; every other byte may be anything.
+SCALES = {
+    "Q4_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q8_0": (0,),
+}  # fmt: skip
+
+
+def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Blocks of any bytes, with scales between 0.001 and 0.01: [..., bytes of a row]."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), np.uint8)
+    for at in SCALES[kind.name]:
+        scales = rng.uniform(0.001, 0.01, data.shape[:-1]).astype(np.float16)
+        data[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return data.reshape(*shape[:-1], -1)
+
+
+def random_like(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Random blocks of a type that no quantiser is at hand for, whose weights spread as `values` do."""
+    rng = np.random.default_rng(values.size + int(1e6 * abs(float(values.flat[0]))))
+    blocks = random_blocks(kind, values.shape, rng).reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+
+    def scale(at: int, factor: float, source: int) -> None:
+        scales = np.ascontiguousarray(blocks[:, source : source + 2]).view(np.float16).astype(np.float32)
+        blocks[:, at : at + 2] = (scales * factor).astype(np.float16).view(np.uint8)
+
+    if len(SCALES[kind.name]) > 1:  # minima in the middle: as many weights above zero as below
+        first, second = SCALES[kind.name]
+        scale(second, {"Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5, "Q4_1": -7.5, "Q5_1": -15.5}[kind.name], first)
+    ratio = float(values.std() / gguf.quants.dequantize(blocks, kind).std())
+    for at in SCALES[kind.name]:
+        scale(at, ratio, at)
+    return blocks.reshape(*values.shape[:-1], -1)
+
+
 def encode(values: np.ndarray, type_name: str) -> tuple[np.ndarray, GGMLQuantizationType | None]:
     """(array to hand to GGUFWriter.add_tensor, raw dtype) for float32 `values` [..., columns]."""
     kind = GGMLQuantizationType[type_name]
@@ -81,6 +118,8 @@ def encode(values: np.ndarray, type_name: str) -> tuple[np.ndarray, GGMLQuantiza
         return values.astype(np.float16), None
     if type_name == "Q6_K":
         return quantize_q6_k(values), kind
+    if type_name.endswith("_K") or type_name.startswith("IQ"):
+        return random_like(values, kind), kind
     return gguf.quants.quantize(values.astype(np.float32), kind), kind
 
 
@@ -246,7 +285,7 @@ def write_model(path: str | os.PathLike[str], **options: Any) -> str:
         n_layers=4, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=8, n_experts_used=2, d_ffn=96,
         vocab_size=320, context_length=512, rms_eps=1e-6, rope_theta=1e4, rope_theta_swa=None, rope_dim=None,
         seed=0, architecture="smallthinker", alignment=None (no key: 32).
-        types="Q4_0": F32, F16, BF16, Q8_0, Q4_0, Q4_1 or Q6_K (rows of 256), or a dict by role: "default",
+        types="Q4_0": a type (K types: rows of 256), or a dict by role: "default",
             "attn", "gate", "up", "down", "embedding", "head", "router" (F32 unless named), "profiler".
         head_type=None: type of `output`, or of `token_embd` when tied; overrides types["head"].
         gating="sigmoid" | "softmax" | None (key absent). tied=True.

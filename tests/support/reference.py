@@ -21,6 +21,9 @@ Array = npt.NDArray[np.float64]
 # The sum of sigmoid weights is not divided by less than this (the smallest normal float16).
 SMALLEST_WEIGHT_SUM = 6.103515625e-5
 
+# Types whose products are taken of whole numbers, so that what they multiply is rounded.
+TILED = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+
 
 @dataclass(frozen=True)
 class Params:
@@ -117,7 +120,7 @@ class Reference:
         first, second = flat[: inner * d].reshape(inner, d), flat[inner * d :].reshape(vocab, inner)
         return states @ first.T @ second.T
 
-    def input_of(self, x: Array, name: str, types: tuple[str, ...] = ("Q4_0", "Q8_0", "Q6_K")) -> Array:
+    def input_of(self, x: Array, name: str, types: tuple[str, ...] = TILED) -> Array:
         """x as the named matrix gets to see it."""
         return stored(x, "q8_0") if self.rounding and self.types[name] in types else x
 
@@ -157,15 +160,15 @@ class Reference:
         # [E, d, f] is the ordinary layout, also where d == f and the shape cannot tell.
         transposed = down.shape[1] != h.shape[1]
         y = np.zeros_like(h)
-        # The sparse kernels want all three in Q4_0. Where down is transposed, an engine rounds what a neuron gives to
-        # each block of 32 outputs; here it is rounded once, to bytes of 32 neurons as well.
+        # Integer kernels want all three in types that have them, or in Q4_0 where down is transposed: there an engine
+        # rounds what a neuron gives to each block of 32 outputs; here it is rounded once, to bytes of 32 neurons.
         names = [f"blk.{layer}.ffn_{m}_exps.weight" for m in ("gate", "up", "down")]
-        sparse = self.rounding and all(self.types[name] == "Q4_0" for name in names)
-        h = stored(h, "q8_0") if sparse else h
+        rounded = self.rounding and {self.types[name] for name in names} <= ({"Q4_0"} if transposed else set(TILED))
+        h = stored(h, "q8_0") if rounded else h
         for expert in np.unique(chosen):
             rows, slot = np.nonzero(chosen == expert)
             hidden = np.maximum(h[rows] @ gate[expert].T, 0.0) * (h[rows] @ up[expert].T)
-            hidden = stored(hidden, "q8_0") if sparse else hidden
+            hidden = stored(hidden, "q8_0") if rounded else hidden
             out = hidden @ (down[expert] if transposed else down[expert].T)
             y[rows] += weights[rows, slot][:, None] * out
         return y

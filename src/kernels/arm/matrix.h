@@ -101,55 +101,7 @@ ALWAYS_INLINE void block_q8_0(const int Q, const int N, const uint8_t *tile, int
 QUADS(q4_0, ST_TILE_Q4_0_BYTES)
 QUADS(q8_0, ST_TILE_Q8_0_BYTES)
 
-/* One Q6_K block of rows 4 * quad .. 4 * quad + 3 times block `lane` of x: the two halves' sums times their scales.
- * With weights of at most 32, four products of each half fit the 16 bits of NEON: 8 x 32 x 127 = 32512. */
-ALWAYS_INLINE int32x4_t block_q6_k(const uint8_t *block, int quad, const st_q8x4 *x, int lane) {
-    const uint8x16_t nibble = vdupq_n_u8(15), pair = vdupq_n_u8(0x30);
-    const int8x16_t offset = vdupq_n_s8(32);
-    const int32x4_t zero = vdupq_n_s32(0);
-    columns c = load_columns(x, lane);
-    int8x16_t first[4], last[4];
-    UNROLL for (int g = 0; g < 4; g++) {
-        uint8x16_t w = vld1q_u8(block + 32 + 64 * g + 16 * quad),
-                   bits = vld1q_u8(block + 288 + 64 * (g / 2) + 16 * quad);
-        uint8x16_t of_first = g % 2 ? bits : vshlq_n_u8(bits, 4),
-                   of_last = g % 2 ? vshrq_n_u8(bits, 2) : vshlq_n_u8(bits, 2);
-        first[g] = vsubq_s8(vreinterpretq_s8_u8(vorrq_u8(vandq_u8(w, nibble), vandq_u8(of_first, pair))), offset);
-        last[g] = vsubq_s8(vreinterpretq_s8_u8(vorrq_u8(vshrq_n_u8(w, 4), vandq_u8(of_last, pair))), offset);
-    }
-    sum4 a = FIRST(zero, first[0], c, 0), b = FIRST(zero, last[0], c, 4);
-    a = NEXT(a, first[1], c, 1);
-    b = NEXT(b, last[1], c, 5);
-    a = NEXT(a, first[2], c, 2);
-    b = NEXT(b, last[2], c, 6);
-    a = NEXT(a, first[3], c, 3);
-    b = NEXT(b, last[3], c, 7);
-    int32_t packed[2];
-    memcpy(packed, block + 4 * quad, 4);
-    memcpy(packed + 1, block + 16 + 4 * quad, 4);
-    int16x8_t scale = vmovl_s8(vreinterpret_s8_s32(vld1_s32(packed)));
-    int32x4_t scaled = vmulq_s32(total4(a, zero), vmovl_s16(vget_low_s16(scale)));
-    return vmlaq_s32(scaled, total4(b, zero), vmovl_s16(vget_high_s16(scale)));
-}
-
-/* One token at a time: Q6_K is the head of ordinary files, which a prompt asks for its last token only. */
-static ST_GEMM(gemm_q6_k) {
-    for (int64_t tile = t0; tile < t1; tile++)
-        for (int64_t t = 0; t < n; t++) {
-            const uint8_t *super = w + tile * (nb / 8) * ST_TILE_Q6_K_SUPER_BYTES;
-            float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
-            for (int64_t b = 0; b < nb; b++) {
-                const uint8_t *block = super + b / 8 * ST_TILE_Q6_K_SUPER_BYTES + 32 + b % 8 * ST_TILE_Q6_K_BYTES;
-                const st_q8x4 *q = x[t] + b / 4;
-                UNROLL for (int i = 0; i < 4; i++) {
-                    float32x4_t d = load_f16x4(super + b / 8 * ST_TILE_Q6_K_SUPER_BYTES + 8 * i);
-                    int32x4_t dot = block_q6_k(block, i, q, b % 4);
-                    sum[i] = vfmaq_f32(sum[i], vcvtq_f32_s32(dot), vmulq_n_f32(d, q->scale[b % 4 * 4]));
-                }
-            }
-            store_rows(sum, rows - tile * ST_TILE_ROWS, y + t * ldy + (tile - t0) * ST_TILE_ROWS);
-        }
-}
+#include "tile_k.h"
 
 /* One token takes a tile's 16 rows together, as they stand in memory. TOKENS of them take four rows at a time: then the
  * sums of all fit the registers, and the tile is in the first cache after the first quarter. */

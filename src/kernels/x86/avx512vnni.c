@@ -134,71 +134,13 @@ TILE_Q4_0(tile_q4_0_x2, 2)
 TILE_Q4_0(tile_q4_0_x3, 3)
 TILE_Q4_0(tile_q4_0_x4, 4)
 TILE_Q4_0(tile_q4_0_x8, 8)
-/* Bits 4 and 5 of the columns in the low (high = 0) or high nibbles of group g, from the bytes of their upper bits. */
-static inline __m512i q6_upper(__m512i upper, int g, int high) {
-    const __m512i bits = _mm512_set1_epi8(0x30);
-    switch (2 * (g % 2) + high) {
-    case 0: return _mm512_and_si512(_mm512_slli_epi16(upper, 4), bits);
-    case 1: return _mm512_and_si512(_mm512_slli_epi16(upper, 2), bits);
-    case 2: return _mm512_and_si512(upper, bits);
-    default: return _mm512_and_si512(_mm512_srli_epi16(upper, 2), bits);
-    }
-}
-
-static inline __m512i widen_i8x16(const void *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
-
-/* Weights are taken as 0..63; 32 times the sums of the activations' halves is taken off again. */
-#define TILE_Q6_K(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m512 *total) {            \
-        const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(32);                                    \
-        __m512 sum[N], d = _mm512_setzero_ps();                                                                        \
-        for (int t = 0; t < N; t++)                                                                                    \
-            sum[t] = _mm512_setzero_ps();                                                                              \
-        for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q6_K_BYTES) {                                                 \
-            int lane = b % 4;                                                                                          \
-            __m512i low[4], high[4];                                                                                   \
-            if (b % 8 == 0) {                                                                                          \
-                d = load_f16x16(tile);                                                                                 \
-                tile += 32;                                                                                            \
-            }                                                                                                          \
-            if (stream)                                                                                                \
-                prefetch_ahead(tile, ST_TILE_Q6_K_BYTES);                                                              \
-            __m512i s0 = widen_i8x16(tile), s1 = widen_i8x16(tile + 16);                                               \
-            for (int g = 0; g < 4; g++) {                                                                              \
-                __m512i w = load512(tile + 32 + 64 * g), upper = load512(tile + 288 + 64 * (g / 2));                   \
-                low[g] = _mm512_or_si512(_mm512_and_si512(w, nibble), q6_upper(upper, g, 0));                          \
-                high[g] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(w, 4), nibble), q6_upper(upper, g, 1));   \
-            }                                                                                                          \
-            _Pragma("GCC unroll 8") for (int t = 0; t < N; t++) {                                                      \
-                const st_q8x4 *q = x[t] + b / 4;                                                                       \
-                __m512i even = _mm512_setzero_si512(), odd = even, even32 = even, odd32 = even;                        \
-                for (int g = 0; g < 4; g++) {                                                                          \
-                    __m512i x0 = broadcast4(q->q[0][lane] + 4 * g), x1 = broadcast4(q->q[1][lane] + 4 * g);            \
-                    even = _mm512_dpbusd_epi32(even, low[g], x0);                                                      \
-                    odd = _mm512_dpbusd_epi32(odd, high[g], x1);                                                       \
-                    even32 = _mm512_dpbusd_epi32(even32, offset, x0);                                                  \
-                    odd32 = _mm512_dpbusd_epi32(odd32, offset, x1);                                                    \
-                }                                                                                                      \
-                __m512i dot = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_sub_epi32(even, even32), s0),                 \
-                                               _mm512_mullo_epi32(_mm512_sub_epi32(odd, odd32), s1));                  \
-                __m512 s = _mm512_mul_ps(d, _mm512_set1_ps(q->scale[4 * lane]));                                       \
-                sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), s, sum[t]);                                          \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (int t = 0; t < N; t++)                                                                                    \
-            total[t] = sum[t];                                                                                         \
-    }
-
-TILE_Q6_K(tile_q6_k_x1, 1)
-TILE_Q6_K(tile_q6_k_x2, 2)
-TILE_Q6_K(tile_q6_k_x3, 3)
-TILE_Q6_K(tile_q6_k_x4, 4)
-TILE_Q6_K(tile_q6_k_x8, 8)
 TILE_Q8_0(tile_q8_0_x1, 1)
 TILE_Q8_0(tile_q8_0_x2, 2)
 TILE_Q8_0(tile_q8_0_x3, 3)
 TILE_Q8_0(tile_q8_0_x4, 4)
 TILE_Q8_0(tile_q8_0_x8, 8)
+
+#include "tile_k_512.h"
 
 /* A tile's weights stay in the first cache levels while it serves all tokens, eight at a time. */
 #define GEMM(NAME, name)                                                                                               \

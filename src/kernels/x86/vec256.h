@@ -171,77 +171,12 @@ static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *
 GEMM_Q4_0(tile_q4_0_x2, 2)
 GEMM_Q4_0(tile_q4_0_x3, 3)
 GEMM_Q4_0(tile_q4_0_x4, 4)
-/* Bits 4 and 5 of the columns in the low (high = 0) or high nibbles of group g, from the bytes of their upper bits. */
-static inline __m256i q6_upper(__m256i upper, int g, int high) {
-    const __m256i bits = _mm256_set1_epi8(0x30);
-    switch (2 * (g % 2) + high) {
-    case 0: return _mm256_and_si256(_mm256_slli_epi16(upper, 4), bits);
-    case 1: return _mm256_and_si256(_mm256_slli_epi16(upper, 2), bits);
-    case 2: return _mm256_and_si256(upper, bits);
-    default: return _mm256_and_si256(_mm256_srli_epi16(upper, 2), bits);
-    }
-}
-
-static inline __m256i widen_i8x8(const void *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-
-/* Eight rows' weights of one nibble half: sum over 16 columns of (0..63) * x. Two DOTs fit 16 bits: 4 x 63 x 127. */
-static inline __m256i q6_dot(const __m256i w[4], const __m256i x[4]) {
-    const __m256i zero = _mm256_setzero_si256();
-    return _mm256_add_epi32(TO_I32(DOT(DOT(zero, w[0], x[0]), w[1], x[1])),
-                            TO_I32(DOT(DOT(zero, w[2], x[2]), w[3], x[3])));
-}
-
-/* Weights are taken as 0..63; 32 times the sums of the activations' halves is taken off again. */
-#define GEMM_Q6_K(NAME, N)                                                                                             \
-    static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[N][2]) {         \
-        const __m256i nibble = _mm256_set1_epi8(15);                                                                   \
-        const __m256i offset[4] = {_mm256_set1_epi8(32), _mm256_set1_epi8(32), _mm256_set1_epi8(32),                   \
-                                   _mm256_set1_epi8(32)};                                                              \
-        const uint8_t *d = tile;                                                                                       \
-        for (int t = 0; t < N; t++)                                                                                    \
-            sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
-        for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q6_K_BYTES) {                                                 \
-            int lane = b % 4;                                                                                          \
-            if (b % 8 == 0) {                                                                                          \
-                d = tile;                                                                                              \
-                tile += 32;                                                                                            \
-            }                                                                                                          \
-            if (stream)                                                                                                \
-                prefetch_ahead(tile, ST_TILE_Q6_K_BYTES);                                                              \
-            for (int h = 0; h < 2; h++) {                                                                              \
-                __m256i low[4], high[4], s0 = widen_i8x8(tile + 8 * h), s1 = widen_i8x8(tile + 16 + 8 * h);            \
-                for (int g = 0; g < 4; g++) {                                                                          \
-                    __m256i w = load256(tile + 32 + 64 * g + 32 * h);                                                  \
-                    __m256i upper = load256(tile + 288 + 64 * (g / 2) + 32 * h);                                       \
-                    low[g] = _mm256_or_si256(_mm256_and_si256(w, nibble), q6_upper(upper, g, 0));                      \
-                    high[g] =                                                                                          \
-                        _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), q6_upper(upper, g, 1));     \
-                }                                                                                                      \
-                for (int t = 0; t < N; t++) {                                                                          \
-                    const st_q8x4 *q = x[t] + b / 4;                                                                   \
-                    __m256i x0[4], x1[4];                                                                              \
-                    for (int g = 0; g < 4; g++) {                                                                      \
-                        x0[g] = broadcast4(q->q[0][lane] + 4 * g);                                                     \
-                        x1[g] = broadcast4(q->q[1][lane] + 4 * g);                                                     \
-                    }                                                                                                  \
-                    __m256i even = _mm256_sub_epi32(q6_dot(low, x0), q6_dot(offset, x0));                              \
-                    __m256i odd = _mm256_sub_epi32(q6_dot(high, x1), q6_dot(offset, x1));                              \
-                    __m256i dot = _mm256_add_epi32(_mm256_mullo_epi32(even, s0), _mm256_mullo_epi32(odd, s1));         \
-                    __m256 s = _mm256_mul_ps(load_f16x8(d + 16 * h), _mm256_set1_ps(q->scale[4 * lane]));              \
-                    sum[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), s, sum[t][h]);                                \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-
-GEMM_Q6_K(tile_q6_k_x1, 1)
-GEMM_Q6_K(tile_q6_k_x2, 2)
-GEMM_Q6_K(tile_q6_k_x3, 3)
-GEMM_Q6_K(tile_q6_k_x4, 4)
 GEMM_Q8_0(tile_q8_0_x1, 1)
 GEMM_Q8_0(tile_q8_0_x2, 2)
 GEMM_Q8_0(tile_q8_0_x3, 3)
 GEMM_Q8_0(tile_q8_0_x4, 4)
+
+#include "tile_k_256.h"
 
 /* Stores up to 16 rows of one token. */
 static inline void store_rows(const __m256 sum[2], int64_t count, float *y) {
