@@ -60,6 +60,14 @@ def cython_flags(source: str) -> list[str]:
 class BuildExt(build_ext):
     """build_ext that compiles each source with its own flags, on all cores, and only where something is newer."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # not in a folder that pip throws away: later builds compile only what changed
+            tag = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = os.path.join("build", tag)
+        if ABI3:
+            self.build_temp += "-abi3"
+
     def build_extension(self, ext: Extension) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: self.compile_source(source, ext), ext.sources))

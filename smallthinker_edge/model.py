@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -136,6 +137,7 @@ class SmallThinker:
             if experts and memory is not None:
                 self._start_paging(engine, experts, self.plan, profile, sums)
                 self._drop_caches()
+            engine.keep_to(self.plan.most_sessions, self.context, self.kv)
         except BaseException:
             gguf.close()
             if engine is not None:
@@ -144,6 +146,8 @@ class SmallThinker:
         self._turns = Turns()
         self._hash: bytes | None = None
         self._sessions = SessionStore(keep_sessions, self.session)
+        store = weakref.ref(self._sessions)  # the engine's memory must not hold what holds the engine
+        engine.memory.relieve = lambda: (idle := store()) is not None and idle.relieve()
         self._costs = BatchCosts()
         self._engine = engine
 
@@ -185,10 +189,17 @@ class SmallThinker:
         types = [(TYPES[g.type].number, TYPES[u.type].number, TYPES[d.type].number) for g, u, d in layers]
         # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:
         # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
-        reserve = plan.kv_cache if self.config.tied else 0
         free = plan.limit is None  # then the page cache may help
         paging = ExpertPaging(
-            self.config, self._file.path, offsets, size, plan.slots, lent=reserve, sums=sums, cached=free
+            self.config,
+            self._file.path,
+            offsets,
+            size,
+            plan.slots,
+            sessions=None if free else plan.sessions,
+            lend=self.config.tied,
+            sums=sums,
+            cached=free,
         )
         engine.page_experts(paging, types)
         path = profile_path(self._file.path) if profile is None else profile
@@ -261,7 +272,11 @@ class SmallThinker:
     ) -> Session:
         """A new session as Session.save() wrote it; see session() and Session.load()."""
         session = self.session(context, kv=kv)
-        session.load(path)
+        try:
+            session.load(path)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def _model_hash(self) -> bytes:
@@ -373,6 +388,7 @@ class SmallThinker:
     def stats(self) -> dict[str, object]:
         """Bytes and settings, and for a packed file the pager's counts since it was opened.
 
+        session_bytes: what keys, values and logits of all sessions take.
         hits: experts found in memory; ahead_hits: read ahead for that use; misses: read when they were needed.
         hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
         used. head_share: share of the LM head's rows that a predictor has let through so far. wasted_bytes: read
@@ -391,6 +407,7 @@ class SmallThinker:
             paging["stall_share_within_tokens"] = stall_share(*times, tail=paging["tail_seconds"])
         return {
             "model_bytes": engine.bytes,
+            "session_bytes": engine.memory.in_use,
             **process_memory(),
             "threads": engine.threads,
             "kernels": engine.weights.kernels,

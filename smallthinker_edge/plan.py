@@ -36,11 +36,13 @@ class Plan:
         kv: kind of the KV cache, a name of KV_TYPES.
         process: bytes that Python, libraries and tokenizer took when the plan was made.
         weights: of weights in memory; where experts are paged, of all others.
-        kv_cache: of one session whose context is full.
-        buffers: of the engine, and one row of logits.
+        kv_cache: of one session whose context is full, and of its tokens' ids.
+        buffers: of the engine.
+        logits: of one row.
         margin: what nobody can count.
         page_tables: of the kernel.
         slots: experts kept in memory; 0 where the weights are loaded whole.
+        least_slots: of them; further sessions and logits may take the memory of the others.
         slot_bytes: of one slot.
     """
 
@@ -50,15 +52,29 @@ class Plan:
     weights: int
     kv_cache: int
     buffers: int
+    logits: int
     margin: int = MARGIN
     page_tables: int = 0
     slots: int = 0
+    least_slots: int = 0
     slot_bytes: int = 0
 
     @property
     def fixed(self) -> int:
         """Bytes of everything but the expert slots."""
-        return self.process + self.weights + self.kv_cache + self.buffers + self.margin + self.page_tables
+        return self.process + self.weights + self.sessions + self.buffers + self.margin + self.page_tables
+
+    @property
+    def sessions(self) -> int:
+        """Bytes set aside for sessions: the KV cache of one, and a row of logits."""
+        return self.kv_cache + self.logits
+
+    @property
+    def most_sessions(self) -> int | None:
+        """Bytes that sessions may take before they are refused more; None without a budget."""
+        if self.limit is None:
+            return None
+        return self.limit - self.fixed + self.sessions - self.least_slots * self.slot_bytes
 
     @property
     def total(self) -> int:
@@ -75,7 +91,7 @@ class Plan:
             ("process and tokenizer", self.process),
             ("dense weights" if self.slot_bytes else "weights", self.weights),
             ("KV cache", self.kv_cache),
-            ("buffers", self.buffers),
+            ("buffers", self.buffers + self.logits),
             ("margin", self.margin),
             ("page tables", self.page_tables),
         ]
@@ -123,16 +139,18 @@ def make_plan(
         kv,
         process=psutil.Process().memory_info().rss,
         weights=sum(info.nbytes for name, info in file.tensors.items() if name not in skip),
-        kv_cache=kv_bytes(config, context, kv),
+        kv_cache=kv_bytes(config, context, kv) + 4 * context,
         buffers=_buffer_bytes(file, config, context, batch, kv, predictor, threads),
+        logits=4 * config.vocab_size,
+        least_slots=config.n_experts if slot_bytes else 0,  # a prompt may use every expert of a layer at once
         slot_bytes=slot_bytes,
     )
     experts = config.n_layers * config.n_experts if slot_bytes else 0
-    few = config.n_experts if slot_bytes else 0  # a prompt may use every expert of a layer at once
-    plan = replace(plan, page_tables=_page_tables(plan.fixed, few * slot_bytes, experts * slot_bytes, limit))
+    few = plan.least_slots * slot_bytes
+    plan = replace(plan, page_tables=_page_tables(plan.fixed, few, experts * slot_bytes, limit))
     if limit is None:
         return replace(plan, slots=experts)
-    least = replace(plan, slots=few)
+    least = replace(plan, slots=plan.least_slots)
     if least.total > limit:
         hint = "" if slot_bytes else "; a packed file (smallthinker-edge pack) needs less"
         raise MemoryBudgetError(
@@ -154,13 +172,13 @@ def _buffer_bytes(
     predictor: bool,
     threads: int,
 ) -> int:
-    """Bytes of the engine's buffers and of one row of logits."""
+    """Bytes of the engine's buffers."""
     layers = (expert_infos(file, layer) for layer in range(config.n_layers))
     experts = {ExpertLayout.of(config, infos).expert.layout for infos in layers}
     q8 = TYPES["Q8_0"].number in KV_TYPES[kv]
     sizes = buffer_sizes(config, batch, threads, predictor=predictor, q8=q8, experts=experts)
     sizes |= partial_sizes(config, context, threads)
-    return sum(sizes.values()) + 4 * config.vocab_size
+    return sum(sizes.values())
 
 
 def _page_tables(parts: int, least: int, most: int, limit: int | None) -> int:

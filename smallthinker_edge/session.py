@@ -15,7 +15,8 @@ import numpy.typing as npt
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge._native.locks import Busy, Turns
-from smallthinker_edge.errors import ContextFull, DecodeCancelled, OutOfMemoryError, SmallThinkerError
+from smallthinker_edge._native.session_memory import new_logits
+from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError
 from smallthinker_edge.files import session_file
 from smallthinker_edge.options import CancelSignal
 
@@ -40,7 +41,7 @@ class Session:
     ) -> None:
         self._engine = engine
         self._vocab_size = vocab_size
-        self._cache: KVCache | None = KVCache(engine.kv_memory, context, kv)
+        self._cache: KVCache | None = KVCache(engine.memory, context, kv)
         self._marks: list[KVCache] = []
         self._turns = turns
         self._model_hash = model_hash
@@ -102,6 +103,7 @@ class Session:
 
         Raises:
             ContextFull: the tokens do not fit; nothing was computed.
+            MemoryBudgetError: the logits, or more keys and values, do not fit the budget; earlier chunks stay.
             DecodeCancelled: `cancel` was set; its `done` says how many tokens were decoded and stay.
             ExpertReadError: expert weights could not be read; earlier chunks stay, and it may be tried again.
             SessionBusy: another thread is decoding with this session.
@@ -176,9 +178,13 @@ class Session:
         """
         with self._busy:
             model = self._model_hash()
-            cache = KVCache(self._engine.kv_memory, self.context, self._open_cache().kv)
-            with self._turns.wait():
-                session_file.load(path, cache, self._vocab_size, model)
+            cache = KVCache(self._engine.memory, self.context, self._open_cache().kv)
+            try:
+                with self._turns.wait():
+                    session_file.load(path, cache, self._vocab_size, model)
+            except BaseException:
+                cache.rewind(0)  # the traceback keeps it, but not its memory
+                raise
             self._cache, self._marks = cache, []
 
     def reset(self) -> None:
@@ -221,10 +227,8 @@ class Session:
                 raise ContextFull(
                     f"{ids.size} tokens at position {cache.position} do not fit a context of {cache.context}"
                 )
-            try:
-                logits = np.empty((rows, self._vocab_size), np.float32)
-            except MemoryError:
-                raise OutOfMemoryError(f"no memory for {4 * rows * self._vocab_size} bytes of logits") from None
+            with self._turns.wait(cancel):
+                logits = new_logits(self._engine.memory, rows, self._vocab_size)
             start = 0
             while start < ids.size:
                 if cancel is not None and cancel.is_set():

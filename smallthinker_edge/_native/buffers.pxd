@@ -75,6 +75,7 @@ cdef class ModelBuffers:
     cdef object config
 
     cdef void give_back(self) noexcept
+    cdef int64_t lacks(self, int64_t context, bint q8) except -1
     cdef int fit(self, int64_t context, bint q8, int expert_layouts) except -1
     cdef int fit_experts(self, int layouts) except -1
     cdef int fill_rope(self, const Shape *shape, int64_t position, int64_t n) except -1

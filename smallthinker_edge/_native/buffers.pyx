@@ -156,6 +156,16 @@ cdef class ModelBuffers:
         """Bytes taken."""
         return self.arena.bytes + (0 if self.partials is None else self.partials.bytes)
 
+    cdef int64_t lacks(self, int64_t context, bint q8) except -1:
+        """Bytes that fit() would take for a cache with this context, in Q8_0 or not."""
+        cdef int64_t size = 0
+        if q8 and self.buffers.q8 == NULL:
+            size += buffer_sizes(self.config, self.buffers.batch, self.threads, q8=True)["q8"]
+        if chunks_of(context) > self.buffers.max_chunks:
+            size += sum(partial_sizes(self.config, context, self.threads).values())
+            size -= 0 if self.partials is None else self.partials.bytes
+        return size
+
     cdef int fit(self, int64_t context, bint q8, int expert_layouts) except -1:
         """Takes what this call needs beyond earlier ones; for attention, by the longest context seen."""
         cdef Buffers *b = &self.buffers

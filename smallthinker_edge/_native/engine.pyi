@@ -3,15 +3,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge._native.kv_cache import KVCache, KVMemory
+from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge._native.paging import ExpertPaging
+from smallthinker_edge._native.session_memory import SessionMemory
 from smallthinker_edge._native.weights import ModelWeights
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.options import CancelSignal
 
 class Engine:
     weights: ModelWeights
-    kv_memory: KVMemory
+    memory: SessionMemory
     paging: ExpertPaging | None
     threads: int
     routing: list[bytes] | None
@@ -35,6 +36,7 @@ class Engine:
     @property
     def head_share(self) -> float | None: ...
     def page_experts(self, paging: ExpertPaging, types: list[tuple[int, int, int]]) -> None: ...
+    def keep_to(self, limit: int | None, context: int, kv: str) -> None: ...
     def decode(
         self,
         cache: KVCache,

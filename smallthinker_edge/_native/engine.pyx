@@ -17,11 +17,13 @@ from smallthinker_edge._native.call cimport LOOK_NS, Call, check_finite, nanosec
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.forward cimport forward
 from smallthinker_edge._native.head cimport selected_rows
-from smallthinker_edge._native.kv_cache cimport KVCache, KVMemory
+from smallthinker_edge._native.kv_cache cimport KVCache
 from smallthinker_edge._native.paging cimport ExpertPaging
 from smallthinker_edge._native.router cimport Paging
+from smallthinker_edge._native.session_memory cimport SessionMemory
 from smallthinker_edge._native.weights cimport ModelWeights, Shape
 
+from smallthinker_edge._native.layouts import KV_TYPES
 from smallthinker_edge.errors import (
     DecodeCancelled, ExpertReadError, NotFiniteError, OpenedBeforeFork, OutOfMemoryError)
 
@@ -44,7 +46,8 @@ cdef class Engine:
         predictor: the LM head's predictor will be used, where the config has one.
 
     Attributes:
-        weights: to be filled once. kv_memory: what KVCaches are made with. paging: None, or an ExpertPaging.
+        weights: to be filled once. paging: None, or an ExpertPaging.
+        memory: what sessions take; KVCaches and logits are made with it.
         routing: None, or a list that decode() adds to: bytes of int32 [n, L, K], the experts chosen.
         forget_rows: None, or what to call now and then where the embedding is read from a file.
 
@@ -52,7 +55,7 @@ cdef class Engine:
     and ValueError after close().
     """
     cdef readonly ModelWeights weights
-    cdef readonly KVMemory kv_memory
+    cdef readonly SessionMemory memory
     cdef readonly ExpertPaging paging
     cdef ModelBuffers buffers
     cdef Paging no_paging
@@ -77,8 +80,8 @@ cdef class Engine:
             raise ValueError("threads and batch must be at least 1")
         self.threads, self.process = threads, getpid()
         self.weights = ModelWeights(config, kernels, exact)
+        self.memory = SessionMemory(config, batch)
         self.buffers = ModelBuffers(config, batch, threads, predictor)
-        self.kv_memory = KVMemory(config, batch)
         self.call.weights, self.call.buffers = &self.weights.weights, &self.buffers.buffers
         self.call.paging = &self.no_paging
         self.call.caller, self.call.interrupted = <void *>self, interrupted
@@ -150,15 +153,22 @@ cdef class Engine:
         for l in range(self.weights.weights.shape.layers):
             self.weights.set_expert(self.weights.layer(l), types[l])
         paging.state.clock = self.call.paging.clock
-        self.paging = self.kv_memory.paging = paging
+        self.paging = self.memory.paging = paging
         self.call.paging = &paging.state
-        paging.fit(self.kv_memory.in_use)
+        paging.fit(self.memory.in_use)
+
+    def keep_to(self, limit, int64_t context, kv):
+        """Lets sessions take `limit` bytes, None for any number, besides the buffers that one of this context and kind
+        of KV cache needs: these are taken now. Weights, or paging, must be there."""
+        self.check_usable()
+        self.buffers.fit(context, ST_Q8_0 in KV_TYPES[kv], self.weights.expert_layouts)
+        self.memory.limit = limit
 
     def decode(self, KVCache cache not None, tokens, logits, head_threshold=None, cancel=None):
         """Runs at most `batch` tokens at the cache's position and advances it.
 
         Args:
-            cache: made with this engine's kv_memory, with room for the tokens.
+            cache: made with this engine's memory, with room for the tokens.
             tokens: int32 [n], 1 <= n <= cache.room(), each below the vocabulary's size.
             logits: float32 [n, V] for all tokens, [1, V] for the last one, or None; filled in place.
             head_threshold: with a predictor, only logits whose score is above it are computed, the others are minus
@@ -176,11 +186,10 @@ cdef class Engine:
         self.check_usable()
         self.check_arguments(cache, ids)
         self.set_logits(logits, n, head_threshold)
-        self.buffers.fit(cache.context, ST_Q8_0 in (cache.view.full_page.type, cache.view.ring_page.type),
-                         self.weights.expert_layouts)
+        self.fit_buffers(cache)
         self.buffers.fill_rope(&self.weights.weights.shape, cache.position, n)
         if self.paging is not None:
-            self.paging.fit(self.kv_memory.in_use)
+            self.paging.fit(self.memory.in_use)
         cache.prepare(n)
         call.kv, call.tokens, call.n, call.position = cache.view, &ids[0], n, cache.position
         chosen, call.trace = None, NULL
@@ -212,11 +221,20 @@ cdef class Engine:
         if call.not_finite:
             raise NotFiniteError("the model's weights give values that are not finite; nothing was decoded")
 
+    cdef int fit_buffers(self, KVCache cache) except -1:
+        """Takes the buffers that a cache needs, which count where they are more than the plan's, for good."""
+        cdef bint q8 = ST_Q8_0 in KV_TYPES[cache.kv]
+        cdef int64_t more = self.buffers.lacks(cache.context, q8)
+        if more:
+            self.memory.take(more, f"attention over {cache.context} positions in {cache.kv}")
+        self.buffers.fit(cache.context, q8, self.weights.expert_layouts)
+        return 0
+
     cdef int check_arguments(self, KVCache cache, const int32_t[::1] ids) except -1:
         cdef int64_t n = ids.shape[0], i, vocab = self.weights.weights.shape.vocab
         if self.computing:
             raise RuntimeError("the model is computing already")
-        if not 1 <= n <= cache.room() or cache.position + n > cache.context or cache.memory is not self.kv_memory:
+        if not 1 <= n <= cache.room() or cache.position + n > cache.context or cache.memory is not self.memory:
             raise ValueError("too many tokens, or none, or another engine's cache")
         for i in range(n):
             if not 0 <= ids[i] < vocab:

@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 
 from smallthinker_edge._native.core cimport *
-from smallthinker_edge._native.paging cimport ExpertPaging
+from smallthinker_edge._native.session_memory cimport SessionMemory
 from smallthinker_edge._native.weights cimport Layer, all_finite
 
 # 256 positions of one layer.
@@ -53,20 +53,14 @@ cdef inline bint store_head(const st_kernels *kernels, const KVView *kv, const L
     return all_finite(x, hd)
 
 
-cdef class KVMemory:
-    cdef readonly object config
-    cdef readonly int64_t batch
-    cdef readonly size_t in_use
-    cdef ExpertPaging paging  # that lends its slots' memory, or None
-
 cdef class KVBlock:
     cdef uint8_t *data
     cdef readonly size_t bytes
     cdef int owners
-    cdef KVMemory memory
+    cdef SessionMemory memory
 
 cdef class KVCache:
-    cdef KVMemory memory
+    cdef SessionMemory memory
     cdef int32_t *ids      # [context] the tokens decoded so far
     cdef list full         # KVBlock by position // 256
     cdef list ring         # KVBlock by position // 256 % ring_blocks, None before first use

@@ -1,20 +1,15 @@
 import numpy as np
 import numpy.typing as npt
 
+from smallthinker_edge._native.session_memory import SessionMemory
 from smallthinker_edge.files.config import ModelConfig
-
-class KVMemory:
-    config: ModelConfig
-    batch: int
-    in_use: int
-    def __init__(self, config: ModelConfig, batch: int) -> None: ...
 
 class KVCache:
     position: int
     context: int
     kv: str
     lost: int
-    def __init__(self, memory: KVMemory, context: int, kv: str = ...) -> None: ...
+    def __init__(self, memory: SessionMemory, context: int, kv: str = ...) -> None: ...
     @property
     def ring_blocks(self) -> int: ...
     @property

@@ -17,17 +17,6 @@ from smallthinker_edge._native.layouts import KV_TYPES
 from smallthinker_edge.errors import OutOfMemoryError
 
 
-cdef class KVMemory:
-    """Counts the memory of all caches of a model, some of which its pager may use while they do not.
-
-    Attributes:
-        config: ModelConfig. batch: most tokens of a decode. in_use: bytes of all blocks now.
-    """
-
-    def __cinit__(self, config, int64_t batch):
-        self.config, self.batch = config, batch
-
-
 @cython.no_gc_clear  # __dealloc__ counts in the memory
 cdef class KVBlock:
     """Keys and values of 256 positions for all layers of one kind (full or window), one page (kv.h) after another.
@@ -36,18 +25,16 @@ cdef class KVBlock:
     decode calls only: its memory may have been lent to the pager.
     """
 
-    def __cinit__(self, KVMemory memory not None, size_t size):
-        self.memory, self.bytes, self.owners = memory, size, 1
-        memory.in_use += size  # undone by __dealloc__, whatever fails from here on
-        if memory.paging is not None:
-            memory.paging.fit(memory.in_use)
+    def __cinit__(self, SessionMemory memory not None, size_t size):
+        memory.take(size, f"{ST_ATTN_CHUNK} positions of a KV cache")
+        self.memory, self.bytes, self.owners = memory, size, 1  # undone by __dealloc__, whatever fails from here on
         self.data = <uint8_t *>st_memory_alloc(size)
         if self.data == NULL:
             raise OutOfMemoryError(f"cannot get {size} bytes for the KV cache from the system")
 
     def __dealloc__(self):
         if self.memory is not None:
-            self.memory.in_use -= self.bytes
+            self.memory.give(self.bytes)
         st_memory_free(self.data, self.bytes)
 
     def view(self):
@@ -60,26 +47,28 @@ cdef class KVCache:
     """Keys and values of one session.
 
     Args:
-        memory: of the engine that it serves, see Engine.kv_memory.
+        memory: of the engine that it serves.
         context: most positions.
         kv: "f16"; "q8_0": 34 instead of 64 bytes for 32 dimensions in the layers that grow with the context, window
             layers in F16; "q8_0-all": window layers too.
 
     Full layers take a block per 256 positions as these are first decoded. Window layers are a ring of blocks that
     holds the window and 255 positions more: so far a rewind is free, and so long may a batch be once it is full.
-    Raises MemoryError, ValueError for an unknown kv or one that the head width does not fit.
+    Raises MemoryBudgetError, OutOfMemoryError, ValueError for an unknown kv or one that the head width does not fit.
     """
 
-    def __cinit__(self, KVMemory memory not None, int64_t context, str kv="f16"):
+    def __cinit__(self, SessionMemory memory not None, int64_t context, str kv="f16"):
         cdef KVView *view = &self.view
         config = memory.config
-        self.memory, self.context, self.kv = memory, context, kv
+        self.context, self.kv = context, kv
         view.full_page, view.ring_page = page_of(kv, False, config), page_of(kv, True, config)
         self.window = config.window if any(config.window_layout) else 0
         self.n_window = sum(config.window_layout) if self.window else 0
         self.n_full = config.n_layers - self.n_window
         view.ring_blocks = ring_blocks(self.window)
         self.full, self.ring = [], [None] * view.ring_blocks
+        memory.count(context * sizeof(int32_t), f"the {context} ids of a session")
+        self.memory = memory
         view.full = <uint8_t **>calloc(context // ST_ATTN_CHUNK + 1, sizeof(void *))
         view.ring = <uint8_t **>calloc(view.ring_blocks + 1, sizeof(void *))
         self.ids = <int32_t *>calloc(context + 1, sizeof(int32_t))
@@ -88,6 +77,8 @@ cdef class KVCache:
 
     def __dealloc__(self):
         self.release(0, 0)
+        if self.memory is not None:
+            self.memory.give(self.context * sizeof(int32_t))
         free(self.view.full)
         free(self.view.ring)
         free(self.ids)

@@ -12,10 +12,11 @@ cdef class ExpertPaging:
     cdef Arena slot_arena
     cdef uint8_t *slot_memory
     cdef size_t slot_bytes
-    cdef size_t lent              # bytes of the budget set aside for keys and values
-    cdef int64_t own_slots, most_slots, experts
+    cdef int64_t sessions         # bytes of the budget set aside for them, -1 without a budget
+    cdef bint lend
+    cdef int64_t least_slots, own_slots, most_slots, experts
     cdef readonly int64_t slots   # in use now
 
     cdef void give_back(self) noexcept
-    cdef int fit(self, size_t kv_bytes) except -1
+    cdef int fit(self, int64_t in_use) except -1
     cdef int check_open(self) except -1

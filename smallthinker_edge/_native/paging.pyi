@@ -19,7 +19,8 @@ class ExpertPaging:
         policy: str | None = ...,
         ahead: int = ...,
         piece: int = ...,
-        lent: int = ...,
+        sessions: int | None = ...,
+        lend: bool = ...,
         sums: npt.NDArray[np.uint32] | None = ...,
         cached: bool = ...,
     ) -> None: ...

@@ -25,7 +25,8 @@ cdef class ExpertPaging:
         io_threads: reads in flight at once. policy: an eviction policy ("frequency" or "lru"); None: the best.
         ahead: layers whose routers are asked before their turn, to read their experts ahead; 0 reads none ahead.
         piece: bytes after which such a read gives way to an expert that is wanted now.
-        lent: bytes of the budget that are set aside for keys and values: more slots while these do not need it.
+        sessions: bytes of the budget set aside for sessions: what they need beyond is taken from the slots, down to E;
+            None: there is no budget. lend: more slots while sessions do not need it all.
         sums: uint32 [L * E], the CRC-32 of every blob, compared when it is first read; None compares nothing.
         cached: read from the system's page cache, and drop nothing from it, where it holds the file.
 
@@ -33,8 +34,8 @@ cdef class ExpertPaging:
     """
 
     def __cinit__(self, config, path, offsets, size_t blob_bytes, int64_t slots, *, int io_threads=IO_THREADS,
-                  policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, size_t lent=0, sums=None,
-                  bint cached=False):
+                  policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, sessions=None, bint lend=False,
+                  sums=None, bint cached=False):
         cdef const int64_t[::1] table = offsets
         cdef const uint32_t[::1] checksums = sums
         cdef st_pager_config pager
@@ -51,8 +52,11 @@ cdef class ExpertPaging:
         encoded = policy.encode() if policy is not None else b""
         pager.read, pager.source = st_reader_read, self.reader
         pager.experts, pager.offsets, pager.bytes = experts, &table[0], blob_bytes
-        self.experts, self.lent, self.slot_bytes, self.own_slots = experts, lent, blob_bytes, slots
-        self.most_slots = max(slots, min(experts, slots + <int64_t>(lent // blob_bytes)))
+        self.experts, self.slot_bytes, self.own_slots, self.least_slots = experts, blob_bytes, slots, E
+        self.sessions, self.lend = -1 if sessions is None else sessions, lend
+        self.most_slots = slots
+        if lend and sessions is not None:
+            self.most_slots = max(slots, min(experts, slots + self.sessions // <int64_t>blob_bytes))
         self.arena, self.slot_arena = Arena(), Arena()
         self.slot_memory = <uint8_t *>self.slot_arena.take_apart(self.most_slots * blob_bytes)
         pager.memory, pager.slots, pager.io_threads = self.slot_memory, self.most_slots, io_threads
@@ -87,20 +91,22 @@ cdef class ExpertPaging:
 
     @property
     def bytes(self):
-        """Bytes of the slots that are the budget's own; those beyond are memory of the KV cache."""
-        return self.own_slots * self.slot_bytes + self.arena.bytes
+        """Bytes of the slots that are the budget's own; those beyond are memory of the sessions."""
+        return min(self.slots, self.own_slots) * self.slot_bytes + self.arena.bytes
 
-    cdef int fit(self, size_t kv_bytes) except -1:
-        """Gives slots to the pager, or takes them back, as the memory set aside for keys and values is free or needed.
+    cdef int fit(self, int64_t in_use) except -1:
+        """Gives slots to the pager, or takes them back, as sessions need the memory set aside for them, less, or more.
 
-        kv_bytes: what they take. Not while experts are in use.
+        in_use: bytes that they take. Not while experts are in use.
         """
-        cdef int64_t slots = self.own_slots
-        if self.state.pager == NULL or self.most_slots == self.own_slots:
+        cdef int64_t slots = self.own_slots, size = self.slot_bytes, free = self.sessions - in_use
+        if self.state.pager == NULL or self.sessions < 0:
             return 0
-        if kv_bytes + ST_MEMORY_GRAIN < self.lent:
-            slots += <int64_t>((self.lent - kv_bytes - ST_MEMORY_GRAIN) // self.slot_bytes)
-        slots = min(slots, self.most_slots)
+        if free < 0:
+            slots -= (size - 1 - free) // size
+        elif self.lend and free > ST_MEMORY_GRAIN:
+            slots += (free - ST_MEMORY_GRAIN) // size
+        slots = max(self.least_slots, min(slots, self.most_slots))
         if slots == self.slots:
             return 0
         with nogil:
