@@ -7,7 +7,7 @@ from smallthinker_edge._native.memory cimport Arena
 from smallthinker_edge._native.weights cimport Shape
 
 cdef enum:
-    FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/performance.md, short batches)
+    FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/notes/2026-11-25-speculation.md)
 
 # What one thread needs for itself.
 cdef struct Scratch:

@@ -9,7 +9,7 @@ import os
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
 
-# Measured in docs/performance.md, "Under a memory cap".
+# Measured: docs/notes/2026-11-24-reads-of-experts.md.
 cdef enum:
     IO_THREADS = 1
     AHEAD_LAYERS = 2
@@ -112,7 +112,7 @@ cdef class ExpertPaging:
         return 0
 
     def stats(self):
-        """Counts since it was opened; see docs/performance.md for what they mean."""
+        """Counts since it was opened; SmallThinker.stats() says what they mean."""
         cdef st_pager_stats stats
         self.check_open()
         st_pager_get_stats(self.state.pager, &stats)
