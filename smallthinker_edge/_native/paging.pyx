@@ -1,5 +1,8 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Experts that live in a packed file: slots, the pager over them, and what it counts. Used by engine.pyx."""
+"""Experts that live in a packed file: slots, the pager over them, and what it counts.
+
+Made by model.py, used by engine.pyx and kv_cache.pyx; hot_experts.py saves and restores the counts of uses.
+"""
 cimport cython
 from libc.errno cimport errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
