@@ -1,10 +1,10 @@
-"""Compares this library with llama.cpp on one GGUF file: `make bench` runs it, docs/performance.md shows its results.
+"""Compares this library with llama.cpp on one GGUF file: `make bench` runs it.
 
     python benchmarks/compare.py MODEL.gguf --llama-python PYTHON [--threads 2] [--output build/bench/NAME]
 
 Each engine lives in a process of its own and sleeps while the other one works; they take turns job by job on the same
-random tokens. Writes NAME.json and NAME.md. Random tokens route differently from text: compare engines and builds
-with these figures, not experts' use.
+random tokens. Writes NAME.json and its page, NAME.md; docs/measurements/ keeps such pairs. Random tokens route
+differently from text: compare engines and builds with these figures, not experts' use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures what long contexts, KV types and short batches cost, as docs/context.md reports them.
+"""Measures what long contexts, KV types and short batches cost.
 
     python benchmarks/context.py MODEL.gguf [--positions 4096 16384] [--decode 24] [--output FILE]
 

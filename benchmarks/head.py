@@ -1,6 +1,6 @@
 """Measures what a sparse LM head saves: milliseconds of a decoded token and of its head, by the share of rows computed.
 
-    python benchmarks/head.py MODEL.gguf [--shares 0.01 0.05 0.2] [--output docs/measurements/head.md]
+    python benchmarks/head.py MODEL.gguf [--shares 0.01 0.05 0.2] [--output FILE]
 
 MODEL needs a predictor (tools/models/train_lm_head_predictor.py). For every share a threshold is searched that lets so
 many rows through, so that the times hold for any predictor of that inner width. The model is opened without its

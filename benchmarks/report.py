@@ -1,13 +1,12 @@
 """Puts the figures of compare.py into words: medians, ratios, bytes per second. It measures nothing.
 
-python benchmarks/report.py                  # refreshes the tables of docs/performance.md
-python benchmarks/report.py RESULT.json      # prints one result as Markdown
+python benchmarks/report.py                  # writes the page of each comparison in docs/measurements/
+python benchmarks/report.py RESULT.json      # prints one page
 """
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from typing import Any
 from traffic import Traffic
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "measurements"
 OURS = "smallthinker_edge"
 
@@ -160,8 +158,12 @@ def notes(result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    """All tables of one result."""
-    parts = [speed_table(result)]
+    """The page of one result: what it compares, all its tables, and how it was measured."""
+    parts = [
+        f"# {result['model']['name']}, {result['engines'][OURS]['kernels']}, {result['machine']['cpu']}",
+        "`make bench-docs` writes this page from the .json beside it; [README.md](README.md) says how it was measured.",
+        speed_table(result),
+    ]
     if result["read_limits"] and any(job["steps"] for job in jobs_of(result)):
         parts.append(traffic_table(result))
     if result["first_token"]:
@@ -169,18 +171,10 @@ def markdown(result: Result) -> str:
     return "\n\n".join([*parts, notes(result)]) + "\n"
 
 
-def refreshed(document: str, results: Path) -> str:
-    """The document with what stands between `<!-- NAME -->` and `<!-- end -->` made anew from the file results/NAME."""
-
-    def section(match: re.Match[str]) -> str:
-        path = results / match.group(1)
-        if path.suffix == ".json":
-            text = markdown(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            text = path.read_text(encoding="utf-8")
-        return f"<!-- {match.group(1)} -->\n{text.strip()}\n<!-- end -->"
-
-    return re.sub(r"<!-- (\S+\.(?:json|md)) -->\n.*?<!-- end -->", section, document, flags=re.DOTALL)
+def pages(results: Path = RESULTS) -> dict[Path, str]:
+    """The page of every comparison in a folder: its file, and its text made anew from the .json of the same name."""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    return {path.with_suffix(".md"): markdown(result) for path, result in found.items() if "runs" in result}
 
 
 def publish(table: str, about: str, others: object, output: str | None) -> None:
@@ -195,7 +189,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
         return
-    DOCUMENT.write_text(refreshed(DOCUMENT.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures prompt-lookup speculation: how often guesses are right and what they give, by the kind of text.
 
-    python benchmarks/speculation.py MODEL [--memory 1GiB] [--most 8] [--output docs/measurements/speculation.md]
+    python benchmarks/speculation.py MODEL [--memory 1GiB] [--most 8] [--output FILE]
 
 A model is made to say a given text, whatever its logits are, so that acceptance is that of the text and time that of
 the model: for synthetic models, whose own text is noise. Texts are JSON, code and prose of this repository, in tokens
@@ -25,7 +25,7 @@ from smallthinker_edge.cli.demo import SENTENCES, load_commands
 from smallthinker_edge.measure.limits import OtherProcesses
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = {"JSON": SENTENCES, "code": ROOT / "smallthinker_edge/session.py", "prose": ROOT / "docs/performance.md"}
+TEXTS = {"JSON": SENTENCES, "code": ROOT / "smallthinker_edge/session.py", "prose": ROOT / "docs/synthetic-models.md"}
 
 
 class Dictation:

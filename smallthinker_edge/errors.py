@@ -1,13 +1,14 @@
-"""Exceptions of the library. Everything that it raises on purpose derives from SmallThinkerError.
+"""The library's own exceptions, all under SmallThinkerError: what is wrong with a file, a budget, a session or memory.
 
-The native modules translate C status codes into these; nothing else in the package defines exceptions.
+Raised by Python and native modules alike; what other modules define for themselves does not leave the package. Wrong
+arguments and the use of what is closed are TypeError or ValueError, as anywhere in Python, a failing system OSError.
 """
 
 from __future__ import annotations
 
 
 class SmallThinkerError(Exception):
-    """Base class of every error raised by smallthinker_edge."""
+    """Base class of the exceptions that smallthinker_edge defines."""
 
 
 class ModelFormatError(SmallThinkerError, ValueError):

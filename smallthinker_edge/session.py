@@ -1,6 +1,6 @@
 """Session: one conversation's KV cache, and logits for people who sample themselves.
 
-Made by SmallThinker.session(); model.py's generation runs on it too. It never samples.
+Made by SmallThinker.session(); generations run on it too (stream.py). It never samples.
 """
 
 from __future__ import annotations

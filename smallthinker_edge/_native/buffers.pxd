@@ -9,7 +9,7 @@ from smallthinker_edge._native.weights cimport Shape
 cdef enum:
     NEURON_UNIT = 128  # neurons of a unit whose experts are in tiles: one st_q8x4
     NEURON_TOKENS = 32  # whose gate and up of such a unit are computed together
-    FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/performance.md, short batches)
+    FEW_TOKENS = 8  # up to which experts are read once, gate to down (docs/notes/2026-11-25-speculation.md)
 
 # What one thread needs for itself.
 cdef struct Scratch:

@@ -1,8 +1,8 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The engine: owns the weights, buffers, paging and thread team of one model, and hands them over to the forward pass.
 
-Called by opening.py (weights) and session.py (decode). It never opens files itself and never sees text. One Engine
-serves one decode at a time (session.py holds the lock); a KVCache belongs to one session.
+Made by model.py, filled by opening.py, run by session.py. It never opens files and never sees text. One Engine serves
+one decode at a time: session.py takes a turn (locks.pyx) for each. A KVCache belongs to one session.
 """
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals

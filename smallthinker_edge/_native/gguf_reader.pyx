@@ -23,7 +23,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 
-# Numbers of the GGUF specification (ggml project, docs/gguf.md).
+# Numbers of the GGUF specification (gguf.md of the ggml project).
 cdef enum:
     V_U8 = 0
     V_I8 = 1

@@ -1,8 +1,8 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
-"""The kernel tables and the layouts of matrices, one thin method each, for tests and benchmarks.
+"""The kernel tables and the layouts of matrices, one thin method each, for tests and measuring.
 
-Never called by the forward pass. Buffers are the caller's NumPy arrays, so that a test can put guard zones around
-them; only their sizes are checked.
+Never called by the forward pass; doctor.py takes the tables' names from here. Buffers are the caller's NumPy arrays, so
+that a test can put guard zones around them; only their sizes are checked.
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 from libc.stdlib cimport free, malloc

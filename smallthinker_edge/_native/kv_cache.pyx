@@ -1,7 +1,8 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The KV cache of one session: blocks of 256 positions that grow with the context and that forks share.
 
-It owns their memory; the forward pass writes through the KVView of a cache. It never computes. Used by session.py.
+It owns their memory; the forward pass writes through the KVView of a cache. It never computes.
+Used by session.py; session_file.py saves and loads them, plan.py asks what they will take.
 """
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t

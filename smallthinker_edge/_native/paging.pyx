@@ -1,5 +1,8 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Experts that live in a packed file: slots, the pager over them, and what it counts. Used by engine.pyx."""
+"""Experts that live in a packed file: slots, the pager over them, and what it counts.
+
+Made by model.py, used by engine.pyx and kv_cache.pyx; hot_experts.py saves and restores the counts of uses.
+"""
 cimport cython
 from libc.errno cimport errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
@@ -9,7 +12,7 @@ import os
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
 
-# Measured in docs/performance.md, "Under a memory cap".
+# Measured: docs/notes/2026-11-24-reads-of-experts.md.
 cdef enum:
     IO_THREADS = 1
     AHEAD_LAYERS = 2
@@ -118,7 +121,7 @@ cdef class ExpertPaging:
         return 0
 
     def stats(self):
-        """Counts since it was opened; see docs/performance.md for what they mean."""
+        """Counts since it was opened; SmallThinker.stats() says what they mean."""
         cdef st_pager_stats stats
         self.check_open()
         st_pager_get_stats(self.state.pager, &stats)

@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False
 """Floats to GGUF blocks, for the converter; see include/smallthinker/quantize.h.
 
-Called by convert.py, from several threads at once: nothing is shared and the GIL is released.
+Called by convert.py and requantize.py, from several threads at once: nothing is shared and the GIL is released.
 """
 from libc.stdint cimport int64_t, uint8_t, uint16_t
 

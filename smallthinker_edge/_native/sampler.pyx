@@ -1,7 +1,7 @@
 # cython: boundscheck=False, cdivision=True
 """Choosing the next token from a row of logits.
 
-Called by model.py, and by people who drive a Session themselves. It never sees the model.
+Made by model.py for stream.py, and by people who drive a Session themselves. It never sees the model.
 """
 from libc.float cimport FLT_MAX
 from libc.math cimport INFINITY, isnan

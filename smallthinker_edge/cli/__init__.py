@@ -1,7 +1,7 @@
 """The smallthinker-edge command: reads arguments, calls the library, prints.
 
 A module is a family of commands and a row of its COMMANDS is one of them. Nothing here computes: whatever the command
-line can do, Python code can do with the public API.
+line can do, Python code can do with the package's functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folder to GGUF: `smallthinker-edge convert`.
+"""A Hugging Face checkpoint folder, or a GGUF file by way of requantize.py, to GGUF: `smallthinker-edge convert`.
 
 Runs on the user's computer, never on the device: it needs the [convert] extra (the `gguf` package writes the
 header). Streams: threads read, quantise and write pieces of a few megabytes, so memory does not grow with the model.

@@ -1,6 +1,7 @@
 """Keeps the sessions of finished generations, so that a prompt that begins like an earlier one is not computed again.
 
-Called by generation.py around every generation. It never computes; results are those of a fresh session, bit for bit.
+Owned by model.py, called by stream.py around every generation. It never computes; results are those of a fresh
+session, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Which CPUs compute: affinity, cgroup quota, and the big cores of a big.LITTLE chip.
 
-Called by model.py (`threads=`) and doctor.py. It reads /proc and /sys only; `root` is there for the tests.
+Called by model.py (`threads=`), doctor.py and measure/bench.py. It reads /proc and /sys only; `root` is there for the
+tests.
 """
 
 from __future__ import annotations

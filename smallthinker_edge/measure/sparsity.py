@@ -1,6 +1,6 @@
 """Where skipping silent neurons pays: the FFN of one token against the share of active neurons.
 
-Run by `smallthinker-edge bench sparsity`; docs/performance.md shows its result. It times the kernels as the forward
+Run by `smallthinker-edge bench sparsity`; docs/measurements/ has its result. It times the kernels as the forward
 pass uses them, but not the forward pass itself.
 """
 

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <string.h>
 
-/* Tokens after which a use counts half. Measured with tools/replay.py: docs/performance.md, "Eviction". */
+/* Tokens after which a use counts half. Measured with tools/paging/replay.py: docs/notes/2026-11-24-eviction.md. */
 #define HALF_LIFE 128.0
 
 static double lru(double score, double now, double uses) {

@@ -16,8 +16,8 @@
 #include <unistd.h>
 
 enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
-/* A taker looks again for this long before it sleeps: with all cores asleep, what ends a read has to wake one first. 6
- * % more tokens a second, measured (docs/performance.md). */
+/* A taker looks again for this long before it sleeps: with all cores asleep, what ends a read has to wake one first.
+ * Measured: docs/notes/2026-11-24-reads-of-experts.md. */
 enum { SPIN_NS = 1000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
 

@@ -1,4 +1,4 @@
-/* The memory-read yardstick of `bench kernels` and make bench. The forward pass never calls it. */
+/* The memory-read yardstick of `bench`, `doctor` and `make bench`. The forward pass never calls it. */
 #include "smallthinker/bandwidth.h"
 
 /* One reader per vector width. Four sums, so that the loads do not wait for one another. */

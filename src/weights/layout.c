@@ -1,5 +1,5 @@
-/* Permutations between GGUF rows and the layouts of layout.h. Called by the loader, the packer and the experts
- * (expert.h); the forward pass only takes single rows of an embedding from here. */
+/* Permutations between GGUF rows and the layouts of layout.h. Called where weights are set, by the experts
+ * (expert.c) and by tests; the forward pass only takes single rows of an embedding from here. */
 #include "smallthinker/layout.h"
 
 #include <string.h>

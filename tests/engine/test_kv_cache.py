@@ -97,7 +97,7 @@ def test_q8_agrees_with_a_reference_that_rounds_like_it(head_dim: int, kv: str, 
 
 def test_q8_is_close_to_f16_on_text(demo_model: Path) -> None:
     # The mean is that of the few positions where the rounding makes the router choose another expert; the median is
-    # that of the rounding itself. docs/context.md has the figures.
+    # that of the rounding itself. docs/notes/2026-11-25-kv-rounding.md has the figures.
     rng = random.Random(0)
     with SmallThinker(demo_model) as exact, SmallThinker(demo_model, kv="q8_0") as small:
         ids: list[int] = []

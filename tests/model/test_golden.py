@@ -34,7 +34,7 @@ def test_logits_agree_with_llama_cpp(name: str, table: str) -> None:
             expected = recorded[f"logits_{i}"].astype(np.float32)
             got = open_session(str(model), table=table, context=len(tokens)).decode(tokens, all_logits=True)[first:]
             # The demo model's routers have near-ties; where llama.cpp's rounding takes the other expert, it leaves the
-            # float64 reference and we do not (docs/demo-model.md): so its typical row is compared.
+            # float64 reference and we do not (docs/notes/2026-11-24-demo-agreement.md): so its typical row is compared.
             kl = divergence(expected, got)
             assert (np.median(kl) if name == "demo" else kl.mean()) < 1e-3
 

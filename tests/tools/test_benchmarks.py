@@ -184,21 +184,14 @@ def test_markdown_shows_ratio_and_share_of_the_median_read_limit() -> None:
     assert "0.5 GB/s" in text
     assert "| smallthinker_edge, decode, empty context | 2 MB | 0.2 GB/s | 40% |" in text
     assert "2026-01-02; A CPU, 2 CPUs, 4 GiB" in text
+    assert text.startswith("# m, avx2, A CPU\n")
 
 
-def test_refreshing_replaces_only_marked_sections(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("new\n")
-    (tmp_path / "b.json").write_text(json.dumps(result_of([1], {})))
-    document = "before\n<!-- a.md -->\nold\n<!-- end -->\nbetween\n<!-- b.json -->\n<!-- end -->\nafter\n"
-    once = report.refreshed(document, tmp_path)
-    assert once.startswith("before\n<!-- a.md -->\nnew\n<!-- end -->\nbetween\n<!-- b.json -->\n| tokens per second")
-    assert once.endswith("<!-- end -->\nafter\n")
-    assert report.refreshed(once, tmp_path) == once
-
-
-def test_performance_document_shows_the_measurements_beside_it() -> None:
-    document = report.DOCUMENT.read_text(encoding="utf-8")
-    assert report.refreshed(document, report.RESULTS) == document
+def test_every_comparison_of_a_folder_has_its_page(tmp_path: Path) -> None:
+    result = result_of([1], {})
+    (tmp_path / "b.json").write_text(json.dumps(result))
+    (tmp_path / "other.json").write_text("{}")
+    assert report.pages(tmp_path) == {tmp_path / "b.md": report.markdown(result)}
 
 
 def test_comparison_measures_this_library_alone(demo_model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from datetime import date
 from pathlib import Path
 
 from run_on_arm import ARM64, python_command
@@ -78,7 +79,8 @@ def main() -> None:
                   f"{ours / theirs:.3f}; best token {best} and {their_best}", flush=True)  # fmt: skip
     if arguments.name:
         known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        RESULT.write_text(json.dumps({**known, arguments.name: results}, indent=1) + "\n")
+        known[arguments.name] = {"date": date.today().isoformat(), "tokens": arguments.tokens, "cpus": results}
+        RESULT.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

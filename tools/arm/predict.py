@@ -1,9 +1,9 @@
 """Predicts tokens per second on boards that were not at hand, from instruction counts, and says on what assumptions.
 
 `predict.py measure` counts the instructions that kernels execute under qemu (user mode, with insn_count.c) into
-docs/measurements/arm-counts.json; `predict.py loops` asks llvm-mca for the cycles of inner loops; `predict.py table`
-computes the table of docs/arm.md. Needs gcc, ziglang, llvm-mca and a qemu-user that loads plugins (Debian's static one
-does not). Not used by the library.
+docs/measurements/arm-counts.json, from which arm_pages.py makes the predictions; `predict.py loops` asks llvm-mca for
+the cycles of inner loops. Needs gcc, ziglang, llvm-mca and a qemu-user that loads plugins (Debian's static one does
+not). Not used by the library.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,13 @@ def measure(qemu: str) -> dict[str, Any]:
                 command = [qemu, "-cpu", cpu, "-plugin", plugin, program, kernel, table]
                 (few, weights), (many, _) = count([*command, "1"]), count([*command, "3"])
                 result[table][kernel] = round((many - few) / 2 / weights, 4)
-    return {"instructions_per_weight": result}
+    told = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
+    return {
+        "date": date.today().isoformat(),
+        "compiler": f"clang of zig {version('ziglang')}",
+        "qemu": "qemu-user " + re.findall(r"version (\d+\.\d+)", told)[0],
+        "instructions_per_weight": result,
+    }
 
 
 def inner_loop(listing: str, function: str) -> list[str]:
@@ -193,7 +201,7 @@ BOARDS = (
 # The technical report's figures for its own engine on a Raspberry Pi 5 (model, budget in GiB or 0: none).
 REPORT = {("4B", 0): 28.77, ("21B", 0): 6.61, ("4B", 1): 0.75}
 SILENT = 0.62  # median share of silent neurons (report, figure 4)
-MISS_1GIB = 0.18  # of the 4B's experts with 314 slots (docs/performance.md)
+MISS_1GIB = 0.18  # of the 4B's experts with 314 slots (docs/notes/2026-11-24-reads-of-experts.md)
 # Norms, attention over a short context, router, quantisation, Python: a whole token of a model of the 4B's shapes
 # executes 1.06 (dotprod) and 1.07 (neon) times what its matrices do (docs/measurements/arm-tokens.json).
 OVERHEAD = 1.07
@@ -209,21 +217,6 @@ def predict(model: Model, board: Board, counts: dict[str, Any], misses: float) -
     return {"compute": compute, "memory": memory, "storage": storage, "total": max(compute, memory) + storage}
 
 
-def table(counts: dict[str, Any]) -> str:
-    """The predictions as Markdown."""
-    lines = ["| board | model, budget | computing | memory | storage | predicted tokens/s | report, authors' engine |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    cases = [("4B", 0, 0.0), ("21B", 0, 0.0), ("4B", 1, MISS_1GIB)]
-    for board in BOARDS:
-        for name, budget, misses in cases:
-            seconds = predict(MODELS[name], board, counts, misses)
-            parts = " | ".join(f"{1e3 * seconds[part]:.0f} ms" for part in ("compute", "memory", "storage"))
-            known = REPORT.get((name, budget)) if board.name.startswith("Pi 5") else None
-            where = f"{name}, {budget} GiB" if budget else f"{name}, all in memory"
-            lines.append(f"| {board.name} | {where} | {parts} | {1 / seconds['total']:.1f} | {known or ''} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -231,15 +224,12 @@ def main() -> None:
     measuring.add_argument("--qemu", default=shutil.which("qemu-aarch64") or "qemu-aarch64")
     looping = commands.add_parser("loops", help="instructions and cycles of inner loops, by llvm-mca")
     looping.add_argument("objects", nargs="+", metavar="FILE:FUNCTION:WEIGHTS")
-    commands.add_parser("table", help="print the predictions")
     arguments = parser.parse_args()
     if arguments.command == "measure":
         COUNTS.parent.mkdir(parents=True, exist_ok=True)
         COUNTS.write_text(json.dumps(measure(arguments.qemu), indent=1) + "\n")
-    elif arguments.command == "loops":
-        loops(arguments.objects)
     else:
-        print(table(json.loads(COUNTS.read_text())))
+        loops(arguments.objects)
 
 
 if __name__ == "__main__":

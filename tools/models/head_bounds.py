@@ -10,8 +10,8 @@ bound is below the k-th best lower bound need not be read. Three bounds are trie
 - leading directions: rows and x in the basis of the head's principal components; the first quarter of the products
   exactly, the rest by Cauchy-Schwarz on the stored norms (a quarter of the bytes)
 
-States: the head's input in the model's own forward pass over random tokens. Prints docs/context.md's table. Needs the
-[convert] extra and, for a 4B, 5 GB.
+States: the head's input in the model's own forward pass over random tokens. What came out is in
+docs/notes/2026-11-25-head-bounds.md. Needs the [convert] extra and, for a 4B, 5 GB.
 """
 
 from __future__ import annotations

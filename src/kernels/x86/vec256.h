@@ -1,7 +1,8 @@
 /* The integer products of the 256-bit tables, included by avx2.c and avxvnni.c. The includer defines, for unsigned
- * bytes u times signed bytes s summed over one block of 32 columns: DOT(sum, u, s)       sum += u * s, at most 8 times
- * with u <= 15 before TO_I32(sum)          eight 32-bit sums of four neighbouring products each DOT_SIGNED(w, s) eight
- * 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
+ * bytes u times signed bytes s summed over one block of 32 columns:
+ *   DOT(sum, u, s)    sum += u * s, at most 8 times with u <= 15 before TO_I32
+ *   TO_I32(sum)       eight 32-bit sums of four neighbouring products each
+ *   DOT_SIGNED(w, s)  eight 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
 #include "../plain.h"
 #include "../table.h"
 #include "prefetch.h"
