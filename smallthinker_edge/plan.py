@@ -21,9 +21,9 @@ from smallthinker_edge.machine.memory import parse_memory
 
 logger = logging.getLogger(__name__)
 
-# Kernel memory besides page tables, thread stacks, the page cache of an embedding that is read by rows (6 MB), and what
+# Kernel memory besides page tables, thread stacks, file pages (of an embedding that is read by rows, 6 MB), and what
 # Python does while running.
-MARGIN = 12 << 20
+MARGIN = 16 << 20
 ENTRY = 8  # bytes a page takes in a page table
 
 
