@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.printable import printable
 
 ARCHITECTURE, MODEL_TYPE = "SmallThinkerForCausalLM", "smallthinker"
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
@@ -103,7 +104,7 @@ class Checkpoint:
             f for f in os.listdir(folder) if f.endswith(WEIGHT_SUFFIXES) and f not in {*files, PREDICTOR_FILE}
         )
         if stray:
-            warnings.warn(f"{folder}: not read: {', '.join(stray):.400}", stacklevel=2)
+            warnings.warn(printable(f"{folder}: not read: {', '.join(stray):.400}"), stacklevel=2)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -164,7 +165,7 @@ class Checkpoint:
         for name in sorted(set(self._places) - set(read)):
             path = self._places[name].path
             if name.endswith(".rotary_emb.inv_freq"):
-                warnings.warn(f"{name}: not needed and left out", stacklevel=2)
+                warnings.warn(printable(f"{name}: not needed and left out"), stacklevel=2)
             elif name == "lm_head.weight" and tied:
                 if not self.same(name, "model.embed_tokens.weight"):
                     raise ModelFormatError(
@@ -194,7 +195,8 @@ class CheckpointConfig:
         known = READ_KEYS | HARMLESS_KEYS | NEUTRAL_VALUES.keys() | {"moe_layer_layout", *SECONDARY_EXPERTS}
         unknown = sorted(key for key in self.values.keys() - known if self.values[key] is not None)
         if unknown:
-            warnings.warn(f"{self.path}: unknown keys were ignored: {', '.join(unknown):.400}", stacklevel=2)
+            message = f"{self.path}: unknown keys were ignored: {', '.join(unknown):.400}"
+            warnings.warn(printable(message), stacklevel=2)
 
     def _check_architecture(self) -> None:
         """The 21B's file has no model_type, older ones have no architectures; one is enough, and neither may differ."""
