@@ -200,6 +200,11 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
 
+cdef extern from "smallthinker/eviction.h" nogil:
+    ctypedef struct st_eviction:
+        pass
+    const st_eviction *st_eviction_find(const char *name)
+
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)
     void st_memory_free(void *p, size_t bytes)
