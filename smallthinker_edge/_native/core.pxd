@@ -155,6 +155,7 @@ cdef extern from "smallthinker/reader.h" nogil:
     void st_reader_close(st_reader *reader)
     int st_reader_direct(const st_reader *reader)
     int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer)
+    int st_read_at(int fd, int64_t offset, size_t size, void *buffer)
 
 cdef extern from "smallthinker/pager.h" nogil:
     ctypedef struct st_pager:

@@ -13,11 +13,13 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
+from smallthinker_edge._native.source import SourceFile
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.printable import printable
 
@@ -136,9 +138,9 @@ class Checkpoint:
         """
         path, dtype, _, offset = self._places[name]
         count = self.size(name) - first if count is None else count
-        raw = np.fromfile(path, DTYPES[dtype], count, offset=offset + first * DTYPES[dtype].itemsize)
-        if raw.size != count:
-            raise ModelFormatError("cannot be read whole", path=path, field=name)
+        size = DTYPES[dtype].itemsize
+        with closing(SourceFile(path)) as file:
+            raw = file.read(offset + first * size, count * size, name).view(DTYPES[dtype])
         return raw.astype(np.float32) if dtype == "F16" else raw
 
     def floats(self, name: str, first: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
@@ -314,15 +316,15 @@ def _weight_files(folder: str, promised: dict[str, str]) -> list[str]:
 
 def read_header(path: str) -> dict[str, Place]:
     """The tensors of a safetensors file. Raises ModelFormatError, naming the tensor, where the header lies."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with closing(SourceFile(path)) as file:
+        size = file.size
         if size < 8:
             raise ModelFormatError("is too short for a safetensors file", path=path, field="header")
-        (length,) = struct.unpack("<Q", file.read(8))
+        (length,) = struct.unpack("<Q", file.read(0, 8, "header").data)
         if length > min(size - 8, MAX_HEADER):
             message = f"a header of {length} bytes does not fit the file, or is over {MAX_HEADER}"
             raise ModelFormatError(message, path=path, field="header")
-        encoded = file.read(length)
+        encoded = file.read(8, length, "header").tobytes()
     try:
         header = json.loads(encoded.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as problem:

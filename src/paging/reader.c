@@ -1,4 +1,5 @@
-/* Reads for the pager's I/O threads. Knows offsets and sizes, and nothing of experts. */
+/* Reads for the pager's I/O threads, and of single rows and headers. Knows offsets and sizes, and nothing of experts.
+ */
 #define _GNU_SOURCE
 #include "smallthinker/reader.h"
 
@@ -132,5 +133,20 @@ int st_reader_read(void *arg, int64_t offset, size_t size, void *buffer) {
         (void)posix_fadvise(reader->fd, start, end - start, POSIX_FADV_DONTNEED);
     }
 #endif
+    return 0;
+}
+
+int st_read_at(int fd, int64_t offset, size_t size, void *buffer) {
+    for (size_t done = 0; done < size;) {
+        ssize_t got = pread(fd, (char *)buffer + done, size - done, offset + (int64_t)done);
+        if (got > 0) {
+            done += (size_t)got;
+        } else if (got == 0) {
+            errno = 0;
+            return ST_ERR_IO;
+        } else if (errno != EINTR) {
+            return ST_ERR_IO;
+        }
+    }
     return 0;
 }

@@ -41,6 +41,10 @@ SCENARIOS = {
     "paged-untied": {"OPEN", "READ", "WRITE", "SYNC", "RENAME", "ALLOC", "MAP", "THREAD"},
     "free": {"OPEN", "READ", "WRITE", "SYNC", "RENAME", "ALLOC", "MAP", "THREAD"},
     "gguf": {"OPEN", "READ", "WRITE", "SYNC", "RENAME", "ALLOC", "MAP", "THREAD"},
+    "pack": {"OPEN", "READ", "WRITE", "RESERVE", "SYNC", "RENAME", "ALLOC"},
+    "unpack": {"OPEN", "READ", "WRITE", "RESERVE", "SYNC", "RENAME", "ALLOC"},
+    "convert": {"OPEN", "READ", "WRITE", "TRUNCATE", "SYNC", "RENAME", "ALLOC"},
+    "requantize": {"OPEN", "READ", "WRITE", "TRUNCATE", "SYNC", "RENAME", "ALLOC"},
 }
 MEMORY_KINDS = ("ALLOC", "THREAD")  # of our shared object only: what fails is an error of ours
 SHORT, END, STALL = -1, -2, -3
@@ -153,7 +157,7 @@ class Use:
 class Write:
     """Writes a file over an older one."""
 
-    def __init__(self, target: Path, write: Callable[[str], None]) -> None:
+    def __init__(self, target: Path, write: Callable[[str], object]) -> None:
         self.target, self.write = target, write
 
     expected: Any = None
@@ -211,7 +215,11 @@ def scenarios(shim: Shim, folder: Path) -> dict[str, Callable[[], Scenario]]:
 
     def unpacks() -> Write:
         path = packed()
-        return Write(folder / "out.gguf", lambda target: [unpack(path, target)][0] and None)
+        return Write(folder / "out.gguf", lambda target: unpack(path, target))
+
+    def requantized() -> Write:
+        path = write_model(folder / "model.gguf", types="F16")
+        return Write(folder / "out.gguf", lambda target: convert(path, target, "q8_0"))
 
     return {
         "paged": tied,
@@ -221,6 +229,7 @@ def scenarios(shim: Shim, folder: Path) -> dict[str, Callable[[], Scenario]]:
         "pack": packs,
         "unpack": unpacks,
         "convert": converted,
+        "requantize": requantized,
     }
 
 
