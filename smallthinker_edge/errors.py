@@ -6,6 +6,8 @@ arguments and the use of what is closed are TypeError or ValueError, as anywhere
 
 from __future__ import annotations
 
+from smallthinker_edge.printable import printable
+
 
 class SmallThinkerError(Exception):
     """Base class of the exceptions that smallthinker_edge defines."""
@@ -13,6 +15,8 @@ class SmallThinkerError(Exception):
 
 class ModelFormatError(SmallThinkerError, ValueError):
     """A model file is damaged, truncated, or of a kind that this library does not read.
+
+    What the file says is escaped in the message, not in the attributes.
 
     Attributes:
         path: the file, or None when the model did not come from one.
@@ -28,10 +32,10 @@ class ModelFormatError(SmallThinkerError, ValueError):
         self.offset = offset
         where = [str(path)] if path is not None else []
         if field is not None:
-            where.append(f"field {field!r}")
+            where.append(f"field {field!r:.200}")
         if offset is not None:
             where.append(f"at byte {offset}")
-        super().__init__(f"{', '.join(where)}: {message}" if where else message)
+        super().__init__(printable(f"{', '.join(where)}: {message}" if where else message))
 
 
 class SessionFormatError(ModelFormatError):

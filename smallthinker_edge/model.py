@@ -76,7 +76,7 @@ class SmallThinker:
     Raises:
         ModelFormatError: the file is damaged or of another kind.
         MemoryBudgetError: the budget is too small; the message names one that works.
-        OSError: the file cannot be opened. ValueError: an argument is out of range.
+        OSError: the file cannot be opened or read. ValueError: an argument is out of range.
 
     The environment variable SMALLTHINKER_CPU names a kernel table to use instead of the best one. Methods may be
     called from several threads; computing takes turns.
@@ -210,9 +210,8 @@ class SmallThinker:
 
     def _drop_caches(self) -> None:
         """Takes what was read until now out of the page cache, which a memory limit counts."""
-        if isinstance(self._file, PackedFile):
-            self._file.drop_cache()
-            drop_library_cache()
+        self._file.forget()
+        drop_library_cache()
 
     def save_profile(self, path: str | os.PathLike[str] | None = None) -> str:
         """Writes which experts were used lately, for the next start to read first, and returns the file's name.
@@ -283,7 +282,7 @@ class SmallThinker:
         """See session_file.model_hash(): read once, when a session is first saved or loaded."""
         if self._hash is None:
             self._open_engine()
-            self._hash = model_hash(self._file)
+            self._hash = model_hash(self._file, self.plan.limit is not None)
         return self._hash
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:

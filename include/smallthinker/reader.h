@@ -1,4 +1,4 @@
-/* Reads of whole blocks from a model file. */
+/* Reads from a model file: of whole blocks past the page cache, and of any bytes. */
 #ifndef SMALLTHINKER_READER_H
 #define SMALLTHINKER_READER_H
 
@@ -18,5 +18,9 @@ int st_reader_direct(const st_reader *reader);
 
 /* Reads exactly size bytes; from any thread. 0, or ST_ERR_IO after retries (also when the file is too short). */
 int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer);
+
+/* Reads exactly size bytes at an offset of an open file; from any thread. 0; ST_ERR_IO with errno set, to 0 where the
+ * file ends before. */
+int st_read_at(int fd, int64_t offset, size_t size, void *buffer);
 
 #endif

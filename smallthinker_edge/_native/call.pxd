@@ -30,6 +30,7 @@ cdef struct Call:
     int32_t *trace         # [n][L][K] that takes the chosen experts, or NULL
     int64_t undecided      # tokens that have not chosen this layer's experts yet; all threads count it down
     int failed             # set by thread 0: an expert could not be read
+    int no_row             # set by any thread: a row of the embedding could not
     int not_finite         # set by any thread, see check_finite()
     void *caller           # of `interrupted`
     bint (*interrupted)(void *caller) noexcept nogil

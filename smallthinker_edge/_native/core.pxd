@@ -160,6 +160,7 @@ cdef extern from "smallthinker/reader.h" nogil:
     void st_reader_close(st_reader *reader)
     int st_reader_direct(const st_reader *reader)
     int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer)
+    int st_read_at(int fd, int64_t offset, size_t size, void *buffer)
 
 cdef extern from "smallthinker/pager.h" nogil:
     ctypedef struct st_pager:
@@ -204,6 +205,11 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
+
+cdef extern from "smallthinker/eviction.h" nogil:
+    ctypedef struct st_eviction:
+        pass
+    const st_eviction *st_eviction_find(const char *name)
 
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)

@@ -134,7 +134,7 @@ cdef class Engine:
 
     @property
     def bytes(self):
-        """Bytes of weights, buffers and expert slots (views of the file not counted)."""
+        """Bytes of weights, buffers and expert slots (rows that are read from the file not counted)."""
         paged = 0 if self.paging is None else self.paging.bytes
         return self.weights.bytes + self.buffers.bytes + paged
 
@@ -175,8 +175,9 @@ cdef class Engine:
                 infinity (but all, where no score is). None, or no predictor: all.
             cancel: anything with is_set(), or None; looked at about every 50 ms, as is Ctrl-C in the main thread.
 
-        Raises ExpertReadError when experts cannot be read, DecodeCancelled when cancelled, NotFiniteError where a value
-        of attention or a logit is not finite: the cache's position stays, and decoding may be retried.
+        Raises ExpertReadError when experts, or rows of an embedding, cannot be read, DecodeCancelled when cancelled,
+        NotFiniteError where a value of attention or a logit is not finite: the cache's position stays, and decoding may
+        be retried.
         """
         cdef Call *call = &self.call
         cdef const int32_t[::1] ids = tokens
@@ -201,7 +202,7 @@ cdef class Engine:
         self.computing = True  # from here to where it is False again nothing raises
         with nogil:
             stopped = self.run()
-        done = not (stopped or call.failed or call.not_finite)
+        done = not (stopped or call.failed or call.no_row or call.not_finite)
         cache.advance(&ids[0], n, done)
         self.computing = False
         self.rows_read += n
@@ -216,6 +217,8 @@ cdef class Engine:
         interrupt, self.cancel, self.interrupt = self.interrupt, None, None
         if stopped:
             raise interrupt
+        if call.no_row:
+            raise ExpertReadError("a row of the embedding cannot be read from the file; nothing was decoded")
         if call.failed:
             raise ExpertReadError("expert weights in the file cannot be read or are damaged; nothing was decoded")
         if call.not_finite:
@@ -262,7 +265,7 @@ cdef class Engine:
         cdef Paging *paging = call.paging
         cdef bint stopped
         cdef int64_t started = nanoseconds()
-        call.failed = call.not_finite = 0
+        call.failed = call.no_row = call.not_finite = 0
         call.look_at = started + LOOK_NS
         if paging.pager != NULL:
             st_pager_interrupt(paging.pager, 0)
@@ -272,9 +275,9 @@ cdef class Engine:
             self.tail_ns += st_pager_since_arrival(paging.pager)
             st_pager_release(paging.pager, paging.held, paging.n_held)
             paging.n_held = 0
-            if call.failed or stopped:
+            if call.failed or call.no_row or stopped:
                 st_pager_ahead(paging.pager, NULL, 0)
-        if not (call.failed or stopped):
+        if not (call.failed or call.no_row or stopped):
             paging.clock += call.n
             self.check_logits()
         self.decode_ns += nanoseconds() - started

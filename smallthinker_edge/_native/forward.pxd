@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t
 from smallthinker_edge._native.attention cimport (
     attention_phase, attention_units, output_phase, output_units, projection_phase, projection_units)
 from smallthinker_edge._native.buffers cimport Scratch
-from smallthinker_edge._native.call cimport Call, next_unit, shared_inputs
+from smallthinker_edge._native.call cimport Call, next_unit, set_flag, shared_inputs
 from smallthinker_edge._native.core cimport st_team_barrier, st_team_stopped
 from smallthinker_edge._native.experts cimport expert_phases, neuron_units
 from smallthinker_edge._native.head cimport first_head_units, head_phase
@@ -20,6 +20,8 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
     cdef const Layer *layer
     cdef int64_t l, last = call.weights.shape.layers - 1, next_units = shared_inputs(call, projection_units(call))
     embed(call, tid, scratch, next_units)
+    if call.no_row:
+        return
     for l in range(last + 1):
         layer = call.weights.layers + l
         projection_phase(call, layer, l, tid, scratch)
@@ -47,12 +49,13 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
 
 
 cdef inline void embed(Call *call, int tid, Scratch *scratch, int64_t next_units) noexcept nogil:
-    """x = the tokens' rows of the embedding."""
+    """x = the tokens' rows of the embedding; marks the call where one cannot be read, for all threads to see."""
     cdef int64_t t
     while True:
         t = next_unit(call, tid)
         if t < 0:
             break
-        read_row(&call.weights.embedding, call.tokens[t], scratch.row,
-                 call.buffers.x + t * call.weights.shape.d_padded)
+        if not read_row(&call.weights.embedding, call.tokens[t], scratch.row,
+                        call.buffers.x + t * call.weights.shape.d_padded):
+            set_flag(&call.no_row)
     st_team_barrier(call.team, next_units)

@@ -1,6 +1,7 @@
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import overload
+
+from smallthinker_edge._native.source import SourceFile
 
 class StringArray(Sequence[str]):
     def __len__(self) -> int: ...
@@ -13,7 +14,7 @@ class StringArray(Sequence[str]):
 
 class Part:
     path: str
-    mapping: mmap.mmap
+    file: SourceFile
     metadata: dict[str, object]
     tensors: list[tuple[str, str, tuple[int, ...], int, int]]
     version: int

@@ -1,14 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Reads the header of one GGUF file: metadata and tensor table, from a read-only memory mapping.
+"""Reads the header of one GGUF file: metadata and tensor table.
 
 Called by files/gguf.py. Never interprets a weight, never writes, and trusts no number in the file before checking it.
 """
 
-import errno
-import mmap
 import operator
-import os
-import stat
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,11 +12,12 @@ import numpy as np
 from smallthinker_edge._native.layouts import OTHER_TYPES, TYPES
 from smallthinker_edge.errors import ModelFormatError, OutOfMemoryError
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
+
+from smallthinker_edge._native.source cimport SourceFile
 
 
 # Numbers of the GGUF specification (gguf.md of the ggml project).
@@ -43,7 +40,12 @@ cdef enum:
 DEF_ALIGNMENT = 32
 cdef uint64_t MAX_ALIGNMENT = 1 << 20
 cdef uint64_t MAX_NAME = 65535            # the specification's limit for a key
-cdef uint64_t MAX_ARRAY = 1 << 24         # elements; 100 times the largest vocabulary in use
+# What a file may make us keep in memory, whatever its own size: 10 times the largest vocabularies in use.
+cdef uint64_t MAX_HEADER = 64 << 20       # bytes before the tensors
+cdef uint64_t MAX_ELEMENTS = 1 << 22      # of all arrays together
+cdef uint64_t MAX_KEYS = 1 << 16
+cdef uint64_t MAX_TENSORS = 1 << 17
+cdef uint64_t FIRST_READ = 1 << 16
 cdef uint64_t MIN_KEY = 8 + 4 + 1         # bytes of the smallest key-value pair
 cdef uint64_t MIN_TENSOR = 8 + 4 + 8 + 4 + 8
 
@@ -151,23 +153,22 @@ Sequence.register(StringArray)
 
 
 cdef int measure_strings(
-    const uint8_t *data, uint64_t size, uint64_t *position, uint64_t count, uint64_t *text_bytes
+    const uint8_t *data, uint64_t loaded, uint64_t *position, uint64_t *count, uint64_t *text_bytes
 ) noexcept nogil:
-    """Walks `count` length-prefixed strings from data[*position]: 0, or -1 with *position at the bad one."""
-    cdef uint64_t pos = position[0], total = 0, length, _i
-    for _i in range(count):
-        if size - pos < 8:
-            position[0] = pos
-            return -1
+    """Walks `count` length-prefixed strings from data[*position]: 0, or -1 where data ends, with *position at the
+    string that goes on and *count of them left."""
+    cdef uint64_t pos = position[0], length
+    while count[0]:
+        if loaded - pos < 8:
+            break
         memcpy(&length, data + pos, 8)
-        if length > size - pos - 8:
-            position[0] = pos
-            return -1
+        if length > loaded - pos - 8:
+            break
         pos += 8 + length
-        total += length
+        text_bytes[0] += length
+        count[0] -= 1
     position[0] = pos
-    text_bytes[0] = total
-    return 0
+    return -1 if count[0] else 0
 
 
 cdef void copy_strings(
@@ -185,36 +186,42 @@ cdef void copy_strings(
 
 
 cdef class Cursor:
-    """Bounds-checked reads from one mapped file. Holds the buffer, so the mapping cannot go away under it."""
+    """Bounds-checked reads from the beginning of one file, of which it holds as much as was asked for up to now."""
 
-    cdef Py_buffer view
-    cdef bint held
-    cdef const uint8_t *data
-    cdef uint64_t size
+    cdef SourceFile file
+    cdef uint8_t *data
+    cdef uint64_t loaded  # bytes in data, from the file's first on
+    cdef uint64_t size    # of the file
     cdef uint64_t pos
+    cdef uint64_t elements
     cdef readonly str path
     cdef public str field
 
-    def __cinit__(self, object mapping, str path):
-        self.held = False
-        PyObject_GetBuffer(mapping, &self.view, PyBUF_SIMPLE)
-        self.held = True
-        self.data = <const uint8_t *>self.view.buf
-        self.size = <uint64_t>self.view.len
-        self.pos = 0
-        self.path = path
-        self.field = None
+    def __cinit__(self, SourceFile file not None):
+        self.file, self.path, self.size = file, file.path, file.size
 
     def __dealloc__(self):
-        self.release()
+        free(self.data)
 
-    cdef void release(self):
-        if self.held:
-            self.held = False
-            self.data = NULL
-            self.size = 0
-            self.pos = 0
-            PyBuffer_Release(&self.view)
+    cdef int load(self, uint64_t end) except -1:
+        """Has data hold the file's first `end` bytes; end <= size."""
+        cdef uint8_t *more
+        cdef uint64_t wanted = min(self.size, max(end, 2 * self.loaded, FIRST_READ))
+        if end <= self.loaded:
+            return 0
+        if end > MAX_HEADER:
+            raise self.error(f"goes on beyond the {MAX_HEADER} bytes that a header may have")
+        wanted = min(wanted, MAX_HEADER)
+        more = <uint8_t *>malloc(wanted)
+        if more == NULL:
+            raise OutOfMemoryError(f"no memory for the header of {self.path}")
+        if self.loaded:
+            memcpy(more, self.data, self.loaded)
+        free(self.data)
+        self.data = more
+        self.file.read_into(self.loaded, wanted - self.loaded, self.data + self.loaded, self.field)
+        self.loaded = wanted
+        return 0
 
     cdef object error(self, str message, object offset=None):
         return ModelFormatError(
@@ -224,7 +231,7 @@ cdef class Cursor:
     cdef int need(self, uint64_t count) except -1:
         if count > self.size - self.pos:
             raise self.error(f"the file ends here: {count} bytes wanted, {self.size - self.pos} left")
-        return 0
+        return self.load(self.pos + count)
 
     cdef uint32_t u32(self) except? 0xFFFFFFFF:
         cdef uint32_t value
@@ -247,6 +254,7 @@ cdef class Cursor:
             raise self.error(
                 f"a string of {length} bytes does not fit in the {self.size - self.pos} that are left", start
             )
+        self.load(self.pos + length)
         text = PyUnicode_DecodeUTF8(<const char *>self.data + self.pos, <Py_ssize_t>length, errors)
         self.pos += length
         return text
@@ -330,10 +338,13 @@ cdef class Cursor:
             raise self.error(f"unknown type {kind} of array elements", start)
         if count > (self.size - self.pos) // width:
             raise self.error(f"an array of {count} elements is larger than the file", start + 4)
-        if count > MAX_ARRAY:
-            raise self.error(f"an array of {count} elements; at most {MAX_ARRAY} are read", start + 4)
+        if count > MAX_ELEMENTS - self.elements:
+            message = f"{count} elements more in arrays; at most {MAX_ELEMENTS} are read of a file"
+            raise self.error(message, start + 4)
+        self.elements += count
         if kind == V_STRING:
             return self.strings(count)
+        self.load(self.pos + count * width)
         cdef const uint8_t *at = self.data + self.pos
         numbers = np.frombuffer(
             (<const char *>at)[:<Py_ssize_t>(count * width)], dtype=ARRAY_DTYPES[kind]
@@ -348,12 +359,18 @@ cdef class Cursor:
 
     cdef StringArray strings(self, uint64_t count):
         cdef StringArray result = StringArray.__new__(StringArray)
-        cdef uint64_t start = self.pos, end = self.pos, text_bytes = 0
-        cdef int status
-        with nogil:
-            status = measure_strings(self.data, self.size, &end, count, &text_bytes)
-        if status < 0:
-            raise self.error("a string of this array does not fit in the file", end)
+        cdef uint64_t start = self.pos, end = self.pos, left = count, text_bytes = 0, length = 0
+        cdef int status = -1
+        while status < 0:
+            with nogil:
+                status = measure_strings(self.data, self.loaded, &end, &left, &text_bytes)
+            if status < 0:
+                self.pos = end
+                length = self.u64()
+                if length > self.size - self.pos:
+                    raise self.error("a string of this array does not fit in the file", end)
+                self.load(self.pos + length)
+        self.pos = start
         result.text = <char *>malloc(text_bytes + 1)
         result.starts = <uint64_t *>malloc((count + 1) * sizeof(uint64_t))
         if result.text == NULL or result.starts == NULL:
@@ -379,13 +396,13 @@ cdef uint64_t scalar_width(uint32_t kind) noexcept nogil:
 
 
 cdef class Part:
-    """One file of a model: its mapping, metadata and tensors, as (name, type, shape, offset, bytes) in file order.
+    """One file of a model: the file, opened, its metadata and tensors, as (name, type, shape, offset, bytes) in order.
 
     See files/gguf.py for what is what and what is raised.
     """
 
     cdef readonly str path
-    cdef readonly object mapping
+    cdef readonly SourceFile file
     cdef readonly dict metadata
     cdef readonly list tensors
     cdef readonly int version
@@ -403,12 +420,20 @@ cdef class Part:
         self.metadata = {}
         self.tensors = []
         self.key_ranges = {}
-        self.mapping = map_file(path)
-        self.cursor = Cursor(self.mapping, path)
+        self.file = SourceFile(path)
+        if self.file.size < 24:
+            raise ModelFormatError(
+                f"a GGUF file has at least 24 bytes, this one {self.file.size}",
+                path=path, field="header", offset=self.file.size,
+            )
+        self.cursor = Cursor(self.file)
         try:
             self.read()
+        except BaseException:
+            self.file.close()
+            raise
         finally:
-            self.cursor.release()
+            self.cursor = None
 
     cdef int read(self) except -1:
         cdef Cursor cursor = self.cursor
@@ -418,11 +443,11 @@ cdef class Part:
         n_tensors = cursor.u64()
         cursor.field = "metadata count"
         n_keys = cursor.u64()
-        if n_keys > cursor.size // MIN_KEY:
-            raise cursor.error(f"{n_keys} metadata keys are more than the file could hold", 16)
+        if n_keys > min(MAX_KEYS, cursor.size // MIN_KEY):
+            raise cursor.error(f"{n_keys} metadata keys are more than the file could hold, or than {MAX_KEYS}", 16)
         cursor.field = "tensor count"
-        if n_tensors > cursor.size // MIN_TENSOR:
-            raise cursor.error(f"{n_tensors} tensors are more than the file could hold", 8)
+        if n_tensors > min(MAX_TENSORS, cursor.size // MIN_TENSOR):
+            raise cursor.error(f"{n_tensors} tensors are more than the file could hold, or than {MAX_TENSORS}", 8)
         for i in range(n_keys):
             self.read_key(i)
         self.read_alignment()
@@ -541,23 +566,3 @@ cdef class Part:
                 raise cursor.error(f"its data overlaps that of {previous}", start)
             end, previous = start + nbytes, name
         return 0
-
-
-cdef object map_file(str path):
-    """Maps a regular file read-only. OSError as open() raises it; ModelFormatError when it is no model."""
-    if not (stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)):
-        raise ModelFormatError("not a regular file", path=path)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 24:
-            raise ModelFormatError(
-                f"a GGUF file has at least 24 bytes, this one {size}", path=path, field="header", offset=size
-            )
-        try:
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except (OverflowError, ValueError) as problem:
-            raise ModelFormatError(f"cannot be mapped into memory: {problem}", path=path) from problem
-        except OSError as problem:
-            if problem.errno != errno.ENOMEM:
-                raise
-            raise OutOfMemoryError(f"{path}: no room to map {size} bytes") from problem

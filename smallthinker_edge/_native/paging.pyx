@@ -1,16 +1,18 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Experts that live in a packed file: slots, the pager over them, and what it counts.
 
-Made by model.py, used by engine.pyx and kv_cache.pyx; hot_experts.py saves and restores the counts of uses.
+Made by model.py, used by engine.pyx and session_memory.pyx; hot_experts.py saves and restores the counts of uses.
 """
 cimport cython
-from libc.errno cimport errno
+from libc.errno cimport ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
 import os
 
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
+
+from smallthinker_edge.errors import OutOfMemoryError
 
 # Measured: docs/notes/2026-11-24-reads-of-experts.md.
 cdef enum:
@@ -33,7 +35,8 @@ cdef class ExpertPaging:
         sums: uint32 [L * E], the CRC-32 of every blob, compared when it is first read; None compares nothing.
         cached: read from the system's page cache, and drop nothing from it, where it holds the file.
 
-    Raises OSError where the file cannot be opened, ValueError for an unknown policy or too few slots.
+    Raises OSError where the file cannot be opened, OutOfMemoryError where memory or threads are missing, ValueError for
+    an unknown policy or too few slots.
     """
 
     def __cinit__(self, config, path, offsets, size_t blob_bytes, int64_t slots, *, int io_threads=IO_THREADS,
@@ -51,6 +54,8 @@ cdef class ExpertPaging:
         name = os.fsencode(path)
         self.reader = st_reader_open(name, cached)
         if self.reader == NULL:
+            if errno == ENOMEM:
+                raise OutOfMemoryError(f"no memory to open {os.fspath(path)}")
             raise OSError(errno, os.strerror(errno), os.fspath(path))
         encoded = policy.encode() if policy is not None else b""
         pager.read, pager.source = st_reader_read, self.reader
@@ -67,6 +72,8 @@ cdef class ExpertPaging:
         if sums is not None:
             pager.sums = &checksums[0]
         if policy is not None:
+            if st_eviction_find(encoded) == NULL:
+                raise ValueError(f"unknown policy {policy!r}")
             pager.policy = encoded
         self.state.ahead = min(ahead, <int64_t>config.n_layers - 1)
         self.state.ahead_logits = <float *>self.arena.take((self.state.ahead * E + 1) * 4)
@@ -75,7 +82,7 @@ cdef class ExpertPaging:
         self.state.held_tokens = <int32_t *>self.arena.take(E * 4)
         self.state.pager = st_pager_create(&pager)
         if self.state.pager == NULL:
-            raise ValueError(f"cannot start the pager: unknown policy {policy!r}, or no memory")
+            raise OutOfMemoryError("no memory, or no thread, to read experts from the file")
         self.slots = self.most_slots
         self.fit(0)
 

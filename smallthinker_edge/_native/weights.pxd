@@ -10,6 +10,7 @@ cdef enum:
     TILE = 1         # Tile16 of a tiled type, integer kernels
     ROWS = 2         # rows as in GGUF, dequantised one at a time, float arithmetic
     SPARSE_ROWS = 3  # a sparse type in the Rows layout, integer kernels: where few rows of many are read
+    FILE_ROWS = 4    # rows as in GGUF that stay in the file: read_row() only
 
 cdef struct Matrix:
     int layout
@@ -17,7 +18,9 @@ cdef struct Matrix:
     int tiled         # st_tiled(type)
     int64_t rows
     int64_t cols
-    const uint8_t *data
+    const uint8_t *data  # all but FILE_ROWS
+    int fd               # FILE_ROWS: the file, and where row 0 begins in it
+    int64_t offset
 
 cdef struct Layer:
     float *attn_norm  # [d]
@@ -114,16 +117,22 @@ cdef inline void multiply_some(const st_kernels *kernels, const Matrix *m, const
         y[i] = values[index[i] % ST_TILE_ROWS]
 
 
-cdef inline void read_row(const Matrix *m, int64_t r, float *row, float *out) noexcept nogil:
-    """out = W[r]. row: room for a row of m."""
+cdef inline bint read_row(const Matrix *m, int64_t r, float *row, float *out) noexcept nogil:
+    """out = W[r]; False where the file does not give it. row: room for a row of m."""
     cdef uint8_t *bytes = <uint8_t *>row
-    if m.layout == TILE:
+    cdef size_t size = st_row_bytes(m.type, m.cols)
+    if m.layout == FILE_ROWS:
+        if st_read_at(m.fd, m.offset + r * <int64_t>size, size, bytes) != 0:
+            return False
+        st_dequantize_row(m.type, bytes, m.cols, out)
+    elif m.layout == TILE:
         st_dequantize_tile16_row(m.type, m.data, m.cols, r, out)
     elif m.layout == SPARSE_ROWS:
-        st_unpack_rows(m.type, m.data + r * st_row_bytes(m.type, m.cols), 1, m.cols, bytes)
+        st_unpack_rows(m.type, m.data + r * size, 1, m.cols, bytes)
         st_dequantize_row(m.type, bytes, m.cols, out)
     else:
-        st_dequantize_row(m.type, m.data + r * st_row_bytes(m.type, m.cols), m.cols, out)
+        st_dequantize_row(m.type, m.data + r * size, m.cols, out)
+    return True
 
 
 cdef inline bint all_finite(const float *x, int64_t n) noexcept nogil:
@@ -139,7 +148,6 @@ cdef inline bint all_finite(const float *x, int64_t n) noexcept nogil:
 cdef class ModelWeights:
     cdef Weights weights
     cdef Arena arena
-    cdef list views           # of the file, that matrices are read from
     cdef readonly object config
     cdef readonly bint exact
     cdef int expert_layouts   # of all layers: bits 1 << ST_EXPERT_...
@@ -148,6 +156,7 @@ cdef class ModelWeights:
     cdef int set_layouts(self) except -1
     cdef int set_expert(self, Layer *layer, types) except -1
     cdef Layer *layer(self, int64_t l) except NULL
+    cdef int set_shape(self, Matrix *m, int type, int64_t rows, int64_t cols) except -1
     cdef int make_matrix(self, Matrix *m, int type, int64_t rows, int64_t cols, data, int64_t unit,
-                         bint view=*, bint sparse=*) except -1
+                         bint sparse=*) except -1
     cdef float *make_vector(self, values, int64_t n) except NULL

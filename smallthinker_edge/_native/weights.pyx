@@ -4,11 +4,17 @@ cimport cython
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
+from posix.unistd cimport close
+
+import os
 
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
 
 from smallthinker_edge.errors import OutOfMemoryError
+
+cdef enum:
+    PIECE_BYTES = 1 << 20  # of a matrix that is asked for at a time
 
 
 @cython.no_gc_clear  # __dealloc__ has an order
@@ -18,14 +24,15 @@ cdef class ModelWeights:
         kernels: name of a kernel table; None picks the best of this CPU. ValueError where it cannot run.
         exact: keep every matrix as GGUF rows, so that they are computed with in float32 (slow; the tests' yardstick).
 
-    Each set_ method is called once, with buffers of exactly the size that shape and type ask for (else ValueError).
+    Each set_ method is called once, with bytes of exactly the size that shape and type ask for (else ValueError): an
+    array, or what gives one for each of its slices and knows its `size`, which is then asked for in pieces.
     """
 
     def __cinit__(self, config, kernels=None, bint exact=False):
         cdef Weights *w = &self.weights
         cdef Shape *s = &w.shape
         self.config, self.exact = config, exact
-        self.arena, self.views = Arena(), []
+        self.arena = Arena()
         w.kernels = find_table(kernels)
         s.layers, s.vocab, s.d = config.n_layers, config.vocab_size, config.d_model
         s.heads, s.kv_heads, s.hd = config.n_heads, config.n_kv_heads, config.head_dim
@@ -51,7 +58,9 @@ cdef class ModelWeights:
         self.weights.layers, self.weights.experts = NULL, NULL
         if self.arena is not None:
             self.arena.give_back()
-        self.views = []
+        if self.weights.embedding.layout == FILE_ROWS:
+            close(self.weights.embedding.fd)
+            self.weights.embedding.layout = 0
 
     cdef int set_layouts(self) except -1:
         cdef int64_t l, windows = 0
@@ -71,7 +80,7 @@ cdef class ModelWeights:
 
     @property
     def bytes(self):
-        """Bytes of memory of its own (views of the file not counted)."""
+        """Bytes of memory (rows that are read from the file not counted)."""
         return self.arena.bytes
 
     cdef Layer *layer(self, int64_t l) except NULL:
@@ -81,39 +90,41 @@ cdef class ModelWeights:
             raise ValueError(f"no layer {l}")
         return self.weights.layers + l
 
+    cdef int set_shape(self, Matrix *m, int type, int64_t rows, int64_t cols) except -1:
+        m.type, m.tiled, m.rows, m.cols, m.fd = type, st_tiled(type), rows, cols, -1
+        return 0
+
     cdef int make_matrix(self, Matrix *m, int type, int64_t rows, int64_t cols, data, int64_t unit,
-                         bint view=False, bint sparse=False) except -1:
+                         bint sparse=False) except -1:
         """Packs (or keeps as rows) one matrix.
 
-        unit: rows that one work unit takes, which must suit the tiles. view: keep reading rows from `data`. sparse: few
-        of its rows will be read at a time.
+        unit: rows that one work unit takes, which must suit the tiles. sparse: few of its rows will be read at a time.
         """
-        cdef const uint8_t[::1] src = data
+        cdef const uint8_t[::1] src
+        cdef size_t row_bytes = st_row_bytes(type, cols), size = row_bytes * rows
+        cdef int64_t r, n, step = max(1, <int64_t>(PIECE_BYTES // (row_bytes * ST_TILE_ROWS))) * ST_TILE_ROWS
         cdef uint8_t *dst
-        cdef size_t size
-        if <size_t>src.shape[0] != st_row_bytes(type, cols) * rows:
+        if <size_t>data.size != size:
             raise ValueError("matrix bytes do not match its shape and type")
-        m.type, m.tiled, m.rows, m.cols = type, st_tiled(type), rows, cols
-        if sparse and not self.exact and not view and st_sparse(type):
+        self.set_shape(m, type, rows, cols)
+        if sparse and not self.exact and st_sparse(type):
             m.layout = SPARSE_ROWS
-            dst = <uint8_t *>self.arena.take(src.shape[0])
-            with nogil:
-                st_pack_rows(type, &src[0], rows, cols, dst)
-        elif not self.exact and not view and m.tiled >= 0 and unit % ST_TILE_ROWS == 0:
+        elif not self.exact and m.tiled >= 0 and unit % ST_TILE_ROWS == 0:
             m.layout = TILE
             size = st_tile16_bytes(type, rows, cols)
-            dst = <uint8_t *>self.arena.take(size)
-            with nogil:
-                st_pack_tile16(type, &src[0], rows, cols, dst, 0, (rows + ST_TILE_ROWS - 1) // ST_TILE_ROWS)
         else:
             m.layout = ROWS
-            if view:
-                m.data = &src[0]
-                self.views.append(data)
-                return 0
-            dst = <uint8_t *>self.arena.take(src.shape[0])
-            memcpy(dst, &src[0], src.shape[0])
-        m.data = dst
+        m.data = dst = <uint8_t *>self.arena.take(size)
+        for r in range(0, rows, step):  # whole tiles, whose bytes are as many as their rows'
+            n = min(step, rows - r)
+            src = data[r * row_bytes:(r + n) * row_bytes]
+            with nogil:
+                if m.layout == SPARSE_ROWS:
+                    st_pack_rows(type, &src[0], n, cols, dst + r * row_bytes)
+                elif m.layout == TILE:
+                    st_pack_tile16(type, &src[0], n, cols, dst + r * row_bytes, 0, (n + 15) // ST_TILE_ROWS)
+                else:
+                    memcpy(dst + r * row_bytes, &src[0], n * row_bytes)
         return 0
 
     cdef float *make_vector(self, values, int64_t n) except NULL:
@@ -125,11 +136,18 @@ cdef class ModelWeights:
         memcpy(dst, &src[0], n * 4)
         return dst
 
-    def set_embedding(self, int type, data, bint view):
-        """token_embd: GGUF rows; view keeps reading them from `data` (one row a token) and copies nothing."""
+    def set_embedding(self, int type, data):
+        """token_embd: GGUF rows."""
         cdef Weights *w = &self.weights
-        self.make_matrix(&w.embedding, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, view,
-                         w.predictor_in.rows > 0)
+        self.make_matrix(&w.embedding, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, w.predictor_in.rows > 0)
+
+    def set_embedding_rows(self, int type, int fd, int64_t offset):
+        """token_embd whose GGUF rows stay in a file, from an offset on, and are read one a token. fd: of the open file;
+        duplicated, it may be closed then. OSError where that cannot be."""
+        cdef Matrix *m = &self.weights.embedding
+        self.set_shape(m, type, self.weights.shape.vocab, self.weights.shape.d)
+        m.offset, m.fd = offset, os.dup(fd)
+        m.layout = FILE_ROWS
 
     def set_predictor(self, int type, data):
         """lm_head_profiler: K rows of d, then V rows of K, in one run of GGUF rows (K from the config). To be called
@@ -147,8 +165,7 @@ cdef class ModelWeights:
         if data is None:
             w.head = w.embedding
         else:
-            self.make_matrix(&w.head, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, False,
-                             w.predictor_in.rows > 0)
+            self.make_matrix(&w.head, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, w.predictor_in.rows > 0)
 
     def set_layer(self, int64_t l, attn_norm, ffn_norm, router, q, k, v, o):
         """Dense weights of layer l: float32 vectors, router [E * d], and (type, bytes) of q, k, v and o."""
@@ -165,22 +182,23 @@ cdef class ModelWeights:
     def set_experts(self, int64_t l, gate, up, down):
         """The experts of layer l: (type, bytes) of the stacked gate, up and down tensors."""
         cdef Layer *layer = self.layer(l)
-        cdef const uint8_t[::1] g = gate[1], u = up[1], d = down[1]
+        cdef const uint8_t[::1] g, u, d
         cdef int64_t e, E = self.weights.shape.experts
         cdef st_expert *expert = &layer.expert
         cdef size_t size
         cdef uint8_t *blob
         self.set_expert(layer, (gate[0], up[0], down[0]))
-        if (expert.rows[0] * E != <size_t>g.shape[0] or expert.rows[1] * E != <size_t>u.shape[0]
-                or expert.rows[2] * E != <size_t>d.shape[0]):
+        if [matrix[1].size for matrix in (gate, up, down)] != [expert.rows[i] * E for i in range(3)]:
             raise ValueError("expert bytes do not match their shape and type")
         size = (expert.bytes + 63) // 64 * 64
         blob = <uint8_t *>self.arena.take(size * E)
-        with nogil:
-            for e in range(E):
-                self.weights.experts[l * E + e] = blob
-                st_expert_pack(expert, &g[e * expert.rows[0]], &u[e * expert.rows[1]], &d[e * expert.rows[2]], blob)
-                blob += size
+        for e in range(E):
+            g, u, d = [matrix[1][e * expert.rows[i]:(e + 1) * expert.rows[i]]
+                       for i, matrix in enumerate((gate, up, down))]
+            self.weights.experts[l * E + e] = blob
+            with nogil:
+                st_expert_pack(expert, &g[0], &u[0], &d[0], blob)
+            blob += size
 
     cdef int set_expert(self, Layer *layer, types) except -1:
         """How the experts of a layer stand in their blobs, by the numbers of the types of gate, up and down."""

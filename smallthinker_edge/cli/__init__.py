@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from smallthinker_edge import __version__
 from smallthinker_edge.cli import demo, files, generate, machine, measure
-from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError
+from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError, one_line
 from smallthinker_edge.errors import SmallThinkerError
 
 COMMANDS = (*generate.COMMANDS, *files.COMMANDS, *demo.COMMANDS, *measure.COMMANDS, *machine.COMMANDS)
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that tells what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def report(message: object) -> None:
     """One line on stderr, whatever the message holds."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
 
 
 def describe_os_error(error: OSError) -> str:

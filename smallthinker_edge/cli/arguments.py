@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from smallthinker_edge._native.layouts import KV_TYPES
 from smallthinker_edge.errors import SmallThinkerError
+from smallthinker_edge.printable import printable
 
 if TYPE_CHECKING:
     from smallthinker_edge.model import SmallThinker
@@ -116,6 +118,16 @@ def open_model(arguments: argparse.Namespace) -> SmallThinker:
             head_threshold=arguments.head_threshold,
             verify=arguments.verify,
         )
+
+
+def one_line(message: object) -> str:
+    """A message with what it cites from files, on one line that a terminal only shows."""
+    return printable(" ".join(str(message).split()))
+
+
+def show_text(text: str) -> None:
+    """Prints what a model said, without a line end: exactly to a file or pipe, harmlessly to a terminal."""
+    print(printable(text, keep="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def mebibytes(size: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from smallthinker_edge.cli.arguments import OK, Command, positive_int
+from smallthinker_edge.cli.arguments import OK, Command, positive_int, show_text
 from smallthinker_edge.errors import ContextFull
 from smallthinker_edge.generation.stream import GenerationResult
 from smallthinker_edge.model import SmallThinker
@@ -89,7 +89,9 @@ def run_demo(*, interactive: bool = False, threads: int | None = None) -> None:
 
 def show_command(model: SmallThinker, command: DemoCommand) -> GenerationResult:
     result = answer(model, command.command)
-    print(f"> {command.command}\n  {result.text}\n  ({verdict(result.text, command.expected)})\n", flush=True)
+    print(f"> {command.command}\n  ", end="")
+    show_text(result.text)
+    print(f"\n  ({verdict(result.text, command.expected)})\n", flush=True)
     return result
 
 
@@ -126,7 +128,9 @@ def converse(model: SmallThinker) -> None:
         except ContextFull as error:
             print(f"  {error}")
             continue
-        print(f"  {text}" if parse(text)[0] else f"  {text}\n  (not JSON)", flush=True)
+        print("  ", end="")
+        show_text(text)
+        print("" if parse(text)[0] else "\n  (not JSON)", flush=True)
 
 
 def program() -> str:

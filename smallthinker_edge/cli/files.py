@@ -20,6 +20,7 @@ from smallthinker_edge.cli.arguments import (
     checking_arguments,
     mebibytes,
     memory_size,
+    one_line,
     positive_int,
 )
 
@@ -43,7 +44,7 @@ def info(arguments: argparse.Namespace) -> int:
     with GGUFFile(arguments.file) as gguf:
         size = sum(os.path.getsize(path) for path in gguf.paths)
         parts = f", {len(gguf.paths)} parts" if len(gguf.paths) > 1 else ""
-        print(f"{gguf.paths[0]}: GGUF version {gguf.version}, {mebibytes(size)}{parts}")
+        print(f"{one_line(gguf.paths[0])}: GGUF version {gguf.version}, {mebibytes(size)}{parts}")
         print_metadata(gguf)
         print_tensors(gguf, arguments.tensors)
         print_config(ModelConfig.from_gguf(as_model(gguf)))
@@ -52,9 +53,15 @@ def info(arguments: argparse.Namespace) -> int:
 
 def print_metadata(gguf: GGUFFile) -> None:
     print(f"\nMetadata ({len(gguf.metadata)} keys)")
-    width = max(map(len, gguf.metadata), default=0)
-    for key, value in gguf.metadata.items():
-        print(f"  {key:<{width}}  {describe(value)}")
+    names = [shown_name(key) for key in gguf.metadata]
+    width = max(map(len, names), default=0)
+    for name, value in zip(names, gguf.metadata.values(), strict=True):
+        print(f"  {name:<{width}}  {describe(value)}")
+
+
+def shown_name(name: str) -> str:
+    """A key or tensor's name, which may have 65535 bytes of anything, on one line."""
+    return shorten(one_line(name), VALUE_WIDTH)
 
 
 def describe(value: object) -> str:
@@ -75,8 +82,9 @@ def shorten(text: str, width: int) -> str:
 def print_tensors(gguf: GGUFFile, each: bool) -> None:
     print(f"\nTensors ({len(gguf.tensors)})")
     if each:
-        width = max(map(len, gguf.tensors), default=0)
-        for name, tensor in gguf.tensors.items():
+        names = [shown_name(name) for name in gguf.tensors]
+        width = max(map(len, names), default=0)
+        for name, tensor in zip(names, gguf.tensors.values(), strict=True):
             shape = " x ".join(map(str, tensor.shape))
             print(f"  {name:<{width}}  {tensor.type:<5} {shape:<22} {tensor.nbytes:>13,} bytes")
     count, size = Counter[str](), Counter[str]()
@@ -93,7 +101,9 @@ def print_config(config: ModelConfig) -> None:
     print("\nModel")
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, tuple):
+        if isinstance(value, str):
+            value = shown_name(value)
+        elif isinstance(value, tuple):
             layers = [str(layer) for layer, flag in enumerate(value) if flag]
             value = "all layers" if len(layers) == len(value) else "layers " + ", ".join(layers) if layers else "none"
         print(f"  {field.name:<22}  {value}")
@@ -103,7 +113,7 @@ def show_progress(done: int, total: int, name: str = "") -> None:
     """One line on stderr that is rewritten; nothing where stderr is no terminal."""
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
-        print(f"\r\x1b[K{done}/{total} {name}", end=end, file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{done}/{total} {shown_name(name)}", end=end, file=sys.stderr, flush=True)
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +139,7 @@ def showing_notes() -> Iterator[None]:
     """What the library warns of becomes a line of its own on stderr, without the place in the code."""
 
     def show_note(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"note: {message}", file=sys.stderr)
+        print(f"note: {one_line(message)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -161,7 +171,7 @@ def unpack(arguments: argparse.Namespace) -> int:
 
     written = write_source(arguments.file, arguments.output, show_progress)
     if len(written) > 1:
-        print("\n".join(written))
+        print("\n".join(map(one_line, written)))
     return OK
 
 

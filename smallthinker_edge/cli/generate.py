@@ -14,7 +14,9 @@ from smallthinker_edge.cli.arguments import (
     add_model_arguments,
     checking_arguments,
     mebibytes,
+    one_line,
     open_model,
+    show_text,
 )
 from smallthinker_edge.errors import ContextFull
 from smallthinker_edge.options import OPTIONS, Option
@@ -74,7 +76,7 @@ def show(pieces: Iterator[str]) -> str:
     shown = []
     for piece in pieces:
         shown.append(piece)
-        print(piece, end="", flush=True)
+        show_text(piece)
     return "".join(shown)
 
 
@@ -90,8 +92,8 @@ def generate(arguments: argparse.Namespace) -> int:
     with open_model(arguments) as model:
         if model.chat_template is not None and len(model.tokenizer.split_specials(prompt)) == 1:
             print(
-                f"hint: this model was trained on conversations: smallthinker-edge chat -m {arguments.model} asks it "
-                "that way; generate only continues the text",
+                f"hint: this model was trained on conversations: smallthinker-edge chat -m {one_line(arguments.model)} "
+                "asks it that way; generate only continues the text",
                 file=sys.stderr,
             )
         with checking_arguments():
@@ -159,11 +161,11 @@ def answer_turn(model: SmallThinker, history: list[dict[str, str]], line: str, o
             stream = model.stream_chat([*history, question], **options)
         for piece in stream:
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            show_text(piece)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except ContextFull as error:
-        print(f"error: {error}; /reset starts anew", file=sys.stderr)
+        print(f"error: {one_line(error)}; /reset starts anew", file=sys.stderr)
         return
     print(flush=True)
     history += [question, {"role": "assistant", "content": "".join(pieces)}]

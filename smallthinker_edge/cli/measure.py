@@ -12,6 +12,7 @@ from smallthinker_edge.cli.arguments import (
     UsageError,
     add_model_arguments,
     checking_arguments,
+    one_line,
     open_model,
     positive_int,
 )
@@ -63,7 +64,7 @@ def trace(arguments: argparse.Namespace) -> int:
         with checking_arguments():
             recorded = record(model, tokens, arguments.max_tokens)
             if arguments.save_profile:
-                print(f"hot experts: {model.save_profile()}")
+                print(f"hot experts: {one_line(model.save_profile())}")
     use = recorded.use()
     print(f"{len(recorded.routing)} tokens; the most used fifth of the experts serves {hot_share(use):.0%} of the uses")
     if arguments.output:

@@ -13,12 +13,15 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
+from smallthinker_edge._native.source import SourceFile
 from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.printable import printable
 
 ARCHITECTURE, MODEL_TYPE = "SmallThinkerForCausalLM", "smallthinker"
 DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
@@ -103,7 +106,7 @@ class Checkpoint:
             f for f in os.listdir(folder) if f.endswith(WEIGHT_SUFFIXES) and f not in {*files, PREDICTOR_FILE}
         )
         if stray:
-            warnings.warn(f"{folder}: not read: {', '.join(stray):.400}", stacklevel=2)
+            warnings.warn(printable(f"{folder}: not read: {', '.join(stray):.400}"), stacklevel=2)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -135,9 +138,9 @@ class Checkpoint:
         """
         path, dtype, _, offset = self._places[name]
         count = self.size(name) - first if count is None else count
-        raw = np.fromfile(path, DTYPES[dtype], count, offset=offset + first * DTYPES[dtype].itemsize)
-        if raw.size != count:
-            raise ModelFormatError("cannot be read whole", path=path, field=name)
+        size = DTYPES[dtype].itemsize
+        with closing(SourceFile(path)) as file:
+            raw = file.read(offset + first * size, count * size, name).view(DTYPES[dtype])
         return raw.astype(np.float32) if dtype == "F16" else raw
 
     def floats(self, name: str, first: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
@@ -164,7 +167,7 @@ class Checkpoint:
         for name in sorted(set(self._places) - set(read)):
             path = self._places[name].path
             if name.endswith(".rotary_emb.inv_freq"):
-                warnings.warn(f"{name}: not needed and left out", stacklevel=2)
+                warnings.warn(printable(f"{name}: not needed and left out"), stacklevel=2)
             elif name == "lm_head.weight" and tied:
                 if not self.same(name, "model.embed_tokens.weight"):
                     raise ModelFormatError(
@@ -194,7 +197,8 @@ class CheckpointConfig:
         known = READ_KEYS | HARMLESS_KEYS | NEUTRAL_VALUES.keys() | {"moe_layer_layout", *SECONDARY_EXPERTS}
         unknown = sorted(key for key in self.values.keys() - known if self.values[key] is not None)
         if unknown:
-            warnings.warn(f"{self.path}: unknown keys were ignored: {', '.join(unknown):.400}", stacklevel=2)
+            message = f"{self.path}: unknown keys were ignored: {', '.join(unknown):.400}"
+            warnings.warn(printable(message), stacklevel=2)
 
     def _check_architecture(self) -> None:
         """The 21B's file has no model_type, older ones have no architectures; one is enough, and neither may differ."""
@@ -312,15 +316,15 @@ def _weight_files(folder: str, promised: dict[str, str]) -> list[str]:
 
 def read_header(path: str) -> dict[str, Place]:
     """The tensors of a safetensors file. Raises ModelFormatError, naming the tensor, where the header lies."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with closing(SourceFile(path)) as file:
+        size = file.size
         if size < 8:
             raise ModelFormatError("is too short for a safetensors file", path=path, field="header")
-        (length,) = struct.unpack("<Q", file.read(8))
+        (length,) = struct.unpack("<Q", file.read(0, 8, "header").data)
         if length > min(size - 8, MAX_HEADER):
             message = f"a header of {length} bytes does not fit the file, or is over {MAX_HEADER}"
             raise ModelFormatError(message, path=path, field="header")
-        encoded = file.read(length)
+        encoded = file.read(8, length, "header").tobytes()
     try:
         header = json.loads(encoded.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as problem:

@@ -14,6 +14,7 @@ from typing import Any
 
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.checkpoint import optional_json, read_json
+from smallthinker_edge.printable import printable
 from smallthinker_edge.text.tokenizer import QWEN2_SPLIT
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -117,10 +118,8 @@ def _note_other_splits(path: str, pre_tokenizer: object) -> None:
     for step in steps if isinstance(steps, list) else [pre_tokenizer]:
         pattern = step.get("pattern") if isinstance(step, dict) and step.get("type") == "Split" else None
         if isinstance(pattern, dict) and pattern.get("Regex") != QWEN2_SPLIT:
-            warnings.warn(
-                f"{path}: pre_tokenizer is not Qwen2's: text may be cut into other tokens than in training",
-                stacklevel=2,
-            )
+            message = f"{path}: pre_tokenizer is not Qwen2's: text may be cut into other tokens than in training"
+            warnings.warn(printable(message), stacklevel=2)
 
 
 def special_ids(folder: str, config: dict[str, Any], size: int) -> tuple[int | None, list[int], bool]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.gguf import TensorInfo
+from smallthinker_edge.files.gguf import StoredBytes, TensorInfo
 
 ARCHITECTURE = "smallthinker"
 MATRIX_TYPES = frozenset(TYPES)
@@ -60,8 +60,9 @@ class ModelFile(ModelHeader, Protocol):
 
     path: str
 
+    def stored(self, name: str) -> StoredBytes: ...
     def data(self, name: str) -> npt.NDArray[np.uint8]: ...
-    def release(self, name: str, cache: bool = False) -> None: ...
+    def forget(self, name: str | None = None) -> None: ...
     def expect_rows(self, name: str) -> None: ...
     def close(self) -> None: ...
 

@@ -34,6 +34,7 @@ from smallthinker_edge.files.checkpoint_tokenizer import chat_templates, read_vo
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.torch_file import read_tensors
+from smallthinker_edge.printable import printable
 from smallthinker_edge.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -249,7 +250,8 @@ class Converter:
         if PREDICTOR in self.checkpoint:
             sources = ((PREDICTOR, (self.checkpoint.size(PREDICTOR),)),)
             if os.path.exists(beside):
-                warnings.warn(f"{beside}: not read, because the checkpoint holds {PREDICTOR} too", stacklevel=2)
+                message = f"{beside}: not read, because the checkpoint holds {PREDICTOR} too"
+                warnings.warn(printable(message), stacklevel=2)
         elif os.path.exists(beside):
             sources = self._two_matrices(beside)
         else:

@@ -6,11 +6,10 @@ _native/gguf_reader.pyx reads and checks the header of each file. It never write
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.gguf_reader import Part
+from smallthinker_edge._native.source import SourceFile
 from smallthinker_edge.errors import ModelFormatError
 
 MoreTypes = dict[int, tuple[str, int, int]]
+SLICE = 1 << 20  # bytes of one read
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -43,6 +44,28 @@ class TensorInfo:
     offset: int
     nbytes: int
     part: int
+
+
+class StoredBytes:
+    """The bytes of a tensor in its file: a slice of them is read when it is asked for, uint8, a copy.
+
+    Attributes: size: bytes. file, offset: where they are.
+    """
+
+    def __init__(self, file: SourceFile, info: TensorInfo) -> None:
+        self.file, self.offset, self.size, self._name = file, info.offset, info.nbytes, info.name
+
+    def __getitem__(self, part: slice) -> npt.NDArray[np.uint8]:
+        """As SourceFile.read(). ValueError for a step."""
+        start, stop, step = part.indices(self.size)
+        if step != 1:
+            raise ValueError("bytes of a file are read one after the other")
+        return self.file.read(self.offset + start, max(0, stop - start), self._name)
+
+
+def slices(data: StoredBytes) -> Iterator[npt.NDArray[np.uint8]]:
+    """All of a tensor's bytes, in pieces of SLICE."""
+    return (data[at : at + SLICE] for at in range(0, data.size, SLICE))
 
 
 def split_integer(part: Part, key: str) -> int | None:
@@ -133,8 +156,7 @@ class GGUFFile:
         OSError: as open() raises it (FileNotFoundError, IsADirectoryError, PermissionError, ...).
 
     A context manager; close() may be called twice. Reading from several threads at once is allowed, closing
-    at the same time is not. A file that another process cuts short while open cannot be guarded against:
-    the operating system then kills the reader (SIGBUS), as for every memory mapping.
+    at the same time is not. Nothing is mapped: what cannot be read, or was cut off meanwhile, is an exception.
     """
 
     def __init__(self, path: str | os.PathLike[str], more_types: MoreTypes | None = None) -> None:
@@ -159,8 +181,7 @@ class GGUFFile:
                         offset=info.offset,
                     )
                 self.tensors[info.name] = info
-        self._mappings: list[mmap.mmap] | None = [part.mapping for part in parts]
-        self.release()
+        self._files = [part.file for part in parts]
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -174,62 +195,54 @@ class GGUFFile:
     @property
     def closed(self) -> bool:
         """True after close()."""
-        return self._mappings is None
+        return self._files[0].closed
 
     def close(self) -> None:
-        """Lets go of the files. Arrays that data() gave stay valid and keep their mapping until freed."""
-        self._mappings = None
+        """Lets go of the files. What data() gave stays valid."""
+        for file in self._files:
+            file.close()
+
+    def file(self, part: int = 0) -> SourceFile:
+        """A part's file, for those who read what is no tensor."""
+        return self._files[part]
+
+    def stored(self, name: str) -> StoredBytes:
+        """The bytes of tensor `name`, read as far as they are asked for. Raises KeyError for a name that is not in
+        `tensors`, ValueError after close(); reading raises as data() does."""
+        info = self.tensors[name]
+        file = self._files[info.part]
+        file.fileno()  # is it open?
+        return StoredBytes(file, info)
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of tensor `name`: uint8 [nbytes], a read-only view of the mapping (no copy).
+        """All bytes of tensor `name`: uint8 [nbytes], a copy.
 
-        Raises KeyError for a name that is not in `tensors`, ValueError after close().
+        Raises KeyError for a name that is not in `tensors`, ValueError after close(), ModelFormatError where the file
+        was cut short meanwhile, OSError where it cannot be read, OutOfMemoryError.
         """
-        info = self.tensors[name]
-        return np.frombuffer(self._mapping(info.part), np.uint8, info.nbytes, info.offset)
+        return self.stored(name)[:]
 
-    def release(self, name: str | None = None, cache: bool = False) -> None:
-        """Drops the resident pages of tensor `name`, or of everything that was read, from this process.
-
-        They stay in the operating system's page cache and come back when touched: views stay valid. Lets a
-        loader stream through a file with little resident memory. Does nothing where there is no madvise.
-        cache: of a named tensor, drops them from the page cache too, which counts towards a memory limit; a hint.
-        Raises KeyError for a name that is not in `tensors`, ValueError after close().
-        """
-        if not hasattr(mmap, "MADV_DONTNEED"):
+    def forget(self, name: str | None = None) -> None:
+        """Takes the pages of tensor `name`, or of all files, out of the system's cache, which counts towards a memory
+        limit; a hint. Raises KeyError for a name that is not in `tensors`, ValueError after close()."""
+        if not hasattr(os, "posix_fadvise"):
             return
         if name is None:
-            for part in range(len(self.paths)):
-                mapping = self._mapping(part)
-                self._advise(mapping, mmap.MADV_DONTNEED, 0, len(mapping))
+            places = [(file, 0, 0) for file in self._files]
         else:
             info = self.tensors[name]
-            self._advise(self._mapping(info.part), mmap.MADV_DONTNEED, info.offset, info.nbytes)
-            if cache and hasattr(os, "posix_fadvise"):
-                with suppress(OSError), open(self.paths[info.part], "rb") as file:
-                    os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+            places = [(self._files[info.part], info.offset, info.nbytes)]
+        for file, offset, size in places:
+            with suppress(OSError):
+                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
 
     def expect_rows(self, name: str) -> None:
-        """Tells the system that single rows of tensor `name` will be read here and there, so that it reads nothing
-        around them: what it reads counts towards a memory limit. A hint.
+        """Tells the system that from now on single rows of tensor `name` will be read here and there, so that it reads
+        nothing around them: what it reads counts towards a memory limit. A hint, for the tensor's whole file.
 
         Raises KeyError for a name that is not in `tensors`, ValueError after close().
         """
-        if hasattr(mmap, "MADV_RANDOM"):
-            info = self.tensors[name]
-            self._advise(self._mapping(info.part), mmap.MADV_RANDOM, info.offset, info.nbytes)
-
-    def _mapping(self, part: int) -> mmap.mmap:
-        if self._mappings is None:
-            raise ValueError(f"{self.path} is closed")
-        return self._mappings[part]
-
-    @staticmethod
-    def _advise(mapping: mmap.mmap, advice: int, offset: int, nbytes: int) -> None:
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        try:
-            mapping.madvise(advice, start, offset + nbytes - start)
-        except OSError as problem:
-            # Only advice: a kernel or file system that does not take it changes nothing but memory use.
-            if problem.errno not in (errno.EINVAL, errno.ENOSYS):
-                raise
+        file = self._files[self.tensors[name].part].fileno()
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge.files.atomic import atomic_file
+from smallthinker_edge.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def load_profile(path: str | os.PathLike[str], experts: int) -> Uses | None:
         if uses.shape != (experts,) or not np.isfinite(uses).all() or (uses < 0).any():
             raise ValueError(f"not {experts} counts")
     except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as problem:
-        logger.warning("%s is no profile of this model and is ignored: %s", os.fspath(path), problem)
+        logger.warning("%s", printable(f"{os.fspath(path)} is no profile of this model and is ignored: {problem}"))
         return None
     return uses
 

@@ -22,7 +22,7 @@ from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.config import ModelConfig
-from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
+from smallthinker_edge.files.gguf import SLICE, GGUFFile, TensorInfo, slices
 from smallthinker_edge.files.packed import (
     ALIGN,
     EXPERT_ROLES,
@@ -90,10 +90,12 @@ def _write(file: PartialFile, gguf: GGUFFile, config: ModelConfig, progress: Pro
     header, places = _header(gguf, config, dense, blob, sums, source)
     file.reserve(places[len(dense)] + total * blob)
     for i, info in enumerate(dense):
-        data = gguf.data(info.name)
-        sums[i] = zlib.crc32(data.data)
-        file.write(places[i], data)
-        gguf.release(info.name)
+        at, total_sum = places[i], 0
+        for piece in slices(gguf.stored(info.name)):
+            total_sum = zlib.crc32(piece.data, total_sum)
+            file.write(at, piece)
+            at += piece.size
+        sums[i] = total_sum
     for i, data in enumerate(_blobs(gguf, config, blob)):
         sums[len(dense) + i] = zlib.crc32(data.data)
         file.write(places[len(dense)] + i * blob, data)
@@ -114,14 +116,13 @@ def _blobs(gguf: GGUFFile, config: ModelConfig, blob: int) -> Iterator[Bytes]:
     for layer in range(config.n_layers):
         infos = expert_infos(gguf, layer)
         layout = ExpertLayout.of(config, infos)
-        stacks = [gguf.data(info.name).reshape(config.n_experts, -1) for info in infos]
+        stacks = [gguf.stored(info.name) for info in infos]
         for e in range(config.n_experts):
             padded = np.zeros(blob, np.uint8)
-            packed = layout.pack(*(np.ascontiguousarray(stack[e]) for stack in stacks))
+            gate, up, down = (stack[e * (n := stack.size // config.n_experts) : (e + 1) * n] for stack in stacks)
+            packed = layout.pack(gate, up, down)
             padded[: packed.size] = packed
             yield padded
-        for info in infos:
-            gguf.release(info.name)
 
 
 DROPPED_KEYS = ("general.alignment", "split.no", "split.count", "split.tensors.count")
@@ -130,41 +131,52 @@ DROPPED_KEYS = ("general.alignment", "split.no", "split.count", "split.tensors.c
 def _source_layout(gguf: GGUFFile) -> str:
     """JSON of what unpack() needs beyond the copied entries: those that were dropped, the tensor table, the hash; of a
     split model's further parts everything before their tensors, and which part every tensor is in."""
-    with open(gguf.paths[0], "rb") as file:
-        first = file.read(gguf.header_end)
-        digest, size = _hash(file.fileno())
+    first = _first_bytes(gguf)
+    hashes = [_hash(file.fileno(), file.size, file.path) for file in map(gguf.file, range(len(gguf.paths)))]
     keys = list(gguf.key_ranges)
     dropped = {keys.index(key): first[slice(*gguf.key_ranges[key])].hex() for key in keys if key in DROPPED_KEYS}
     table = first[max((end for _, end in gguf.key_ranges.values()), default=24) :]
-    layout = {"dropped": dropped, "start": first[:24].hex(), "table": table.hex(), "sha256": digest, "size": size}
+    layout = {
+        "dropped": dropped,
+        "start": first[:24].hex(),
+        "table": table.hex(),
+        "sha256": hashes[0],
+        "size": gguf.file().size,
+    }
     if len(gguf.paths) == 1:
         return json.dumps(layout)
     parts = [layout]
-    for part, path in enumerate(gguf.paths[1:], 1):
-        with open(path, "rb") as file:
-            digest, size = _hash(file.fileno())
-            header = file.read(min((i.offset for i in gguf.tensors.values() if i.part == part), default=size))
-        parts.append({"header": header.hex(), "sha256": digest, "size": size})
+    for part in range(1, len(gguf.paths)):
+        file = gguf.file(part)
+        header = file.read(0, min((i.offset for i in gguf.tensors.values() if i.part == part), default=file.size))
+        parts.append({"header": header.tobytes().hex(), "sha256": hashes[part], "size": file.size})
     return json.dumps({"parts": parts, "part_of": [info.part for info in gguf.tensors.values()]})
 
 
-def _hash(fd: int) -> tuple[str, int]:
-    """(SHA-256 of a whole file, its size); takes its pages out of the system's cache."""
+def _first_bytes(gguf: GGUFFile) -> bytes:
+    """What stands before the tensors of a file, or of its first part."""
+    return gguf.file().read(0, gguf.header_end).tobytes()
+
+
+def _hash(fd: int, size: int, path: str) -> str:
+    """SHA-256 of a file of so many bytes; takes its pages out of the system's cache."""
     digest, at = hashlib.sha256(), 0
-    while chunk := os.pread(fd, 1 << 20, at):
+    while at < size:
+        chunk = os.pread(fd, min(SLICE, size - at), at)
+        if not chunk:
+            raise ModelFormatError("the file was cut short", path=path, offset=at)
         digest.update(chunk)
         at += len(chunk)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return digest.hexdigest(), at
+    return digest.hexdigest()
 
 
 def _header(
     gguf: GGUFFile, config: ModelConfig, dense: list[TensorInfo], blob: int, sums: npt.NDArray[np.uint32], source: str
 ) -> tuple[bytes, list[int]]:
     """(the file's first bytes, absolute offsets of the dense tensors and of the first blob)."""
-    with open(gguf.paths[0], "rb") as file:
-        first = file.read(gguf.header_end)
+    first = _first_bytes(gguf)
     entries = [first[a:b] for key, (a, b) in gguf.key_ranges.items() if key not in DROPPED_KEYS]
     table = [[i.name, i.type, list(i.shape), i.offset, i.nbytes] for i in gguf.tensors.values()]
     entries += [
@@ -214,11 +226,13 @@ def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progres
         files = {name: written[part] for name, part in places.items()}
         for name, info in packed.tensors.items():
             if name.split(".")[-2] not in EXPERT_ROLES:
-                files[name].write(info.offset, packed.data(name))
-                packed.release(name)
+                at = info.offset
+                for piece in slices(packed.stored(name)):
+                    files[name].write(at, piece)
+                    at += piece.size
         _write_experts(files, packed, config, progress or (lambda done, total: None))
         for file, part in zip(written, parts, strict=True):
-            if _hash(file.descriptor) != (part.sha256, part.size):
+            if _hash(file.descriptor, part.size, file.path) != part.sha256:
                 raise ModelFormatError("does not give its source back: damaged, see verify", path=gguf.path)
         return targets
 
@@ -262,8 +276,7 @@ def _source_parts(gguf: GGUFFile, tensors: int) -> tuple[list[SourcePart], list[
 
 def _first_header(gguf: GGUFFile, layout: dict[str, Any]) -> bytes:
     """The bytes before the tensors of the source's first file: those that pack() dropped between the copied ones."""
-    with open(gguf.path, "rb") as file:
-        first = file.read(gguf.header_end)
+    first = _first_bytes(gguf)
     keys = [key for key in gguf.key_ranges if not key.startswith("stpk.") and key not in DROPPED_KEYS]
     entries = [first[slice(*gguf.key_ranges[key])] for key in keys]
     for at, entry in sorted((int(at), bytes.fromhex(entry)) for at, entry in layout["dropped"].items()):
@@ -277,9 +290,8 @@ def _write_experts(files: dict[str, PartialFile], packed: PackedFile, config: Mo
     for layer in range(config.n_layers):
         infos = expert_infos(packed, layer)
         layout = ExpertLayout.of(config, infos)
-        stack = packed.container.data(blob_name(layer)).reshape(config.n_experts, blob)
+        stack = packed.container.stored(blob_name(layer))
         for e in range(config.n_experts):
-            for info, part in zip(infos, layout.unpack(stack[e]), strict=True):
+            for info, part in zip(infos, layout.unpack(stack[e * blob : (e + 1) * blob]), strict=True):
                 files[info.name].write(info.offset + e * part.size, part)
             progress(layer * config.n_experts + e + 1, config.n_layers * config.n_experts)
-        packed.container.release(blob_name(layer))

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.layouts import TYPES, Expert
 from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
-from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
+from smallthinker_edge.files.gguf import GGUFFile, StoredBytes, TensorInfo, slices
 
 # Every layout that is read; layout_name() says which a model has.
 LAYOUTS = ("tile16-2", "tile16-3", "tile16-4")
@@ -127,14 +127,18 @@ class PackedFile:
             if own is None or (own.type, own.shape) != (info.type, info.shape):
                 raise self._error(name, "is missing or differs from the source's entry")
 
+    def stored(self, name: str) -> StoredBytes:
+        """Bytes of a dense tensor; see GGUFFile.stored."""
+        return self.container.stored(name)
+
     def data(self, name: str) -> Bytes:
-        """Bytes of a dense tensor; see GGUFFile.data."""
+        """See GGUFFile.data."""
         return self.container.data(name)
 
-    def release(self, name: str, cache: bool = False) -> None:
-        """See GGUFFile.release."""
-        if name in self.container.tensors:
-            self.container.release(name, cache)
+    def forget(self, name: str | None = None) -> None:
+        """See GGUFFile.forget; without a name, of the experts too."""
+        if name is None or name in self.container.tensors:
+            self.container.forget(name)
 
     def expect_rows(self, name: str) -> None:
         """See GGUFFile.expect_rows."""
@@ -144,13 +148,6 @@ class PackedFile:
     def close(self) -> None:
         """See GGUFFile.close."""
         self.container.close()
-
-    def drop_cache(self) -> None:
-        """Takes the file's pages out of the system's cache, which counts towards a memory limit; a hint."""
-        self.container.release()
-        if hasattr(os, "posix_fadvise"):
-            with open(self.path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def dense(self) -> list[TensorInfo]:
@@ -167,7 +164,7 @@ class PackedFile:
     def check_dense(self, sums: npt.NDArray[np.uint32]) -> None:
         """Raises ModelFormatError naming the first dense tensor that is damaged."""
         for info, expected in zip(self.dense, sums, strict=False):
-            if zlib.crc32(self.data(info.name).data) != expected:
+            if checksum(self.stored(info.name)) != expected:
                 raise self._error(info.name, "is damaged: its checksum does not match")
 
     def experts(self, config: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
@@ -190,6 +187,14 @@ class PackedFile:
         return np.array(offsets, np.int64), size
 
 
+def checksum(data: StoredBytes) -> int:
+    """CRC-32 of a tensor's bytes."""
+    total = 0
+    for part in slices(data):
+        total = zlib.crc32(part.data, total)
+    return total
+
+
 def blob_name(layer: int) -> str:
     return f"blk.{layer}.experts.weight"
 
@@ -207,10 +212,8 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> in
         packed.check_dense(sums)
         for i in range(len(offsets)):
             layer, e = divmod(i, config.n_experts)
-            if (
-                zlib.crc32(gguf.data(blob_name(layer))[e * size : (e + 1) * size].data)
-                != sums[len(sums) - len(offsets) + i]
-            ):
+            blob = gguf.stored(blob_name(layer))[e * size : (e + 1) * size]
+            if zlib.crc32(blob.data) != sums[len(sums) - len(offsets) + i]:
                 raise ModelFormatError(
                     "is damaged: its checksum does not match", path=gguf.path, field=f"expert {e} of layer {layer}"
                 )
@@ -226,7 +229,7 @@ def unpack_layer(path: str | os.PathLike[str], layer: int) -> tuple[Bytes, Bytes
         config = ModelConfig.from_gguf(packed)
         layout = ExpertLayout.of(config, expert_infos(packed, layer))
         _, size = packed.experts(config)
-        blobs = gguf.data(blob_name(layer)).reshape(config.n_experts, size)
-        parts = [layout.unpack(blob) for blob in blobs]
+        blobs = gguf.stored(blob_name(layer))
+        parts = [layout.unpack(blobs[e * size : (e + 1) * size]) for e in range(config.n_experts)]
         gate, up, down = (np.concatenate([part[i] for part in parts]) for i in range(3))
         return gate, up, down

@@ -79,8 +79,7 @@ class Requantizer:
 
     def write(self, path: str, progress: Progress) -> None:
         starts = list(itertools.accumulate((aligned(target.bytes) for target in self.targets), initial=0))
-        with open(self.source.paths[0], "rb") as file:
-            first = file.read(self.source.header_end)
+        first = self.source.file().read(0, self.source.header_end).tobytes()
         dropped = {*DROPPED_KEYS, "general.file_type"}
         entries = [first[a:b] for key, (a, b) in self.source.key_ranges.items() if key not in dropped]
         key = b"general.file_type"
@@ -108,9 +107,7 @@ class Requantizer:
     def _write_piece(self, file: PartialFile, target: Target, start: int, count: int, at: int) -> None:
         info = target.source
         path = self.source.paths[info.part]
-        raw = np.fromfile(path, np.uint8, count, offset=info.offset + start)
-        if raw.size != count:
-            raise ModelFormatError("cannot be read whole", path=path, field=info.name)
+        raw = self.source.stored(info.name)[start : start + count]
         if info.type == target.type:
             file.write(at, raw)
             return

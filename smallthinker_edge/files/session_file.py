@@ -18,31 +18,30 @@ import numpy as np
 from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge.errors import SessionFormatError
 from smallthinker_edge.files.atomic import atomic_file
-from smallthinker_edge.files.config import ModelFile, tensor_name
+from smallthinker_edge.files.config import ModelFile
+from smallthinker_edge.files.gguf import slices
 
 MAGIC, VERSION = b"STKVSESS", 1
 # magic, version, type of the KV cache, the model's hash, positions, positions lost by window layers, blocks, their
 # bytes in all. Little-endian; then int32 tokens, the blocks, and a crc32 of everything before it.
 HEADER = struct.Struct("<8sI8s32sQQQQ")
-SLICE = 1 << 20
 
 
-def model_hash(file: ModelFile) -> bytes:
+def model_hash(file: ModelFile, budget: bool = False) -> bytes:
     """SHA-256 of the names, types and shapes of all tensors, and of the data of those that are not experts.
 
     A GGUF and the packed file made from it have the same hash. Experts' weights are not read: with all the dense
-    weights and the routers equal, two models are taken to be the same.
+    weights and the routers equal, two models are taken to be the same. budget: leave nothing of it in the page cache.
     """
     digest = hashlib.sha256()
     for name in sorted(file.tensors):
         info = file.tensors[name]
         digest.update(f"{name} {info.type} {tuple(info.shape)}\n".encode())
         if not name.endswith("_exps.weight"):
-            data = file.data(name)
-            for at in range(0, data.size, SLICE):
-                digest.update(data[at : at + SLICE].data)
-            if name != tensor_name("token_embd"):  # its rows may be in use
-                file.release(name)
+            for part in slices(file.stored(name)):
+                digest.update(part.data)
+            if budget:
+                file.forget(name)
     return digest.digest()
 
 

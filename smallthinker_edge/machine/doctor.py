@@ -23,6 +23,7 @@ import psutil
 from smallthinker_edge._native import kernels
 from smallthinker_edge.machine import cgroup, cpus, thermal
 from smallthinker_edge.measure import limits as read_limits
+from smallthinker_edge.printable import printable
 
 Rows = list[tuple[str, str]]
 
@@ -119,7 +120,7 @@ def disk(path: str | os.PathLike[str]) -> Rows:
     how = "O_DIRECT" if speed.direct else "page cache (no O_DIRECT here: this overstates the storage)"
     return [
         (
-            f"reads at {path}",
+            f"reads at {printable(os.fspath(path))}",
             f"{_mb(speed.one_reader)}, {_mb(speed.four_readers)} with four at once; {BLOCK >> 20} MiB each, {how}",
         ),
     ]

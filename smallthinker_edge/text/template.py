@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from smallthinker_edge.errors import ChatTemplateError
+from smallthinker_edge.printable import printable
 
 MAX_SOURCE = 1 << 17  # characters; the longest templates in use have 20,000
 MAX_TEXT = 1 << 22  # characters of one value; 25 times what the released models' context holds
@@ -323,7 +324,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
         return _compiled(source).render(variables)
     except Exception as error:  # a template is a program from a file: whatever it does wrong is its error
         message = " ".join(str(error).split()) or type(error).__name__
-        raise ChatTemplateError(f"the model's chat template failed: {message:.500}") from error
+        raise ChatTemplateError(printable(f"the model's chat template failed: {message:.500}")) from error
     finally:
         _budget.reset(token)
 
@@ -345,5 +346,5 @@ def mentioned(source: str) -> frozenset[str]:
             if not isinstance(node, nodes.TemplateData):
                 found |= {str(value) for _, value in node.iter_fields() if isinstance(value, str | int | float)}
     except Exception as error:
-        raise ChatTemplateError(f"the model's chat template failed: {error}") from error
+        raise ChatTemplateError(printable(f"the model's chat template failed: {error}")) from error
     return frozenset(found)

@@ -1,4 +1,5 @@
-/* Reads for the pager's I/O threads. Knows offsets and sizes, and nothing of experts. */
+/* Reads for the pager's I/O threads, and of single rows and headers. Knows offsets and sizes, and nothing of experts.
+ */
 #define _GNU_SOURCE
 #include "smallthinker/reader.h"
 
@@ -22,14 +23,32 @@ struct st_reader {
     int direct, cached;
 };
 
-/* Some file systems take the flag at open and refuse the first read. */
-static int direct_works(int fd) {
+static int open_to_read(const char *path, int flags) {
+    int fd;
+    do
+        fd = open(path, O_RDONLY | O_CLOEXEC | flags);
+    while (fd < 0 && errno == EINTR);
+    return fd;
+}
+
+/* Opened for direct I/O; -1 where that cannot be had, for whatever reason: file systems and sandboxes refuse it with
+ * any errno, and some take the flag at open and refuse the first read. */
+static int open_direct(const char *path) {
     void *buffer;
-    if (posix_memalign(&buffer, ST_READER_ALIGN, ST_READER_ALIGN) != 0)
-        return 0;
-    ssize_t got = pread(fd, buffer, ST_READER_ALIGN, 0);
-    free(buffer);
-    return got >= 0;
+    ssize_t got = -1;
+    int fd = open_to_read(path, O_DIRECT);
+    if (fd < 0)
+        return -1;
+    if (posix_memalign(&buffer, ST_READER_ALIGN, ST_READER_ALIGN) == 0) {
+        do
+            got = pread(fd, buffer, ST_READER_ALIGN, 0);
+        while (got < 0 && errno == EINTR);
+        free(buffer);
+    }
+    if (got >= 0)
+        return fd;
+    close(fd);
+    return -1;
 }
 
 /* Whether the page cache holds (nearly) the whole file. Linux tells that only to those who may write to it. */
@@ -37,7 +56,7 @@ static int in_page_cache(const char *path) {
     int resident = 0;
 #ifdef __linux__
     struct stat about;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open_to_read(path, 0);
     if (fd < 0)
         return 0;
     if (fstat(fd, &about) == 0 && about.st_size > 0 && (about.st_uid == geteuid() || access(path, W_OK) == 0)) {
@@ -66,23 +85,18 @@ st_reader *st_reader_open(const char *path, int cached) {
         return NULL;
     cached = cached && in_page_cache(path);
     reader->cached = cached;
-    reader->direct = O_DIRECT != 0 && !cached;
-    reader->fd = open(path, O_RDONLY | O_CLOEXEC | (cached ? 0 : O_DIRECT));
-    if (reader->fd >= 0 && reader->direct && !direct_works(reader->fd)) {
-        close(reader->fd);
-        reader->fd = -1;
-        errno = EINVAL;
-    }
-    if (reader->fd < 0 && errno == EINVAL) {
-        reader->direct = 0;
-        reader->fd = open(path, O_RDONLY | O_CLOEXEC);
-    }
+    reader->fd = O_DIRECT != 0 && !cached ? open_direct(path) : -1;
+    reader->direct = reader->fd >= 0;
+    if (!reader->direct)
+        reader->fd = open_to_read(path, 0);
 #ifdef F_NOCACHE
     if (reader->fd >= 0 && !cached)
         (void)fcntl(reader->fd, F_NOCACHE, 1);
 #endif
     if (reader->fd < 0) {
+        int why = errno;
         free(reader);
+        errno = why;
         return NULL;
     }
     return reader;
@@ -119,5 +133,20 @@ int st_reader_read(void *arg, int64_t offset, size_t size, void *buffer) {
         (void)posix_fadvise(reader->fd, start, end - start, POSIX_FADV_DONTNEED);
     }
 #endif
+    return 0;
+}
+
+int st_read_at(int fd, int64_t offset, size_t size, void *buffer) {
+    for (size_t done = 0; done < size;) {
+        ssize_t got = pread(fd, (char *)buffer + done, size - done, offset + (int64_t)done);
+        if (got > 0) {
+            done += (size_t)got;
+        } else if (got == 0) {
+            errno = 0;
+            return ST_ERR_IO;
+        } else if (errno != EINTR) {
+            return ST_ERR_IO;
+        }
+    }
     return 0;
 }

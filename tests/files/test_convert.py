@@ -257,7 +257,7 @@ def test_the_command_converts_packs_verifies_and_plans(tmp_path: Path, capsys: p
     assert main(["plan", packed, "--memory", "1GiB", "--context", "128", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["limit"] == 2**30
-    parts = ("process", "weights", "kv_cache", "buffers", "margin", "page_tables")
+    parts = ("process", "weights", "kv_cache", "logits", "buffers", "margin", "page_tables")
     assert figures["total"] == sum(figures[name] for name in parts) + LAYERS * EXPERTS * figures["slot_bytes"]
     assert main(["plan", packed, "--memory", "1MiB"]) == 1
     assert "needs" in capsys.readouterr().err

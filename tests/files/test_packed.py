@@ -195,7 +195,7 @@ def test_rows_of_an_untied_embedding_do_not_pile_up_in_the_page_cache(tmp_path: 
     with GGUFFile(target) as file:
         info = file.tensors["token_embd.weight"]
         place = target, info.offset, info.nbytes
-        file.release("token_embd.weight", cache=True)
+        file.forget("token_embd.weight")
         if resident_pages(*place):
             pytest.skip("this file system drops nothing from the cache")
     with SmallThinker(target) as model, model.session() as session:

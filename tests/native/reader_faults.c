@@ -20,13 +20,13 @@ enum { BLOCK = ST_READER_ALIGN, BLOCKS = 64, ANY_NUMBER = 100 };
 static struct {
     atomic_int interrupts, errors; /* how many preads end so first */
     int shorten;                   /* a pread gives at most so many bytes; 0: all */
-    int refuse_open, refuse_read;  /* of direct I/O */
+    int refuse_open, refuse_read;  /* errno of direct I/O, or 0 */
 } fault;
 static atomic_int open_files;
 
 static int faulty_open(const char *path, int flags) {
     if (fault.refuse_open && (flags & O_DIRECT)) {
-        errno = EINVAL;
+        errno = fault.refuse_open;
         return -1;
     }
     int fd = open(path, flags);
@@ -41,7 +41,7 @@ static int counted_close(int fd) {
 
 static ssize_t faulty_pread(int fd, void *buffer, size_t size, off_t offset) {
     if (fault.refuse_read && (fcntl(fd, F_GETFL) & O_DIRECT)) {
-        errno = EINVAL;
+        errno = fault.refuse_read;
         return -1;
     }
     if (atomic_load(&fault.interrupts) > 0 && atomic_fetch_sub(&fault.interrupts, 1) > 0) {
@@ -166,13 +166,17 @@ int main(int argc, char **argv) {
     replaced(path, other);
     from_several_threads(path);
 
-    fault.refuse_open = 1;
-    faults(path, 0);
-    replaced(path, other);
-    from_several_threads(path);
-    fault.refuse_open = 0;
-    fault.refuse_read = 1; /* opened, but the first read is refused */
-    faults(path, 0);
+    const int refusals[] = {EINVAL, EPERM, ENOTSUP, ENOSYS, EIO};
+    for (size_t i = 0; i < sizeof refusals / sizeof *refusals; i++) {
+        fault.refuse_open = refusals[i];
+        faults(path, 0);
+        replaced(path, other);
+        from_several_threads(path);
+        fault.refuse_open = 0;
+        fault.refuse_read = refusals[i]; /* opened, but the first read is refused */
+        faults(path, 0);
+        fault.refuse_read = 0;
+    }
     CHECK(atomic_load(&open_files) == 0);
     puts("ok");
     return 0;

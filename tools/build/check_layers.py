@@ -14,10 +14,11 @@ from pathlib import Path
 
 PACKAGE = "smallthinker_edge"
 # Room -> rooms and top-level modules whose modules its own may import, besides its own and LEAVES.
-LEAVES = {"errors", "options"}
+LEAVES = {"errors", "options", "printable"}
 LAYERS = {
     "errors": set[str](),
     "options": set[str](),
+    "printable": set[str](),
     "_native": set[str](),
     "text": {"_native"},
     "machine": {"_native", "measure.limits"},
