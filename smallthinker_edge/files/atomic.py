@@ -38,6 +38,11 @@ class PartialFile:
             done = os.pwrite(self.descriptor, view, offset)
             view, offset = view[done:], offset + done
 
+    def settle(self) -> None:
+        """Puts on disk what was written, and takes it out of the system's cache, which a memory limit counts."""
+        _sync(self.descriptor)
+        forget(self.descriptor)
+
     def reserve(self, size: int) -> None:
         """Claims the space of the whole file at once, so that a full disk shows before minutes of work."""
         if not hasattr(os, "posix_fallocate"):
@@ -85,6 +90,13 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[PartialFile]:
     finally:
         os.close(descriptor)
     _sync_folder(folder)
+
+
+def forget(descriptor: int) -> None:
+    """Takes a file's pages that are on disk out of the system's cache; a hint."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _mode(target: str) -> int | None:

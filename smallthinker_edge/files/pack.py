@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.atomic import PartialFile, atomic_file
+from smallthinker_edge.files.atomic import PartialFile, atomic_file, forget
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import SLICE, GGUFFile, TensorInfo, slices
 from smallthinker_edge.files.packed import (
@@ -167,8 +167,7 @@ def _hash(fd: int, size: int, path: str) -> str:
             raise ModelFormatError("the file was cut short", path=path, offset=at)
         digest.update(chunk)
         at += len(chunk)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(fd)
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from io import BufferedReader
 from typing import NoReturn
 
@@ -17,11 +18,12 @@ import numpy as np
 
 from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge.errors import SessionFormatError
-from smallthinker_edge.files.atomic import atomic_file
+from smallthinker_edge.files.atomic import atomic_file, forget
 from smallthinker_edge.files.config import ModelFile
 from smallthinker_edge.files.gguf import slices
 
 MAGIC, VERSION = b"STKVSESS", 1
+PIECE = 4 << 20
 # magic, version, type of the KV cache, the model's hash, positions, positions lost by window layers, blocks, their
 # bytes in all. Little-endian; then int32 tokens, the blocks, and a crc32 of everything before it.
 HEADER = struct.Struct("<8sI8s32sQQQQ")
@@ -40,8 +42,8 @@ def model_hash(file: ModelFile, budget: bool = False) -> bytes:
         if not name.endswith("_exps.weight"):
             for part in slices(file.stored(name)):
                 digest.update(part.data)
-            if budget:
-                file.forget(name)
+                if budget:
+                    file.forget(name)
     return digest.digest()
 
 
@@ -55,9 +57,16 @@ def save(path: str | os.PathLike[str], cache: KVCache, model: bytes) -> None:
     with atomic_file(path) as file:
         total = at = 0
         for part in parts:
-            file.write(at, part)
-            at, total = at + len(part), zlib.crc32(part, total)
+            for piece in _pieces(memoryview(part)):
+                file.write(at, piece)
+                file.settle()
+                at, total = at + len(piece), zlib.crc32(piece, total)
         file.write(at, struct.pack("<I", total))
+
+
+def _pieces(data: memoryview) -> Iterator[memoryview]:
+    """The bytes in pieces that the page cache, which a memory limit counts, may hold for a moment."""
+    return (data[at : at + PIECE] for at in range(0, len(data), PIECE))
 
 
 class _Reader:
@@ -70,10 +79,12 @@ class _Reader:
         raise SessionFormatError(message, path=self.path, field=field, offset=self.at)
 
     def into(self, buffer: memoryview, field: str) -> None:
-        if self.file.readinto(buffer) != len(buffer):
-            self.fail("the file ends too early", field)
-        self.total = zlib.crc32(buffer, self.total)
-        self.at += len(buffer)
+        for piece in _pieces(buffer):
+            if self.file.readinto(piece) != len(piece):
+                self.fail("the file ends too early", field)
+            forget(self.file.fileno())
+            self.total = zlib.crc32(piece, self.total)
+            self.at += len(piece)
 
 
 def load(path: str | os.PathLike[str], empty: KVCache, vocab_size: int, model: bytes) -> None:
