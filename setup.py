@@ -82,6 +82,7 @@ class BuildExt(build_ext):
     def compile_source(self, source: str, ext: Extension) -> str:
         """The object of a source, made anew where that, a header or this file has changed."""
         (made,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+        os.makedirs(os.path.dirname(made), exist_ok=True)  # setuptools' own way is not safe from several threads
         newest = max(os.path.getmtime(path) for path in [source, *ext.depends])
         if self.force or not os.path.exists(made) or os.path.getmtime(made) <= newest:
             own = cython_flags(source) if "_native" in source else KERNEL_FLAGS.get(source.replace(os.sep, "/"), [])

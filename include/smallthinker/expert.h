@@ -9,7 +9,9 @@
 enum {
     ST_EXPERT_ROWS,  /* GGUF rows, computed with in float */
     ST_EXPERT_TILES, /* all in Tile16: every neuron is computed */
-    ST_EXPERT_SPARSE /* gate in Tile16, up in Rows, down in Down or Down transposed: silent neurons are skipped */
+    ST_EXPERT_SPARSE /* silent neurons are skipped: gate in Tile16; then for every neuron, together, its line of Down,
+                      * its row of up, where down is transposed its scales, padded to 64 bytes; then the scales of Down.
+                      * What a neuron needs is one run of bytes, because memory gives long runs faster (docs/notes). */
 };
 
 typedef struct st_expert {
@@ -19,7 +21,10 @@ typedef struct st_expert {
     int layout;            /* ST_EXPERT_... */
     int tiled[3];          /* places of their types' kernels (types.h), where they are not in rows */
     size_t rows[3];        /* bytes of gate, up and down as GGUF rows */
-    size_t up_at, down_at; /* where they begin in a blob; gate at 0 */
+    size_t up_at, down_at; /* where they begin in a blob; gate at 0. Sparse: neuron 0's row, and its line */
+    size_t stride;         /* sparse: bytes from one neuron to the next */
+    size_t scales_at;      /* sparse: where the scales of down begin */
+    size_t scale_stride;   /* sparse: see st_down_view */
     size_t bytes;          /* of a blob, without padding */
     size_t group_bytes;    /* sparse: of the gate's two tiles of 32 neurons, from group to group */
 } st_expert;
@@ -27,6 +32,11 @@ typedef struct st_expert {
 /* Fills e; pack: sparse where all three are of one sparse type and f % 32 == 0, tiles where all have these and down is
  * not transposed, else rows. 0, or -1 where a type cannot be read or the sizes do not fit it. */
 int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack);
+
+/* Down of a sparse expert's blob. */
+static inline st_down_view st_expert_down(const st_expert *e, const uint8_t *blob) {
+    return (st_down_view){blob + e->down_at, blob + e->scales_at, e->stride, e->scale_stride};
+}
 
 /* GGUF rows of one expert, e->rows bytes each, to its blob of e->bytes, and back. */
 void st_expert_pack(const st_expert *e, const uint8_t *gate, const uint8_t *up, const uint8_t *down, uint8_t *blob);

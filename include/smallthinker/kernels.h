@@ -9,17 +9,18 @@
 #define ST_ATTN_CHUNK 256 /* positions of one attention unit */
 #define ST_FFN_PART 6     /* groups of 32 neurons whose down is summed before it is weighted */
 
-/* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first seven fields. */
+/* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first eight fields. */
 typedef struct st_neurons {
     const st_q8x4 *x;    /* the token's quantised row of d columns */
     const uint8_t *gate; /* their two tiles of Tile16 */
-    const uint8_t *up;   /* the expert's up, Rows layout */
-    const uint8_t *down; /* the expert's down, Down layout or Down transposed */
-    int transposed;      /* which of them */
-    float *y;            /* [d in whole chunks] what their down is added to */
-    int64_t group;       /* which 32 neurons of the expert */
-    int64_t fired;       /* neurons whose gate is not <= 0 */
-    int32_t index[32];   /* those, counted over the expert */
+    const uint8_t *up;   /* the expert's up, Rows layout, up_stride bytes a row */
+    size_t up_stride;
+    st_down_view down; /* the expert's down, Down layout or Down transposed */
+    int transposed;    /* which of them */
+    float *y;          /* [d in whole chunks] what their down is added to */
+    int64_t group;     /* which 32 neurons of the expert */
+    int64_t fired;     /* neurons whose gate is not <= 0 */
+    int32_t index[32]; /* those, counted over the expert */
     float g[32];
     st_active active; /* what they give to Down */
     st_fired output;  /* and to Down transposed */
@@ -30,14 +31,15 @@ typedef struct st_neurons {
     void NAME(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x, int64_t n,  \
               float *y, int64_t ldy)
 #define ST_ROWS(NAME)                                                                                                  \
-    void NAME(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x, float *out)
-#define ST_FFN(NAME) void NAME(int64_t nb, int64_t groups, st_neurons *const stage[4])
+    void NAME(const uint8_t *w, size_t stride, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,          \
+              float *out)
+#define ST_FFN(NAME) void NAME(int64_t nb, st_neurons *const stage[4])
 #define ST_DOWN(NAME)                                                                                                  \
-    void NAME(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,              \
+    void NAME(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,         \
               float weight, float *y)
 #define ST_DOWN_TRANSPOSED(NAME)                                                                                       \
-    void NAME(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_fired *a, float weight, \
-              float *y)
+    void NAME(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_fired *a,          \
+              float weight, float *y)
 #define ST_ATTENTION(NAME)                                                                                             \
     void NAME(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n, float scale,     \
               float *scores, float *acc, float *m, float *l)
@@ -65,7 +67,7 @@ typedef struct st_kernels {
      * of the type. */
     st_gemm *gemm[ST_TILED_COUNT];
 
-    /* out[i] = W[index[i]] . x for i < n.  W: Rows layout, nb blocks of 32 columns a row. */
+    /* out[i] = W[index[i]] . x for i < n.  W: Rows layout, nb blocks of 32 columns a row, `stride` bytes apart. */
     st_rows *rows[ST_TILED_COUNT];
 
     /* One step of the FFN of a few tokens: each of stage[0..3] (NULL: none; all different) goes one stage further.
@@ -74,12 +76,13 @@ typedef struct st_kernels {
      *   stage[2]: up of those that fire, and their activations.
      *   stage[3]: y[d] += W_down[:, its 32 neurons] . h; y has room for whole chunks of ST_DOWN_CHUNK.
      * The steps of different groups share a call because the gate streams from memory, and the rest of the arithmetic
-     * fits into its waits.  nb: d / 32; groups: of the expert. */
+     * fits into its waits.  nb: d / 32. */
     st_ffn *ffn[ST_TILED_COUNT];
 
     /* y[o - 128 * c0] += weight * (W_down . h)[o] for the outputs o of chunks c0..c1 (128 each; y has room for whole
      * chunks), summed by parts of ST_FFN_PART groups: each part's sum is weighted and added by itself, as for one token
-     * (ffn) it has to be.  down: Down layout of d outputs and 32 * groups neurons; a[groups]. */
+     * (ffn) it has to be.  down: Down layout of d outputs and 32 * groups neurons, its lines 64-byte aligned;
+     * a[groups]. */
     st_down *down[ST_TILED_COUNT];
 
     /* The same over Down transposed. For every block b of 32 outputs, the products h[k] * scale[index[k]][b] of a group

@@ -39,14 +39,21 @@ enum {
 /* Rows, Q4_0 ("up"; one row is read alone when its neuron fires): per row, uint16 scale[nb], then the blocks
  * of 16 nibble bytes in order. nb = cols / 32. The row takes 18 * nb bytes, as in GGUF. */
 
-/* Down, Q4_0, neuron-major; d padded with zeros to dp, a multiple of 128. uint16 scale[f/32][dp], then dp/2 bytes for
- * every neuron, 64 for each chunk of 128 outputs: byte 16*L + 4*v + k of a chunk holds its output 32*v + 4*L + k in
- * the low nibble and output 32*v + 16 + 4*L + k in the high one. The lane order is what interleaving four neurons byte
- * by byte leaves in vector registers of any width. A neuron's row is contiguous because skipping the silent ones
- * then reads long runs: measured on DRAM, 38 % of the rows, two threads: 18 GB/s in runs of 64 bytes, 25 in 384.
+/* Down, Q4_0, neuron-major; d padded with zeros to dp, a multiple of 128. Two pieces whose places an st_down_view
+ * tells: scales, uint16[dp] for every group of 32 neurons, and a line of dp/2 bytes for every neuron, 64 for each chunk
+ * of 128 outputs: byte 16*L + 4*v + k of a chunk holds its output 32*v + 4*L + k in the low nibble and output 32*v + 16
+ * + 4*L + k in the high one. The lane order is what interleaving four neurons byte by byte leaves in vector registers
+ * of any width. A neuron's line is contiguous because skipping the silent ones then reads long runs: measured on DRAM,
+ * 38 % of the rows, two threads: 18 GB/s in runs of 64 bytes, 25 in 384.
  *
- * Down transposed, Q4_0, of files that quantise a neuron's down along the outputs: as large, and the nibbles stand as
- * in Down; but the scales are uint16 scale[f][dp/32], a neuron's own. */
+ * Down transposed, Q4_0, of files that quantise a neuron's down along the outputs: as large, and the lines are those
+ * of Down; but the scales are uint16[dp/32] for every neuron, its own. */
+typedef struct st_down_view {
+    const uint8_t *lines;  /* of neuron 0 */
+    const uint8_t *scales; /* of group 0; transposed: of neuron 0 */
+    size_t stride;         /* bytes from one neuron's line to the next */
+    size_t scale_stride;   /* from one group's, or neuron's, scales to the next */
+} st_down_view;
 
 /* Activations, Q8_0: 128 columns. q[0][b][i] is column 32*b + i, q[1][b][i] column 32*b + 16 + i.
  * corr[4*b] = -8 * (sum of block b), the other corr are 0; scale[4*b .. 4*b+3] all hold the block's scale.
@@ -79,18 +86,21 @@ typedef struct st_fired {
 
 /* Bytes of a matrix in Tile16; 0 where the type has none (types.h) or the shape does not fit. */
 size_t st_tile16_bytes(int type, int64_t rows, int64_t cols);
-/* Bytes of Down, and of Down transposed; 0 likewise. */
-size_t st_down_bytes(int type, int64_t d, int64_t f);
+/* Bytes of one neuron's line of Down, and of what is between two groups' scales, or transposed two neurons'; 0
+ * likewise. */
+size_t st_down_line_bytes(int type, int64_t d);
+size_t st_down_scale_bytes(int type, int transposed, int64_t d);
 
 /* Permutations of a type that has the layout; src and dst must not overlap. Tiles t0..t1 of a matrix (16 rows each). */
 void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1);
 void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
-/* As many bytes as the GGUF rows. */
-void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
-void st_unpack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
-/* GGUF rows [d][f], or [f][d] where transposed. */
-void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
-void st_unpack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst);
+/* As many bytes a row as in GGUF, `stride` bytes from one to the next. */
+void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, size_t stride);
+void st_unpack_rows(int type, const uint8_t *src, size_t stride, int64_t rows, int64_t cols, uint8_t *dst);
+/* GGUF rows [d][f], or [f][d] where transposed, to lines and scales with the strides of `to`, and back. */
+void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *lines, uint8_t *scales,
+                  const st_down_view *to);
+void st_unpack_down(int type, int transposed, const st_down_view *from, int64_t d, int64_t f, uint8_t *dst);
 
 /* Row r of a Tile16 matrix as floats. */
 void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out);

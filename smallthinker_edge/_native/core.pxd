@@ -37,13 +37,20 @@ cdef extern from "smallthinker/layout.h" nogil:
     ctypedef struct st_fired:
         pass
     size_t st_tile16_bytes(int type, int64_t rows, int64_t cols)
-    size_t st_down_bytes(int type, int64_t d, int64_t f)
+    ctypedef struct st_down_view:
+        const uint8_t *lines
+        const uint8_t *scales
+        size_t stride
+        size_t scale_stride
+    size_t st_down_line_bytes(int type, int64_t d)
+    size_t st_down_scale_bytes(int type, int transposed, int64_t d)
     void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1)
     void st_unpack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
-    void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
-    void st_unpack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst)
-    void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
-    void st_unpack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst)
+    void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, size_t stride)
+    void st_unpack_rows(int type, const uint8_t *src, size_t stride, int64_t rows, int64_t cols, uint8_t *dst)
+    void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *lines,
+                      uint8_t *scales, const st_down_view *to)
+    void st_unpack_down(int type, int transposed, const st_down_view *source, int64_t d, int64_t f, uint8_t *dst)
     void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int64_t r, float *out)
 
 cdef extern from "smallthinker/expert.h" nogil:
@@ -63,9 +70,11 @@ cdef extern from "smallthinker/expert.h" nogil:
         size_t rows[3]
         size_t up_at
         size_t down_at
+        size_t stride
         size_t bytes
         size_t group_bytes
     int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack)
+    st_down_view st_expert_down(const st_expert *e, const uint8_t *blob)
     void st_expert_pack(const st_expert *e, const uint8_t *gate, const uint8_t *up, const uint8_t *down, uint8_t *blob)
     void st_expert_unpack(const st_expert *e, const uint8_t *blob, uint8_t *gate, uint8_t *up, uint8_t *down)
 
@@ -77,7 +86,8 @@ cdef extern from "smallthinker/kernels.h" nogil:
         const st_q8x4 *x
         const uint8_t *gate
         const uint8_t *up
-        const uint8_t *down
+        size_t up_stride
+        st_down_view down
         int transposed
         float *y
         int64_t group
@@ -88,12 +98,12 @@ cdef extern from "smallthinker/kernels.h" nogil:
         st_fired output
     ctypedef void st_gemm(const uint8_t *w, int64_t rows, int64_t nb, int64_t t0, int64_t t1, const st_q8x4 *const *x,
                           int64_t n, float *y, int64_t ldy) noexcept nogil
-    ctypedef void st_rows(const uint8_t *w, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,
-                          float *out) noexcept nogil
-    ctypedef void st_ffn(int64_t nb, int64_t groups, st_neurons *const *stage) noexcept nogil
-    ctypedef void st_down(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,
-                          float weight, float *y) noexcept nogil
-    ctypedef void st_down_transposed(const uint8_t *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+    ctypedef void st_rows(const uint8_t *w, size_t stride, int64_t nb, const int32_t *index, int64_t n,
+                          const st_q8x4 *x, float *out) noexcept nogil
+    ctypedef void st_ffn(int64_t nb, st_neurons *const *stage) noexcept nogil
+    ctypedef void st_down(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
+                          const st_active *a, float weight, float *y) noexcept nogil
+    ctypedef void st_down_transposed(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
                                      const st_fired *a, float weight, float *y) noexcept nogil
     ctypedef void st_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                                float scale, float *scores, float *acc, float *m, float *l) noexcept nogil

@@ -121,8 +121,7 @@ cdef inline void parts_phase(Call *call, const Layer *layer, int64_t l, int tid,
 
 cdef inline void ffn_step(const Call *call, const Layer *layer, Scratch *scratch) noexcept nogil:
     """Moves what is on its way through the FFN of a few tokens a stage further; stage 0 is free afterwards."""
-    cdef const Shape *shape = &call.weights.shape
-    call.weights.kernels.ffn[layer.expert.tiled[0]](shape.d // 32, shape.groups, scratch.stage)
+    call.weights.kernels.ffn[layer.expert.tiled[0]](call.weights.shape.d // 32, scratch.stage)
     st_neurons_advance(scratch.stage)
 
 
@@ -149,8 +148,8 @@ cdef inline void send_part(const Call *call, const Layer *layer, const uint8_t *
             sent[0] += 1
             neurons.x = xq[slot // shape.used]
             neurons.gate = blob + g * layer.expert.group_bytes
-            neurons.up = blob + layer.expert.up_at
-            neurons.down, neurons.transposed = blob + layer.expert.down_at, shape.down_transposed
+            neurons.up, neurons.up_stride = blob + layer.expert.up_at, layer.expert.stride
+            neurons.down, neurons.transposed = st_expert_down(&layer.expert, blob), shape.down_transposed
             neurons.y, neurons.group = part_of(call, slot, part), g
             scratch.stage[0] = neurons
             ffn_step(call, layer, scratch)
@@ -224,7 +223,8 @@ cdef inline void neurons_sparse(const Call *call, const Layer *layer, const uint
     for i in range(m):
         memcpy(neurons.g, scratch.gate + i * 32, 32 * sizeof(float))
         st_neurons_choose(neurons)
-        kernels.rows[layer.expert.tiled[0]](blob + layer.expert.up_at, nb, neurons.index, neurons.fired, rows[i], value)
+        kernels.rows[layer.expert.tiled[0]](blob + layer.expert.up_at, layer.expert.stride, nb, neurons.index,
+                                            neurons.fired, rows[i], value)
         if shape.down_transposed:
             st_neurons_multiply(neurons, value, buffers.fired + slots[i] * shape.groups + g)
         else:
@@ -238,16 +238,16 @@ cdef inline void down_sparse(const Call *call, const Layer *layer, const uint8_t
     cdef const Shape *shape = &call.weights.shape
     cdef Buffers *buffers = call.buffers
     cdef int64_t i, slot, c0 = unit * down_step(call), c1 = min(c0 + down_step(call), output_chunks(shape))
-    cdef const uint8_t *down = blob + layer.expert.down_at
+    cdef st_down_view down = st_expert_down(&layer.expert, blob)
     cdef float *x
     for i in range(buffers.list_start[e], buffers.list_start[e + 1]):
         slot = buffers.list_slot[i]
         x = buffers.x + slot // shape.used * shape.d_padded + c0 * ST_DOWN_CHUNK
         if shape.down_transposed:
-            kernels.down_transposed[layer.expert.tiled[0]](down, shape.d, shape.groups, c0, c1,
+            kernels.down_transposed[layer.expert.tiled[0]](&down, shape.d, shape.groups, c0, c1,
                                                            buffers.fired + slot * shape.groups, buffers.weight[slot], x)
         else:
-            kernels.down[layer.expert.tiled[0]](down, shape.d, shape.groups, c0, c1,
+            kernels.down[layer.expert.tiled[0]](&down, shape.d, shape.groups, c0, c1,
                                                 buffers.active + slot * shape.groups, buffers.weight[slot], x)
 
 

@@ -76,29 +76,31 @@ def pack_rows(const uint8_t[::1] src, int64_t rows, int64_t cols, bint back=Fals
     out = np.empty(src.shape[0], np.uint8)
     cdef uint8_t[::1] dst = out
     if back:
-        st_unpack_rows(ST_Q4_0, &src[0], rows, cols, &dst[0])
+        st_unpack_rows(ST_Q4_0, &src[0], src.shape[0] // rows, rows, cols, &dst[0])
     else:
-        st_pack_rows(ST_Q4_0, &src[0], rows, cols, &dst[0])
+        st_pack_rows(ST_Q4_0, &src[0], rows, cols, &dst[0], src.shape[0] // rows)
     return out
 
 
 def pack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
     """GGUF rows [d][f] of Q4_0 to the Down layout; transposed: rows [f][d] to Down transposed."""
     need(d % 32 == 0 or not transposed)
-    need(src.shape[0] == d * f // 32 * 18 and st_down_bytes(ST_Q4_0, d, f) > 0)
-    out = np.empty(st_down_bytes(ST_Q4_0, d, f), np.uint8)
+    need(src.shape[0] == d * f // 32 * 18 and down_bytes(ST_Q4_0, transposed, d, f) > 0)
+    out = np.empty(down_bytes(ST_Q4_0, transposed, d, f), np.uint8)
     cdef uint8_t[::1] dst = out
-    st_pack_down(ST_Q4_0, transposed, &src[0], d, f, &dst[0])
+    cdef st_down_view view = down_view(&dst[0], ST_Q4_0, transposed, d, f)
+    st_pack_down(ST_Q4_0, transposed, &src[0], d, f, &dst[0] + (view.lines - view.scales), &dst[0], &view)
     return out
 
 
 def unpack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
     """The Down layout, or Down transposed, back to GGUF rows."""
     need(d % 32 == 0 or not transposed)
-    need(src.shape[0] == <int64_t>st_down_bytes(ST_Q4_0, d, f) > 0)
+    need(src.shape[0] == down_bytes(ST_Q4_0, transposed, d, f) > 0)
     out = np.empty(d * f // 32 * 18, np.uint8)
     cdef uint8_t[::1] dst = out
-    st_unpack_down(ST_Q4_0, transposed, &src[0], d, f, &dst[0])
+    cdef st_down_view view = down_view(&src[0], ST_Q4_0, transposed, d, f)
+    st_unpack_down(ST_Q4_0, transposed, &view, d, f, &dst[0])
     return out
 
 
@@ -156,8 +158,8 @@ cdef class Table:
              int type=ST_Q4_0):
         need(st_sparse(type) and out.shape[0] >= index.shape[0])
         if index.shape[0]:
-            self.k.rows[st_tiled(type)](&w[0], cols // 32, &index[0], index.shape[0], <const st_q8x4 *>&x[0],
-                                        &out[0])
+            self.k.rows[st_tiled(type)](&w[0], st_row_bytes(type, cols), cols // 32, &index[0], index.shape[0],
+                                        <const st_q8x4 *>&x[0], &out[0])
 
     def ffn(self, const uint8_t[::1] gate, const uint8_t[::1] up, const uint8_t[::1] down, int64_t d, int64_t f,
             const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y, bint transposed=False,
@@ -169,36 +171,39 @@ cdef class Table:
         need(d % 32 == 0 and f % 32 == 0 and 0 <= g0 < g1 <= groups)
         cdef int64_t tile_bytes = st_tile16_bytes(type, 16, d)
         need(st_sparse(type) and gate.shape[0] == f // 16 * tile_bytes and up.shape[0] == f // 16 * tile_bytes)
-        need(down.shape[0] == <int64_t>st_down_bytes(type, d, f) and y.shape[0] >= (d + 127) // 128 * 128)
+        need(down.shape[0] == down_bytes(type, transposed, d, f) and y.shape[0] >= (d + 127) // 128 * 128)
         need(x.shape[0] >= (d + 127) // 128 * <int64_t>sizeof(st_q8x4))
         memset(stage, 0, sizeof(stage))
         for g in range(g0, g1 + 3):
             if g < g1:
                 stage[0] = &neurons[g % 4]
-                stage[0].gate, stage[0].up, stage[0].down = &gate[2 * g * tile_bytes], &up[0], &down[0]
+                stage[0].gate, stage[0].up = &gate[2 * g * tile_bytes], &up[0]
+                stage[0].up_stride = st_row_bytes(type, d)
+                stage[0].down = down_view(&down[0], type, transposed, d, f)
                 stage[0].x, stage[0].transposed = <const st_q8x4 *>&x[0], transposed
                 stage[0].y, stage[0].group = &y[0], g
-            self.k.ffn[st_tiled(type)](nb, groups, stage)
+            self.k.ffn[st_tiled(type)](nb, stage)
             st_neurons_advance(stage)
 
     def down(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,
              float[::1] y, int type=ST_Q4_0):
         """Chunks c0..c1 of 128 outputs; active: f / 32 entries of dtype ACTIVE."""
         cdef const uint8_t[::1] a = active.view(np.uint8)
-        need(w.shape[0] == <int64_t>st_down_bytes(type, d, f) > 0)
+        cdef st_down_view view = down_view(&w[0], type, False, d, f)
+        need(w.shape[0] == down_bytes(type, False, d, f) > 0)
         need(0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
-        self.k.down[st_tiled(type)](&w[0], d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
+        self.k.down[st_tiled(type)](&view, d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
 
     def down_transposed(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, fired, float weight,
                         float[::1] y, int type=ST_Q4_0):
         """The same over Down transposed; fired: f / 32 entries of dtype FIRED."""
         cdef const uint8_t[::1] a = fired.view(np.uint8)
-        need(w.shape[0] == <int64_t>st_down_bytes(type, d, f) > 0)
+        cdef st_down_view view = down_view(&w[0], type, True, d, f)
+        need(w.shape[0] == down_bytes(type, True, d, f) > 0)
         need(0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_fired) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
-        self.k.down_transposed[st_tiled(type)](&w[0], d, f // 32, c0, c1, <const st_fired *>&a[0], weight,
-                                               &y[0])
+        self.k.down_transposed[st_tiled(type)](&view, d, f // 32, c0, c1, <const st_fired *>&a[0], weight, &y[0])
 
     def activate(self, const float[::1] g, const float[::1] up):
         """-> one entry of dtype ACTIVE."""

@@ -12,6 +12,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 import numpy as np
 
 from smallthinker_edge._native.core cimport *
+from smallthinker_edge._native.kernels cimport down_bytes, down_view
 
 from smallthinker_edge._native.kernels import need
 
@@ -62,7 +63,7 @@ cdef struct Job:
     const uint8_t *data
     int64_t stride, items, first, count
     int64_t rows, cols, tokens
-    int tiled                 # of kernels over weights: their type's place
+    int type, tiled           # of kernels over weights; its place
     const int32_t *index      # [n_index] rows of rows
     int64_t n_index
     const float *gate         # [rows] of ffn: what the gate's outputs are taken to be
@@ -87,17 +88,20 @@ cdef void apply_gemm(const Job *j, const uint8_t *item, int tid) noexcept nogil:
 
 
 cdef void apply_rows(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    j.k.rows[j.tiled](item, j.cols // 32, j.index, j.n_index, j.xq[0], j.out + tid * j.out_stride)
+    j.k.rows[j.tiled](item, st_row_bytes(j.type, j.cols), j.cols // 32, j.index, j.n_index, j.xq[0],
+                      j.out + tid * j.out_stride)
 
 
 cdef void apply_down(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """A whole matrix [cols][rows]: rows are the neurons, as everywhere here."""
-    j.k.down[j.tiled](item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.active, 1e-3,
+    cdef st_down_view view = down_view(item, j.type, False, j.cols, j.rows)
+    j.k.down[j.tiled](&view, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.active, 1e-3,
                       j.out + tid * j.out_stride)
 
 
 cdef void apply_down_transposed(const Job *j, const uint8_t *item, int tid) noexcept nogil:
-    j.k.down_transposed[j.tiled](item, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.fired,
+    cdef st_down_view view = down_view(item, j.type, True, j.cols, j.rows)
+    j.k.down_transposed[j.tiled](&view, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.fired,
                                  1e-3, j.out + tid * j.out_stride)
 
 
@@ -108,9 +112,10 @@ cdef void step_ffn(const st_kernels *k, const st_expert *expert, const uint8_t *
     if blob != NULL:
         stage[0] = neurons
         neurons.gate = blob + group * expert.group_bytes
-        neurons.up, neurons.down = blob + expert.up_at, blob + expert.down_at
+        neurons.up, neurons.up_stride = blob + expert.up_at, expert.stride
+        neurons.down = st_expert_down(expert, blob)
         neurons.x, neurons.transposed, neurons.y, neurons.group = x, expert.transposed, y, group
-    k.ffn[expert.tiled[0]](expert.d // 32, expert.f // 32, stage)
+    k.ffn[expert.tiled[0]](expert.d // 32, stage)
     if blob != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
         st_neurons_choose(neurons)
@@ -340,6 +345,13 @@ cdef void run_sparse(void *arg, int tid) noexcept nogil:
         st_team_barrier(t.team, t.used * t.parts)
 
 
+cdef int64_t expert_bytes(int type, int64_t d, int64_t f, bint transposed) except -1:
+    """Of an expert whose neurons are skipped."""
+    cdef st_expert expert
+    need(st_expert_init(&expert, d, f, type, type, type, transposed, True) == 0)
+    return expert.bytes
+
+
 cdef class Timer:
     """Times kernels of one table on a team of `threads`. One thread uses it at a time.
 
@@ -393,9 +405,9 @@ cdef class Timer:
         cdef int64_t i, q_bytes = (cols + 127) // 128 * <int64_t>sizeof(st_q8x4)
         cdef int64_t width = max(cols, 64 + rows * cols if kernel == "attention" else 64)
         cdef double started
-        job.apply, job.tiled = APPLY[<int>place].apply, st_tiled(type_)
+        job.apply, job.type, job.tiled = APPLY[<int>place].apply, type_, st_tiled(type_)
         need(stride > 0 and count > 0 and tokens > 0 and 0 <= first)
-        need(self.item_bytes(kernel, rows, cols, tokens) <= stride <= data.shape[0])
+        need(self.item_bytes(kernel, rows, cols, tokens, transposed) <= stride <= data.shape[0])
         need(a.shape[0] >= rows // 32 * a_bytes and streams >= 1 and ahead >= 0)
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
         need(family != "ffn" or (rows % 32 == 0 and cols % 128 == 0))
@@ -437,7 +449,7 @@ cdef class Timer:
         return started
 
     @staticmethod
-    def item_bytes(str kernel, int64_t rows, int64_t cols, int64_t tokens=1):
+    def item_bytes(str kernel, int64_t rows, int64_t cols, int64_t tokens=1, bint transposed=False):
         """Bytes of one item that a kernel reads, 0 where it reads none."""
         _, family, type_ = KERNELS[kernel]
         if family == "gemm":
@@ -445,9 +457,9 @@ cdef class Timer:
         if family == "rows":
             return rows * st_row_bytes(type_, cols)
         if family == "ffn":
-            return 3 * rows * st_row_bytes(type_, cols)
+            return expert_bytes(type_, cols, rows, transposed)
         if family in ("down", "down_transposed"):
-            return st_down_bytes(type_, cols, rows)
+            return down_bytes(type_, family == "down_transposed", cols, rows)
         if kernel == "attention_q8":
             return 2 * st_kv_head_bytes(ST_Q8_0, cols)
         if kernel == "attention":

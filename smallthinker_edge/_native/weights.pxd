@@ -78,20 +78,19 @@ cdef inline void multiply(const st_kernels *kernels, const Matrix *m, int64_t r0
     xq, xf: the inputs, quantised and as floats ldx apart. row: room for a row of m.
     """
     cdef int64_t r, i
-    cdef size_t row_bytes
+    cdef size_t row_bytes = st_row_bytes(m.type, m.cols)
     cdef int32_t index[64]
     if m.layout == SPARSE_ROWS:
         for r in range(r0, r1):
             index[(r - r0) % 64] = <int32_t>r
             if (r - r0) % 64 == 63 or r == r1 - 1:
                 for i in range(n):
-                    kernels.rows[m.tiled](m.data, m.cols // 32, index, (r - r0) % 64 + 1, xq[i],
+                    kernels.rows[m.tiled](m.data, row_bytes, m.cols // 32, index, (r - r0) % 64 + 1, xq[i],
                                           y + i * ldy + (r - r0) // 64 * 64)
         return
     if m.layout == TILE:
         kernels.gemm[m.tiled](m.data, r1, m.cols // 32, r0 // 16, (r1 + 15) // 16, xq, n, y, ldy)
         return
-    row_bytes = st_row_bytes(m.type, m.cols)
     for r in range(r0, r1):
         dequantize(kernels, m.type, m.data + r * row_bytes, m.cols, row)
         for i in range(n):
@@ -104,7 +103,7 @@ cdef inline void multiply_some(const st_kernels *kernels, const Matrix *m, const
     cdef int64_t i, tile = -1
     cdef float values[ST_TILE_ROWS]
     if m.layout == SPARSE_ROWS:
-        kernels.rows[m.tiled](m.data, m.cols // 32, index, count, xq[0], y)
+        kernels.rows[m.tiled](m.data, st_row_bytes(m.type, m.cols), m.cols // 32, index, count, xq[0], y)
         return
     for i in range(count):
         if m.layout == ROWS:
@@ -128,7 +127,7 @@ cdef inline bint read_row(const Matrix *m, int64_t r, float *row, float *out) no
     elif m.layout == TILE:
         st_dequantize_tile16_row(m.type, m.data, m.cols, r, out)
     elif m.layout == SPARSE_ROWS:
-        st_unpack_rows(m.type, m.data + r * size, 1, m.cols, bytes)
+        st_unpack_rows(m.type, m.data + r * size, size, 1, m.cols, bytes)
         st_dequantize_row(m.type, bytes, m.cols, out)
     else:
         st_dequantize_row(m.type, m.data + r * size, m.cols, out)

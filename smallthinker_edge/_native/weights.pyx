@@ -120,7 +120,7 @@ cdef class ModelWeights:
             src = data[r * row_bytes:(r + n) * row_bytes]
             with nogil:
                 if m.layout == SPARSE_ROWS:
-                    st_pack_rows(type, &src[0], n, cols, dst + r * row_bytes)
+                    st_pack_rows(type, &src[0], n, cols, dst + r * row_bytes, row_bytes)
                 elif m.layout == TILE:
                     st_pack_tile16(type, &src[0], n, cols, dst + r * row_bytes, 0, (n + 15) // ST_TILE_ROWS)
                 else:

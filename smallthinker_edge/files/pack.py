@@ -26,6 +26,7 @@ from smallthinker_edge.files.gguf import SLICE, GGUFFile, TensorInfo, slices
 from smallthinker_edge.files.packed import (
     ALIGN,
     EXPERT_ROLES,
+    LAYOUT,
     Bytes,
     ExpertLayout,
     PackedFile,
@@ -33,7 +34,6 @@ from smallthinker_edge.files.packed import (
     blob_name,
     expert_infos,
     is_packed,
-    layout_name,
 )
 
 U32, STRING, ARRAY = 4, 8, 9
@@ -180,7 +180,7 @@ def _header(
     table = [[i.name, i.type, list(i.shape), i.offset, i.nbytes] for i in gguf.tensors.values()]
     entries += [
         _text("general.alignment") + struct.pack("<II", U32, ALIGN),
-        _string_entry("stpk.layout", layout_name(gguf, config)),
+        _string_entry("stpk.layout", LAYOUT),
         _string_entry("stpk.source_tensors", json.dumps(table, separators=(",", ":"))),
         _string_entry("stpk.source_layout", source),
         _u32_array_entry("stpk.crc32", sums),

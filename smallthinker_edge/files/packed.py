@@ -23,8 +23,8 @@ from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
 from smallthinker_edge.files.gguf import GGUFFile, StoredBytes, TensorInfo, slices
 
-# Every layout that is read; layout_name() says which a model has.
-LAYOUTS = ("tile16-2", "tile16-3", "tile16-4")
+# Of the blobs. It changes whenever experts of any type come to stand otherwise: files of earlier layouts are refused.
+LAYOUT = "tile16-5"
 ALIGN = 4096
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 Bytes = npt.NDArray[np.uint8]
@@ -76,14 +76,6 @@ def expert_infos(file: ModelFile, layer: int) -> tuple[TensorInfo, TensorInfo, T
     return gate, up, down
 
 
-def layout_name(file: ModelFile, config: ModelConfig) -> str:
-    """Which of LAYOUTS a model's experts have: files of earlier versions kept GGUF rows where the name has changed."""
-    layers = (expert_infos(file, layer) for layer in range(config.n_layers))
-    if any(ExpertLayout.of(config, infos).expert.layout == "tiles" for infos in layers):
-        return "tile16-4"
-    return "tile16-3" if config.down_transposed else "tile16-2"
-
-
 class PackedFile:
     """A packed file seen as the model it was made of: what ModelConfig and the Loader need.
 
@@ -96,8 +88,8 @@ class PackedFile:
         self.path, self.paths = gguf.path, gguf.paths
         if not is_packed(gguf):
             raise self._error("stpk.layout", "is not a packed file")
-        if gguf.metadata["stpk.layout"] not in LAYOUTS:
-            raise self._layout_error(" or ".join(map(repr, LAYOUTS)))
+        if (found := gguf.metadata["stpk.layout"]) != LAYOUT:
+            raise self._error("stpk.layout", f"is {found!r}, this version reads {LAYOUT!r}: pack the model again")
         self.metadata = {key: value for key, value in gguf.metadata.items() if not key.startswith("stpk.")}
         self.tensors: dict[str, TensorInfo] = {}
         try:
@@ -114,10 +106,6 @@ class PackedFile:
 
     def _error(self, field: str, message: str) -> ModelFormatError:
         return ModelFormatError(message, path=self.path, field=field)
-
-    def _layout_error(self, known: str) -> ModelFormatError:
-        found = self.container.metadata["stpk.layout"]
-        return self._error("stpk.layout", f"is {found!r}, this version reads {known}: pack the model again")
 
     def _check_dense(self) -> None:
         for name, info in self.tensors.items():
@@ -170,9 +158,6 @@ class PackedFile:
     def experts(self, config: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
         """(offset of every expert's blob [L * E], bytes of one blob); checks that all are there and aligned."""
         offsets, size = [], 0
-        expected = layout_name(self, config)
-        if self.container.metadata["stpk.layout"] != expected:
-            raise self._layout_error(f"{expected!r} for experts of these types")
         for layer in range(config.n_layers):
             name = blob_name(layer)
             info = self.container.tensors.get(name)

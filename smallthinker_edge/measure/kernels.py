@@ -134,7 +134,7 @@ def active_groups(table: str, f: int, chosen: np.ndarray, transposed: bool = Fal
 def bytes_of(case: Case) -> int:
     """Weights, keys or values that one call reads: for kernels that skip, what is left, and all scales of down unless
     each neuron has its own."""
-    whole = Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)
+    whole = Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens, case.transposed)
     if case.kernel == "rows_q4_0":
         return whole // case.rows * len(choose_rows(case.rows, case.active))
     padded = -(-case.cols // 128) * 128
@@ -142,7 +142,8 @@ def bytes_of(case: Case) -> int:
     own_scales = case.transposed or case.kernel == "down_transposed_q4_0"
     down = (active if own_scales else case.rows) * padded // 16 + active * padded // 2
     if case.kernel == "ffn_q4_0":
-        return whole // 3 + whole // 3 // case.rows * active + down
+        gate = case.rows * case.cols // 32 * 18
+        return gate + gate // case.rows * active + down
     if case.kernel.startswith("down"):
         return down
     return whole
@@ -150,7 +151,9 @@ def bytes_of(case: Case) -> int:
 
 def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bool, seconds: float) -> float:
     """Nanoseconds of wall time per call."""
-    stride = -(-max(1, Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens)) // 4096) * 4096
+    stride = (
+        -(-max(1, Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens, case.transposed)) // 4096) * 4096
+    )
     items = memory.size // stride if streaming else timer.threads
     view = memory[: items * stride]
     chosen = choose_rows(case.rows, case.active) if case.kernel in CHOOSING else None

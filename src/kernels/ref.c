@@ -130,7 +130,7 @@ static ST_GEMM(gemm_q6_k) {
 
 static ST_ROWS(rows_q4_0) {
     for (int64_t k = 0; k < n; k++) {
-        const uint8_t *scales = w + index[k] * nb * 18, *nibbles = scales + 2 * nb;
+        const uint8_t *scales = w + stride * (size_t)index[k], *nibbles = scales + 2 * nb;
         float sum = 0;
         for (int64_t b = 0; b < nb; b++) {
             int dot = 0;
@@ -172,33 +172,33 @@ static void activate(const float *g, const float *up, st_active *out) {
 }
 
 /* What outputs o of Down get from the 32 neurons of group g. */
-static float down_group(const uint8_t *down, int64_t padded, int64_t groups, int64_t g, int64_t o, const st_active *a) {
-    const uint8_t *lines = down + groups * padded * 2;
+static float down_group(const st_down_view *down, int64_t g, int64_t o, const st_active *a) {
+    const uint8_t *lines = down->lines + down->stride * 32 * (size_t)g;
     int64_t byte = o / 128 * 64 + (o % 16 / 4) * 16 + (o % 128 / 32) * 4 + o % 4;
     int shift = o % 32 >= 16 ? 4 : 0, dot = 0;
     for (int i = 0; i < 4 * a->quads; i++)
-        dot += a->h[i] * ((lines[(32 * g + a->index[i]) * (padded / 2) + byte] >> shift & 15) - 8);
-    return (float)dot * (u16_f32(down + (g * padded + o) * 2) * a->scale);
+        dot += a->h[i] * ((lines[down->stride * a->index[i] + (size_t)byte] >> shift & 15) - 8);
+    return (float)dot * (u16_f32(down->scales + down->scale_stride * (size_t)g + 2 * o) * a->scale);
 }
 
 static ST_DOWN(down_q4_0) {
-    int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
+    (void)d;
     for (int64_t o = c0 * ST_DOWN_CHUNK; o < c1 * ST_DOWN_CHUNK; o++)
         for (int64_t part = 0; part < groups; part += ST_FFN_PART) {
             float sum = 0;
             for (int64_t g = part; g < part + ST_FFN_PART && g < groups; g++)
                 if (a[g].quads)
-                    sum += down_group(down, padded, groups, g, o, a + g);
+                    sum += down_group(down, g, o, a + g);
             y[o - c0 * ST_DOWN_CHUNK] += weight * sum;
         }
 }
 
 /* Byte k of what block b of 32 outputs multiplies the nibbles of neuron a->index[k] by; scales: of a group's first
  * neuron; stride: from one neuron's to the next. Returns the scale of the bytes. */
-static float weigh_block(const uint8_t *scales, int64_t stride, int64_t b, const st_fired *a, int q[32]) {
+static float weigh_block(const uint8_t *scales, size_t stride, int64_t b, const st_fired *a, int q[32]) {
     float product[32], amax = 0;
     for (int k = 0; k < 4 * a->quads; k++) {
-        product[k] = a->h[k] * u16_f32(scales + a->index[k] * stride + 2 * b);
+        product[k] = a->h[k] * u16_f32(scales + stride * a->index[k] + 2 * b);
         amax = product[k] != product[k] || fabsf(product[k]) > amax ? fabsf(product[k]) : amax;
     }
     for (int k = 0; k < 4 * a->quads; k++) {
@@ -209,28 +209,27 @@ static float weigh_block(const uint8_t *scales, int64_t stride, int64_t b, const
 }
 
 /* What the 32 outputs of block b get from the 32 neurons of group g, added to y. */
-static void transposed_group(const uint8_t *down, int64_t padded, int64_t groups, int64_t g, int64_t b,
-                             const st_fired *a, float *y) {
-    int64_t line = padded / 2;
-    const uint8_t *lines = down + (groups * 4 + g * 32) * line + b / 4 * 64 + b % 4 * 4;
+static void transposed_group(const st_down_view *down, int64_t g, int64_t b, const st_fired *a, float *y) {
+    const uint8_t *lines = down->lines + down->stride * 32 * (size_t)g + b / 4 * 64 + b % 4 * 4;
     int q[32];
-    float scale = weigh_block(down + g * line * 4, line / 8, b, a, q);
+    float scale = weigh_block(down->scales + down->scale_stride * 32 * (size_t)g, down->scale_stride, b, a, q);
     for (int i = 0; i < ST_BLOCK; i++) {
         int dot = 0;
         for (int k = 0; k < 4 * a->quads; k++)
-            dot += q[k] * ((lines[a->index[k] * line + i % 16 / 4 * 16 + i % 4] >> (i / 16 * 4) & 15) - 8);
+            dot += q[k] *
+                   ((lines[down->stride * a->index[k] + (size_t)(i % 16 / 4 * 16 + i % 4)] >> (i / 16 * 4) & 15) - 8);
         y[i] += (float)dot * scale;
     }
 }
 
 static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
-    int64_t padded = (d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
+    (void)d;
     for (int64_t b = 4 * c0; b < 4 * c1; b++, y += ST_BLOCK)
         for (int64_t part = 0; part < groups; part += ST_FFN_PART) {
             float sum[ST_BLOCK] = {0};
             for (int64_t g = part; g < part + ST_FFN_PART && g < groups; g++)
                 if (a[g].quads)
-                    transposed_group(down, padded, groups, g, b, a + g, sum);
+                    transposed_group(down, g, b, a + g, sum);
             for (int i = 0; i < ST_BLOCK; i++)
                 y[i] += weight * sum[i];
         }
@@ -240,14 +239,13 @@ static ST_FFN(ffn_q4_0) {
     int64_t padded = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
     if (stage[3] && stage[3]->transposed) {
         for (int64_t b = 0; b < padded / ST_BLOCK && stage[3]->output.quads; b++)
-            transposed_group(stage[3]->down, padded, groups, stage[3]->group, b, &stage[3]->output,
-                             stage[3]->y + b * ST_BLOCK);
+            transposed_group(&stage[3]->down, stage[3]->group, b, &stage[3]->output, stage[3]->y + b * ST_BLOCK);
     } else if (stage[3] && stage[3]->active.quads)
         for (int64_t o = 0; o < padded; o++)
-            stage[3]->y[o] += down_group(stage[3]->down, padded, groups, stage[3]->group, o, &stage[3]->active);
+            stage[3]->y[o] += down_group(&stage[3]->down, stage[3]->group, o, &stage[3]->active);
     if (stage[2]) {
         float value[32], up[32];
-        rows_q4_0(stage[2]->up, nb, stage[2]->index, stage[2]->fired, stage[2]->x, value);
+        rows_q4_0(stage[2]->up, stage[2]->up_stride, nb, stage[2]->index, stage[2]->fired, stage[2]->x, value);
         if (stage[2]->transposed) {
             st_neurons_multiply(stage[2], value, &stage[2]->output);
         } else {

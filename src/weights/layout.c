@@ -201,99 +201,92 @@ void st_dequantize_tile16_row(int type, const uint8_t *tiles, int64_t cols, int6
 
 /* Rows and Down of Q4_0. */
 
-static void pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+static void pack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, size_t stride) {
     int64_t nb = cols / ST_BLOCK;
-    for (int64_t r = 0; r < rows; r++, src += ST_Q4_0_BYTES * nb, dst += ST_Q4_0_BYTES * nb)
+    for (int64_t r = 0; r < rows; r++, src += ST_Q4_0_BYTES * nb, dst += stride)
         for (int64_t b = 0; b < nb; b++) {
             memcpy(dst + 2 * b, src + ST_Q4_0_BYTES * b, 2);
             memcpy(dst + 2 * nb + 16 * b, src + ST_Q4_0_BYTES * b + 2, 16);
         }
 }
 
-static void unpack_rows_q4_0(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
+static void unpack_rows_q4_0(const uint8_t *src, size_t stride, int64_t rows, int64_t cols, uint8_t *dst) {
     int64_t nb = cols / ST_BLOCK;
-    for (int64_t r = 0; r < rows; r++, src += ST_Q4_0_BYTES * nb, dst += ST_Q4_0_BYTES * nb)
+    for (int64_t r = 0; r < rows; r++, src += stride, dst += ST_Q4_0_BYTES * nb)
         for (int64_t b = 0; b < nb; b++) {
             memcpy(dst + ST_Q4_0_BYTES * b, src + 2 * b, 2);
             memcpy(dst + ST_Q4_0_BYTES * b + 2, src + 2 * nb + 16 * b, 16);
         }
 }
 
-/* Bytes of one neuron's row: two outputs a byte, d padded to whole chunks. */
-static size_t down_line_bytes(int64_t d) {
-    return (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * (ST_DOWN_CHUNK / 2);
-}
+/* d in whole chunks. */
+static size_t padded(int64_t d) { return (size_t)(d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK; }
 
-static size_t down_bytes_q4_0(int64_t d, int64_t f) {
-    return down_line_bytes(d) * ((size_t)f / ST_BLOCK * 4 + (size_t)f);
-}
+static size_t down_line_bytes_q4_0(int64_t d) { return padded(d) / 2; }
 
-/* Where output o (0..127) stands in a neuron's 64-byte line: byte, and 4 for the high nibble. */
+static size_t down_scale_bytes_q4_0(int transposed, int64_t d) { return transposed ? padded(d) / 16 : padded(d) * 2; }
+
+/* Where output o (0..127) stands in a neuron's 64-byte piece of a line: byte, and 4 for the high nibble. */
 static int down_byte(int o) { return (o % 16 / 4) * 16 + (o / 32) * 4 + o % 4; }
 static int down_shift(int o) { return o % 32 >= 16 ? 4 : 0; }
 
-/* Where neuron n stands in a Q4_0 block of 18 bytes, and 4 for the high nibble. */
-static int block_byte(int n) { return 2 + n % 16; }
-static int block_shift(int n) { return n % ST_BLOCK >= 16 ? 4 : 0; }
-
-static void pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+static void pack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *lines, uint8_t *scales,
+                           const st_down_view *to) {
     int64_t groups = f / ST_BLOCK;
-    size_t line = down_line_bytes(d);
-    uint8_t *lines = dst + (size_t)groups * line * 4;
-    memset(dst, 0, down_bytes_q4_0(d, f));
+    for (int64_t n = 0; n < f; n++)
+        memset(lines + (size_t)n * to->stride, 0, padded(d) / 2);
+    for (int64_t g = 0; g < groups; g++)
+        memset(scales + (size_t)g * to->scale_stride, 0, padded(d) * 2);
     /* Chunk by chunk and group by group: the 32 pieces of 64 bytes that are written stay in the first-level cache. */
-    for (int64_t unit = 0; unit < (int64_t)(line / 64) * groups; unit++) {
+    for (int64_t unit = 0; unit < (int64_t)padded(d) / ST_DOWN_CHUNK * groups; unit++) {
         int64_t first = unit / groups * ST_DOWN_CHUNK, g = unit % groups;
-        uint8_t *piece = lines + 32 * line * (size_t)g + first / 2;
+        uint8_t *piece = lines + 32 * to->stride * (size_t)g + first / 2;
         for (int64_t o = first; o < first + ST_DOWN_CHUNK && o < d; o++) {
             const uint8_t *block = src + (o * groups + g) * ST_Q4_0_BYTES;
             uint8_t *column = piece + down_byte((int)(o - first));
             int shift = down_shift((int)(o - first));
-            memcpy(dst + (size_t)g * line * 4 + 2 * o, block, 2);
+            memcpy(scales + (size_t)g * to->scale_stride + 2 * o, block, 2);
             for (size_t i = 0; i < 16; i++) {
-                column[i * line] |= (uint8_t)((block[2 + i] & 15) << shift);
-                column[(16 + i) * line] |= (uint8_t)(block[2 + i] >> 4 << shift);
+                column[i * to->stride] |= (uint8_t)((block[2 + i] & 15) << shift);
+                column[(16 + i) * to->stride] |= (uint8_t)(block[2 + i] >> 4 << shift);
             }
         }
     }
 }
 
-static void unpack_down_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
+static void unpack_down_q4_0(const st_down_view *from, int64_t d, int64_t f, uint8_t *dst) {
     int64_t groups = f / ST_BLOCK;
-    size_t line = down_line_bytes(d);
-    const uint8_t *lines = src + (size_t)groups * line * 4;
-    memset(dst, 0, (size_t)(d * groups * ST_Q4_0_BYTES));
-    for (int64_t o = 0; o < d; o++, dst += groups * ST_Q4_0_BYTES) {
-        const uint8_t *column = lines + o / ST_DOWN_CHUNK * 64 + down_byte((int)(o % ST_DOWN_CHUNK));
-        int shift = down_shift((int)(o % ST_DOWN_CHUNK));
-        for (int64_t g = 0; g < groups; g++)
-            memcpy(dst + g * ST_Q4_0_BYTES, src + (size_t)g * line * 4 + 2 * o, 2);
-        for (int64_t n = 0; n < f; n++, column += line) {
-            int i = (int)(n % ST_BLOCK);
-            dst[n / ST_BLOCK * ST_Q4_0_BYTES + block_byte(i)] |= (uint8_t)((*column >> shift & 15) << block_shift(i));
+    for (int64_t o = 0; o < d; o++)
+        for (int64_t g = 0; g < groups; g++, dst += ST_Q4_0_BYTES) {
+            const uint8_t *column = from->lines + 32 * from->stride * (size_t)g + o / ST_DOWN_CHUNK * 64 +
+                                    down_byte((int)(o % ST_DOWN_CHUNK));
+            int shift = down_shift((int)(o % ST_DOWN_CHUNK));
+            memcpy(dst, from->scales + (size_t)g * from->scale_stride + 2 * o, 2);
+            for (size_t i = 0; i < 16; i++)
+                dst[2 + i] = (uint8_t)((column[i * from->stride] >> shift & 15) |
+                                       (column[(16 + i) * from->stride] >> shift & 15) << 4);
         }
-    }
 }
 
 /* A block's nibble bytes hold outputs j and 16 + j, as the bytes of a line do: four of them move together. */
 static size_t transposed_place(int64_t b, int four) { return (size_t)(b / 4 * 64 + 16 * four + b % 4 * 4); }
 
-static void pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
-    size_t line = down_line_bytes(d);
-    uint8_t *scales = dst, *lines = dst + (size_t)f / ST_BLOCK * line * 4;
-    memset(dst, 0, down_bytes_q4_0(d, f));
-    for (int64_t n = 0; n < f; n++, scales += line / 8, lines += line)
+static void pack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *lines, uint8_t *scales,
+                                      const st_down_view *to) {
+    for (int64_t n = 0; n < f; n++, scales += to->scale_stride, lines += to->stride) {
+        memset(scales, 0, padded(d) / 16);
+        memset(lines, 0, padded(d) / 2);
         for (int64_t b = 0; b < d / ST_BLOCK; b++, src += ST_Q4_0_BYTES) {
             memcpy(scales + 2 * b, src, 2);
             for (int four = 0; four < 4; four++)
                 memcpy(lines + transposed_place(b, four), src + 2 + 4 * four, 4);
         }
+    }
 }
 
-static void unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
-    size_t line = down_line_bytes(d);
-    const uint8_t *scales = src, *lines = src + (size_t)f / ST_BLOCK * line * 4;
-    for (int64_t n = 0; n < f; n++, scales += line / 8, lines += line)
+static void unpack_down_transposed_q4_0(const st_down_view *from, int64_t d, int64_t f, uint8_t *dst) {
+    const uint8_t *scales = from->scales, *lines = from->lines;
+    for (int64_t n = 0; n < f; n++, scales += from->scale_stride, lines += from->stride)
         for (int64_t b = 0; b < d / ST_BLOCK; b++, dst += ST_Q4_0_BYTES) {
             memcpy(dst, scales + 2 * b, 2);
             for (int four = 0; four < 4; four++)
@@ -304,35 +297,43 @@ static void unpack_down_transposed_q4_0(const uint8_t *src, int64_t d, int64_t f
 #define SPARSE_OF(NAME, name)                                                                                          \
     [ST_TILED_##NAME] = {pack_rows_##name,                                                                             \
                          unpack_rows_##name,                                                                           \
-                         down_bytes_##name,                                                                            \
+                         down_line_bytes_##name,                                                                       \
+                         down_scale_bytes_##name,                                                                      \
                          {pack_down_##name, pack_down_transposed_##name},                                              \
                          {unpack_down_##name, unpack_down_transposed_##name}},
 
-typedef void permute(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst);
-
 /* By transposed, where there are two. */
 static const struct {
-    permute *pack_rows, *unpack_rows;
-    size_t (*down_bytes)(int64_t d, int64_t f);
-    permute *pack_down[2], *unpack_down[2];
+    void (*pack_rows)(const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, size_t stride);
+    void (*unpack_rows)(const uint8_t *src, size_t stride, int64_t rows, int64_t cols, uint8_t *dst);
+    size_t (*down_line_bytes)(int64_t d);
+    size_t (*down_scale_bytes)(int transposed, int64_t d);
+    void (*pack_down[2])(const uint8_t *src, int64_t d, int64_t f, uint8_t *lines, uint8_t *scales,
+                         const st_down_view *to);
+    void (*unpack_down[2])(const st_down_view *from, int64_t d, int64_t f, uint8_t *dst);
 } sparse[ST_TILED_COUNT] = {ST_SPARSE_TYPES(SPARSE_OF)};
 
-void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
-    sparse[st_tiled(type)].pack_rows(src, rows, cols, dst);
+void st_pack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, size_t stride) {
+    sparse[st_tiled(type)].pack_rows(src, rows, cols, dst, stride);
 }
 
-void st_unpack_rows(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst) {
-    sparse[st_tiled(type)].unpack_rows(src, rows, cols, dst);
+void st_unpack_rows(int type, const uint8_t *src, size_t stride, int64_t rows, int64_t cols, uint8_t *dst) {
+    sparse[st_tiled(type)].unpack_rows(src, stride, rows, cols, dst);
 }
 
-size_t st_down_bytes(int type, int64_t d, int64_t f) {
-    return d <= 0 || f <= 0 || f % ST_BLOCK || !st_sparse(type) ? 0 : sparse[st_tiled(type)].down_bytes(d, f);
+size_t st_down_line_bytes(int type, int64_t d) {
+    return d <= 0 || !st_sparse(type) ? 0 : sparse[st_tiled(type)].down_line_bytes(d);
 }
 
-void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
-    sparse[st_tiled(type)].pack_down[transposed != 0](src, d, f, dst);
+size_t st_down_scale_bytes(int type, int transposed, int64_t d) {
+    return d <= 0 || !st_sparse(type) ? 0 : sparse[st_tiled(type)].down_scale_bytes(transposed, d);
 }
 
-void st_unpack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *dst) {
-    sparse[st_tiled(type)].unpack_down[transposed != 0](src, d, f, dst);
+void st_pack_down(int type, int transposed, const uint8_t *src, int64_t d, int64_t f, uint8_t *lines, uint8_t *scales,
+                  const st_down_view *to) {
+    sparse[st_tiled(type)].pack_down[transposed != 0](src, d, f, lines, scales, to);
+}
+
+void st_unpack_down(int type, int transposed, const st_down_view *from, int64_t d, int64_t f, uint8_t *dst) {
+    sparse[st_tiled(type)].unpack_down[transposed != 0](from, d, f, dst);
 }

@@ -164,10 +164,10 @@ static ST_ROWS(rows_q4_0) {
     for (int64_t k = 0; k < n; k += 4) {
         const uint8_t *row[4];
         for (int64_t j = 0; j < 4; j++)
-            row[j] = w + index[k + j < n ? k + j : n - 1] * nb * 18;
+            row[j] = w + stride * (size_t)index[k + j < n ? k + j : n - 1];
         for (int64_t j = k + 4; j < k + 8 && j < n; j++)
             for (int64_t i = 0; i < nb * 18; i += 64)
-                __builtin_prefetch(w + index[j] * nb * 18 + i);
+                __builtin_prefetch(w + stride * (size_t)index[j] + i);
         float32x4_t sum = vdupq_n_f32(0), scale[4];
         int64_t b = 0, nibbles = 2 * nb;
         for (; b + 4 <= nb; b += 4, nibbles += 64) {
@@ -230,9 +230,11 @@ static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n
             __builtin_prefetch(lines + line * index[k] + 64 * i);
 }
 
-/* 128 outputs; rows of `line` bytes a neuron, of which n chunks are asked for ahead. */
-static void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, int64_t groups, int64_t n,
-                       const st_active *a, float weight, float *y) {
+/* 128 outputs; n chunks of each line are asked for ahead. */
+static void down_chunk(const st_down_view *down, int64_t chunk, int64_t groups, int64_t n, const st_active *a,
+                       float weight, float *y) {
+    const uint8_t *lines = down->lines + 64 * chunk, *scales = down->scales + 2 * ST_DOWN_CHUNK * chunk;
+    size_t line = down->stride;
     for (int lane = 0; lane < 4; lane++) {
         float32x4_t total[8];
         for (int64_t g = 0; g < groups; g++) {
@@ -241,7 +243,8 @@ static void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales,
             if (lane == 0 && g + 1 < groups)
                 prefetch_neurons(lines + line * 32 * (size_t)(g + 1), line, n, a[g + 1].index, a[g + 1].quads);
             if (a[g].quads)
-                down_lane(lines + line * 32 * (size_t)g, line, scales + (size_t)g * line * 4, a + g, lane, total);
+                down_lane(lines + line * 32 * (size_t)g, line, scales + (size_t)g * down->scale_stride, a + g, lane,
+                          total);
             if ((g + 1) % ST_FFN_PART == 0 || g + 1 == groups)
                 for (int i = 0; i < 8; i++) {
                     float *out = y + 16 * i + 4 * lane;
@@ -252,11 +255,9 @@ static void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales,
 }
 
 static ST_DOWN(down_q4_0) {
-    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
-    const uint8_t *lines = down + (size_t)groups * line * 4;
+    (void)d;
     for (int64_t c = c0; c < c1; c++)
-        down_chunk(lines + c * 64, line, down + c * ST_DOWN_CHUNK * 2, groups, c == c0 ? c1 - c0 : 0, a, weight,
-                   y + (c - c0) * ST_DOWN_CHUNK);
+        down_chunk(down, c, groups, c == c0 ? c1 - c0 : 0, a, weight, y + (c - c0) * ST_DOWN_CHUNK);
 }
 
 /* Where down is transposed, the first 4 blocks of w; scales: theirs of the group's first neuron, `stride` bytes a
@@ -287,10 +288,11 @@ static void weigh_blocks4(const uint8_t *scales, size_t stride, const st_fired *
 }
 
 /* 128 outputs of one group where down is transposed, added to y. lines, scales: of the chunk, of the first neuron. */
-static void transposed_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_fired *a, float *y) {
+static void transposed_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, size_t scale_stride,
+                             const st_fired *a, float *y) {
     block_weights w;
     int32x4_t start[4];
-    weigh_blocks4(scales, line / 8, a, &w);
+    weigh_blocks4(scales, scale_stride, a, &w);
     for (int v = 0; v < 4; v++)
         start[v] = vdupq_n_s32(w.corr[v]);
     for (int lane = 0; lane < 4; lane++) {
@@ -304,9 +306,10 @@ static void transposed_chunk(const uint8_t *lines, size_t line, const uint8_t *s
 }
 
 static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
-    size_t line = (size_t)((d + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    (void)d;
+    size_t line = down->stride;
     for (int64_t c = c0; c < c1; c++, y += ST_DOWN_CHUNK) {
-        const uint8_t *lines = down + (size_t)groups * line * 4 + c * 64;
+        const uint8_t *lines = down->lines + c * 64;
         float total[ST_DOWN_CHUNK];
         for (int64_t g = 0; g < groups; g++, lines += 32 * line) {
             if (g % ST_FFN_PART == 0)
@@ -314,7 +317,8 @@ static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
             if (c == c0 && g + 1 < groups)
                 prefetch_neurons(lines + 32 * line, line, c1 - c0, a[g + 1].index, a[g + 1].quads);
             if (a[g].quads)
-                transposed_chunk(lines, line, down + (size_t)g * line * 4 + 8 * c, a + g, total);
+                transposed_chunk(lines, line, down->scales + 32 * down->scale_stride * (size_t)g + 8 * c,
+                                 down->scale_stride, a + g, total);
             if ((g + 1) % ST_FFN_PART == 0 || g + 1 == groups)
                 for (int i = 0; i < ST_DOWN_CHUNK; i += 4)
                     vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(total + i), weight));
@@ -323,20 +327,21 @@ static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
 }
 
 /* 128 outputs of the 32 neurons n, added to their y. */
-static void down_neurons(const st_neurons *n, int64_t groups, size_t line, int64_t chunk) {
-    const uint8_t *lines = n->down + ((size_t)groups * 4 + 32 * (size_t)n->group) * line + 64 * chunk;
-    const uint8_t *scales = n->down + (size_t)n->group * line * 4;
+static void down_neurons(const st_neurons *n, int64_t chunk) {
+    const st_down_view *down = &n->down;
+    const uint8_t *lines = down->lines + 32 * down->stride * (size_t)n->group + 64 * chunk;
+    const uint8_t *scales = down->scales + 2 * ST_DOWN_CHUNK * chunk + down->scale_stride * (size_t)n->group;
     if (n->transposed) {
-        transposed_chunk(lines, line, scales + 8 * chunk, &n->output, n->y + ST_DOWN_CHUNK * chunk);
+        transposed_chunk(lines, down->stride, down->scales + 32 * down->scale_stride * (size_t)n->group + 8 * chunk,
+                         down->scale_stride, &n->output, n->y + ST_DOWN_CHUNK * chunk);
         return;
     }
-    scales += 2 * ST_DOWN_CHUNK * chunk;
     for (int lane = 0; lane < 4; lane++) {
         float32x4_t total[8];
         float *y = n->y + ST_DOWN_CHUNK * chunk + 4 * lane;
         for (int i = 0; i < 8; i++)
             total[i] = vld1q_f32(y + 16 * i);
-        down_lane(lines, line, scales, &n->active, lane, total);
+        down_lane(lines, down->stride, scales, &n->active, lane, total);
         for (int i = 0; i < 8; i++)
             vst1q_f32(y + 16 * i, total[i]);
     }
@@ -356,12 +361,12 @@ static inline void prefetch_bytes(const uint8_t *p, size_t bytes) {
  * go between them, so that the one's arithmetic covers the other's waiting. As on x86; not measured on a board. */
 static ST_FFN(ffn_q4_0) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
-    size_t line = (size_t)((nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK) * 64;
+    int64_t bytes = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * 64;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
     int64_t fours = up ? (up->fired + 3) / 4 : 0, quads = 0;
     if (down)
         quads = down->transposed ? down->output.quads : down->active.quads;
-    int64_t chunks = quads ? (int64_t)line / 64 : 0;
+    int64_t chunks = quads ? bytes / 64 : 0;
     float value[32], spread[32];
     for (int tile = 0; tile < 2; tile++) {
         float32x4_t sum[TOKENS][4];
@@ -374,14 +379,15 @@ static ST_FFN(ffn_q4_0) {
             }
             if (up) {
                 int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
-                rows_q4_0(up->up, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, up->x, value + k0);
+                rows_q4_0(up->up, up->up_stride, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, up->x,
+                          value + k0);
             }
             for (int64_t c = share(chunks, step, steps); c < share(chunks, step + 1, steps); c++)
-                down_neurons(down, groups, line, c);
+                down_neurons(down, c);
             if (ahead)
                 for (int64_t k = share(ahead->fired, step, steps); k < share(ahead->fired, step + 1, steps); k++) {
-                    prefetch_bytes(ahead->up + ahead->index[k] * nb * 18, (size_t)nb * 18);
-                    prefetch_bytes(ahead->down + ((size_t)groups * 4 + (size_t)ahead->index[k]) * line, line);
+                    prefetch_bytes(ahead->down.lines + ahead->down.stride * (size_t)ahead->index[k], (size_t)bytes);
+                    prefetch_bytes(ahead->up + ahead->up_stride * (size_t)ahead->index[k], (size_t)nb * 18);
                 }
         }
         if (gate)

@@ -32,13 +32,13 @@ static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n
 
 /* Bytes that may start and end anywhere in a cache line, into the second-level cache or into the first. */
 static inline void prefetch_far(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes + 63; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T1);
+    for (const uint8_t *q = p - (uintptr_t)p % 64; q < p + bytes; q += 64)
+        _mm_prefetch((const char *)q, _MM_HINT_T1);
 }
 
 static inline void prefetch_near(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes + 63; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
+    for (const uint8_t *q = p - (uintptr_t)p % 64; q < p + bytes; q += 64)
+        _mm_prefetch((const char *)q, _MM_HINT_T0);
 }
 
 #endif
