@@ -20,9 +20,10 @@ from smallthinker_edge.errors import (
     SessionFormatError,
     SmallThinkerError,
 )
+from smallthinker_edge.generation.choice import TokenLogprobs
 from smallthinker_edge.generation.stream import GenerationResult, TextStream, Timings
 from smallthinker_edge.model import SmallThinker
-from smallthinker_edge.options import CancelSignal, GenerationOptions, TokenSampler
+from smallthinker_edge.options import CancelSignal, Constraint, GenerationOptions, LogitsProcessor, TokenSampler
 from smallthinker_edge.session import Session
 
 __version__ = "0.1.0"
@@ -30,11 +31,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CancelSignal",
     "ChatTemplateError",
+    "Constraint",
     "ContextFull",
     "DecodeCancelled",
     "ExpertReadError",
     "GenerationOptions",
     "GenerationResult",
+    "LogitsProcessor",
     "MemoryBudgetError",
     "ModelFormatError",
     "NotFiniteError",
@@ -48,5 +51,6 @@ __all__ = [
     "SmallThinkerError",
     "TextStream",
     "Timings",
+    "TokenLogprobs",
     "TokenSampler",
 ]

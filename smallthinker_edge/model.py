@@ -26,6 +26,7 @@ from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
 from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.files.session_file import model_hash
+from smallthinker_edge.generation.choice import Choice
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore
 from smallthinker_edge.generation.speculation import BatchCosts
@@ -292,9 +293,6 @@ class SmallThinker:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
         self._open_engine()
         given = checked_options(options)
-        sampler = given["sampler"]
-        if sampler is None:
-            sampler = Sampler(**{name: given[name] for name in OPTIONS if OPTIONS[name].sampling})
         ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt has no tokens")
@@ -306,23 +304,29 @@ class SmallThinker:
             if shorter is None:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
             ids = shorter
-        # A bias, or another sampler, may choose tokens of which the predictor knows nothing.
-        threshold = None if given["logit_bias"] or given["sampler"] is not None else self.head_threshold
+        # These look at, or may choose, tokens of which the predictor knows nothing.
+        objects = any(given[name] is not None for name in ("sampler", "constraint", "logprobs"))
+        whole = objects or given["logit_bias"] or given["logits_processors"]
         return TextStream(
             Generation(
                 self._sessions,
                 self.tokenizer,
-                sampler,
+                self._choice(given, len(ids)),
                 ids,
-                given["max_tokens"],
-                given["stop"],
-                given["cancel"],
-                drop,
-                given["speculate"],
-                self._costs,
-                threshold,
+                given,
+                drop=drop,
+                costs=self._costs,
+                head_threshold=None if whole else self.head_threshold,
             )
         )
+
+    def _choice(self, options: Mapping[str, Any], prompt_tokens: int) -> Choice:
+        sampler = options["sampler"]
+        if sampler is None:
+            breakers = self.tokenizer.tokens_with(options["dry_breakers"]) if options["dry_multiplier"] else ()
+            given = {name: options[name] for name in OPTIONS if OPTIONS[name].sampling}
+            sampler = Sampler(**given, prompt_tokens=prompt_tokens, breaker_tokens=breakers)
+        return Choice(sampler, options["logits_processors"], options["constraint"], options["logprobs"])
 
     def chat(
         self,
