@@ -20,7 +20,8 @@ from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.sampler import Sampler
-from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
+from smallthinker_edge.completions.calls import CompletionCalls
+from smallthinker_edge.errors import ContextFull, MemoryBudgetError, ModelFormatError, OpenedBeforeFork
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
@@ -37,7 +38,8 @@ from smallthinker_edge.opening import Loader
 from smallthinker_edge.options import OPTIONS, GenerationOptions, checked_options
 from smallthinker_edge.plan import Plan, make_plan
 from smallthinker_edge.session import Session
-from smallthinker_edge.text.chat import Messages, encode_chat
+from smallthinker_edge.text.chat import Messages, encode_chat, takes_tools
+from smallthinker_edge.text.grammar import Grammars
 from smallthinker_edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ KV_CHOICES = (*KV_TYPES, "auto")
 BATCH = 512
 
 
-class SmallThinker:
+class SmallThinker(CompletionCalls):
     """A SmallThinker model in memory.
 
     Args:
@@ -70,12 +72,15 @@ class SmallThinker:
         profile: a file of save_profile() whose experts are read first; None takes the one beside a packed model.
         pin: each compute thread stays on one CPU, the calling one while it computes (Linux). Off by default: it helps
             where the system moves threads about, and hurts where others want those CPUs.
+        structured: make ready for structured output (the extra `structured`), so that the memory plan holds what it
+            takes. Without a budget that is done by itself when it is first asked for.
         verify: compare the checksums of a packed file: of the dense weights now, of an expert when it is first read.
             Where that is wrong, decoding raises ExpertReadError.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
         MemoryBudgetError: the budget is too small; the message names one that works.
+        MissingExtra: `structured` without the package that it needs.
         OSError: the file cannot be opened. ValueError: an argument is out of range.
 
     The environment variable SMALLTHINKER_CPU names a kernel table to use instead of the best one. Methods may be
@@ -94,7 +99,9 @@ class SmallThinker:
         profile: str | os.PathLike[str] | None = None,
         pin: bool = False,
         verify: bool = False,
+        structured: bool = False,
     ) -> None:
+        super().__init__()
         automatic = threads is None or threads == "auto"
         count = cpus.auto_threads() if threads is None or threads == "auto" else threads
         if not isinstance(count, int) or not 1 <= count <= 256:
@@ -129,6 +136,7 @@ class SmallThinker:
             self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
             if self.tokenizer.vocab_size != self.config.vocab_size:
                 raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
+            self._grammars = Grammars(self.tokenizer) if structured else None
             template = self._file.metadata.get("tokenizer.chat_template")
             self.chat_template = template if isinstance(template, str) else None
             self.plan = self._make_plan(memory, kv, slot_bytes)
@@ -348,7 +356,10 @@ class SmallThinker:
         Special tokens in messages are plain text; see chat.encode_chat. Raises ChatTemplateError for bad messages or a
         template that cannot be rendered.
         """
-        return self.generate(self._encode_chat(messages, tools, documents, chat_template_kwargs), **options)
+        return self.generate(
+            self.encode_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs),
+            **options,
+        )
 
     def stream_chat(
         self,
@@ -360,19 +371,54 @@ class SmallThinker:
         **options: Unpack[GenerationOptions],
     ) -> TextStream:
         """Like chat(), as pieces of text while they are made. Options: see options.GenerationOptions."""
-        return self.stream(self._encode_chat(messages, tools, documents, chat_template_kwargs), **options)
+        return self.stream(
+            self.encode_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs),
+            **options,
+        )
 
-    def _encode_chat(
+    def encode_chat(
         self,
         messages: Messages,
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """With tools, the file's template for their use where it has one, as transformers chooses."""
+        """Token ids of a conversation, up to where the answer starts; arguments and errors as in chat()."""
+        template = self._tool_template() if tools else self.chat_template
+        return encode_chat(
+            self.tokenizer, messages, template, tools=tools, documents=documents, variables=chat_template_kwargs
+        )
+
+    def _tool_template(self) -> str | None:
+        """The file's template for the use of tools where it has one, as transformers chooses."""
         with_tools = self._file.metadata.get("tokenizer.chat_template.tool_use")
-        template = with_tools if tools and isinstance(with_tools, str) else self.chat_template
-        return encode_chat(self.tokenizer, messages, template, tools=tools, documents=documents, variables=variables)
+        return with_tools if isinstance(with_tools, str) else self.chat_template
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the model's chat template tells it of tools; create_chat_completion() does so in text otherwise."""
+        return takes_tools(self._tool_template())
+
+    @property
+    def name(self) -> str:
+        """The model file's name without its ending."""
+        return os.path.splitext(os.path.basename(self._file.path))[0]
+
+    def grammars(self) -> Grammars:
+        """Makes constraints for generate(constraint=...): `model.grammars().regex("yes|no")`, one for each call.
+
+        Raises MissingExtra without the extra `structured`, MemoryBudgetError in a model that was opened with a budget
+        and without structured=True.
+        """
+        if self._grammars is None:
+            if self.plan.limit is not None:
+                raise MemoryBudgetError("the budget does not hold structured output: open it with structured=True")
+            self._grammars = Grammars(self.tokenizer)
+        return self._grammars
+
+    def _answering(self) -> SmallThinker:
+        return self
 
     def stats(self) -> dict[str, object]:
         """Bytes and settings, and for a packed file the pager's counts since it was opened.
@@ -412,6 +458,7 @@ class SmallThinker:
         handler that interrupts a computation of this very thread.
         """
         engine, self._engine = self._engine, None
+        self._stop_computing()
         if engine is not None:
             self._sessions.close()
             try:

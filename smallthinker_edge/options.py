@@ -58,7 +58,8 @@ class Option:
     Attributes:
         default: what None and an absent option stand for.
         kind: "int", "float", "choice", "texts" (a string or a list of them), "bias" ({token: number}), "object",
-            "call" (a function) or "calls" (a function or a list of them).
+            "call" (a function), "calls" (a function or a list of them), "flag", "text", "mapping", "mappings" (a list
+            of them) or "any".
         help: what it does, for people; "" where the command line does not have it.
         low, high: smallest and largest value of a number, None for no bound; above_low: low itself is too small.
         choices: of a "choice".
@@ -92,8 +93,8 @@ class Option:
         return f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
 
 
-class GenerationOptions(TypedDict, total=False):
-    """What generate(), stream(), chat() and stream_chat() take by name; None, as clients send null, is the default.
+class CompletionOptions(TypedDict, total=False):
+    """The options that every call takes by name; None, as clients send null, is the default.
 
     max_tokens: most tokens to sample; fewer where the context ends first.
     stop: a string, or several, that end the text; they are not part of it.
@@ -103,8 +104,6 @@ class GenerationOptions(TypedDict, total=False):
         dry_multiplier, dry_base, dry_allowed_length, dry_window, seed, logit_bias: see Sampler. The default is greedy.
     dry_breakers: texts that end a repetition: no token that contains one counts as repeated.
     timeout: seconds after which the generation ends, as if cancelled, with finish_reason "timeout".
-    logprobs: for each token of the answer, its log probability and those of so many likeliest ones, by the model's own
-        logits: before penalties, processors and temperature. None: no probabilities; 0: of the tokens themselves.
     logits_processors: a function, or a list of them, called in turn before every token is chosen with the ids so far,
         int64 [n], and float32 logits [V], which may be changed in place; each returns the logits to use.
     constraint: an options.Constraint, such as a grammar. Every token keeps to it; runs of tokens that it leaves no
@@ -185,11 +184,20 @@ class GenerationOptions(TypedDict, total=False):
     timeout: Annotated[
         float | None, Option(None, "float", "end after so long", low=0, above_low=True, metavar="SECONDS")
     ]
-    logprobs: Annotated[int | None, Option(None, "int", low=0, high=MOST_LOGPROBS)]
     logits_processors: Annotated[LogitsProcessor | Sequence[LogitsProcessor] | None, Option((), "calls")]
     constraint: Annotated[Constraint | None, Option(None, "object", attribute="allowed")]
     on_prompt: Annotated[Callable[[int, int], object] | None, Option(None, "call")]
     on_text: Annotated[Callable[[str], object] | None, Option(None, "call")]
+
+
+class GenerationOptions(CompletionOptions, total=False):
+    """What generate(), stream(), chat() and stream_chat() take by name.
+
+    logprobs: for each token of the answer, its log probability and those of so many likeliest ones, by the model's own
+        logits: before penalties, processors and temperature. None: no probabilities; 0: of the tokens themselves.
+    """
+
+    logprobs: Annotated[int | None, Option(None, "int", low=0, high=MOST_LOGPROBS)]
 
 
 OPTIONS: Mapping[str, Option] = {
@@ -281,6 +289,34 @@ def _calls(option: Option, name: str, value: Any) -> list[Any]:
     return [_call(option, name, call) for call in calls]
 
 
+def _flag(option: Option, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, not {value!r:.60}")
+    return value
+
+
+def _text(option: Option, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {value!r:.60}")
+    return value
+
+
+def _mapping(option: Option, name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be an object, not {value!r:.60}")
+    return value
+
+
+def _mappings(option: Option, name: str, value: Any) -> list[Mapping[str, Any]]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of objects, not {value!r:.60}")
+    return [_mapping(option, f"each of {name}", item) for item in value]
+
+
+def _any(option: Option, name: str, value: Any) -> Any:
+    return value
+
+
 _CHECKS = {
     "int": _number,
     "float": _number,
@@ -290,4 +326,9 @@ _CHECKS = {
     "object": _object,
     "call": _call,
     "calls": _calls,
+    "flag": _flag,
+    "text": _text,
+    "mapping": _mapping,
+    "mappings": _mappings,
+    "any": _any,
 }

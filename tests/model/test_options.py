@@ -12,7 +12,7 @@ from gguf_files import write_model
 
 from smallthinker_edge import Sampler, SmallThinker
 from smallthinker_edge.cli import build_parser
-from smallthinker_edge.options import OPTIONS, GenerationOptions, checked_options
+from smallthinker_edge.options import OPTIONS, CompletionOptions, GenerationOptions, checked_options
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SmallThinker:
 
 def test_every_option_is_explained() -> None:
     assert set(OPTIONS) == set(GenerationOptions.__annotations__)
-    assert all(name in (GenerationOptions.__doc__ or "") for name in OPTIONS)
+    assert all(name in f"{CompletionOptions.__doc__}{GenerationOptions.__doc__}" for name in OPTIONS)
 
 
 def test_null_is_the_default(model: SmallThinker) -> None:
