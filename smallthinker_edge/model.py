@@ -31,7 +31,7 @@ from smallthinker_edge.generation.choice import Choice
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore
 from smallthinker_edge.generation.speculation import BatchCosts
-from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream
+from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream, Totals
 from smallthinker_edge.machine import cpus, thermal
 from smallthinker_edge.machine.memory import available_memory, drop_library_cache, process_memory
 from smallthinker_edge.opening import Loader
@@ -153,7 +153,7 @@ class SmallThinker(CompletionCalls):
         self._turns = Turns()
         self._hash: bytes | None = None
         self._sessions = SessionStore(keep_sessions, self.session)
-        self._costs = BatchCosts()
+        self._costs, self._totals = BatchCosts(), Totals()
         self._engine = engine
 
     def _head_threshold(self, given: float | str | None) -> float | None:
@@ -325,6 +325,7 @@ class SmallThinker(CompletionCalls):
                 drop=drop,
                 costs=self._costs,
                 head_threshold=None if whole else self.head_threshold,
+                totals=self._totals,
             )
         )
 
@@ -405,6 +406,11 @@ class SmallThinker(CompletionCalls):
         """The model file's name without its ending."""
         return os.path.splitext(os.path.basename(self._file.path))[0]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether close() has not been called."""
+        return self._engine is not None
+
     def grammars(self) -> Grammars:
         """Makes constraints for generate(constraint=...): `model.grammars().regex("yes|no")`, one for each call.
 
@@ -421,8 +427,10 @@ class SmallThinker(CompletionCalls):
         return self
 
     def stats(self) -> dict[str, object]:
-        """Bytes and settings, and for a packed file the pager's counts since it was opened.
+        """Bytes and settings, sums over all generations, and for a packed file the pager's counts since it was opened.
 
+        prompt_tokens, of which reused_tokens were known from an earlier one; generated_tokens; prompt_seconds and
+        generation_seconds: of the generations that have ended.
         hits: experts found in memory; ahead_hits: read ahead for that use; misses: read when they were needed.
         hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
         used. head_share: share of the LM head's rows that a predictor has let through so far. wasted_bytes: read
@@ -447,6 +455,7 @@ class SmallThinker(CompletionCalls):
             "context": self.context,
             "kv": self.kv,
             **({} if engine.head_share is None else {"head_share": engine.head_share}),
+            **self._totals.figures(),
             **paging,
             **thermal.readings(),
         }

@@ -102,7 +102,7 @@ def checking_arguments() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def open_model(arguments: argparse.Namespace) -> SmallThinker:
+def open_model(arguments: argparse.Namespace, *, keep_sessions: int = 1, structured: bool = False) -> SmallThinker:
     from smallthinker_edge.model import SmallThinker
 
     with checking_arguments():
@@ -115,6 +115,8 @@ def open_model(arguments: argparse.Namespace) -> SmallThinker:
             kv=arguments.kv,
             head_threshold=arguments.head_threshold,
             verify=arguments.verify,
+            keep_sessions=keep_sessions,
+            structured=structured,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class AsyncItems(AsyncIterator[T], Generic[T]):
 
     def __init__(self, thread: ComputeThread, items: Callable[[], Iterator[T]], cancel: Settable) -> None:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[T] | BaseException | None]()
-        self._queue, self._cancel, self._ended = queue, cancel, False
+        self._loop, self._queue, self._cancel, self._ended = loop, queue, cancel, False
 
         def put(entry: tuple[T] | BaseException | None) -> None:
             try:
@@ -96,6 +97,16 @@ class AsyncItems(AsyncIterator[T], Generic[T]):
         if entry is not None:
             raise entry
         raise StopAsyncIteration
+
+    def when_computed(self, call: Callable[[], None]) -> None:
+        """Calls call() in the event loop when nothing more will be computed, whether or not the items are taken."""
+        loop = self._loop
+
+        def tell(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(call)
+
+        self._future.add_done_callback(tell)
 
     async def aclose(self) -> None:
         """Ends the work and waits until it has ended. Safe to call twice."""

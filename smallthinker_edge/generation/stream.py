@@ -6,7 +6,9 @@ of plain decoding, and where it drops turns (overflow.py) that of a conversation
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from smallthinker_edge.generation.speculation import BatchCosts, PromptLookup
 from smallthinker_edge.session import Session
 from smallthinker_edge.text.tokenizer import Tokenizer
 
+MOST_NEWS = 1000
 PROMPT_PIECE = 512  # tokens between two calls of on_prompt
 
 
@@ -45,6 +48,43 @@ class Timings:
     def tokens_per_second(self) -> float:
         """Decode speed, 0.0 where nothing was decoded after the first token."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+class Totals:
+    """Sums over all generations of a model that have ended. Safe for several threads.
+
+    add() never waits for a lock, because a stream's finaliser may call it anywhere: what is new stands in a queue until
+    somebody adds it up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._news: deque[tuple[float, ...]] = deque()
+        self._sums = dict.fromkeys(
+            ("prompt_tokens", "reused_tokens", "generated_tokens", "prompt_seconds", "generation_seconds"), 0.0
+        )
+
+    def add(self, timings: Timings, tokens: int) -> None:
+        """Counts a generation that made so many tokens."""
+        self._news.append(
+            (timings.prompt_tokens, timings.reused_tokens, tokens, timings.prompt_seconds, timings.decode_seconds)
+        )
+        if len(self._news) > MOST_NEWS and self._lock.acquire(blocking=False):
+            try:
+                self._add_up()
+            finally:
+                self._lock.release()
+
+    def figures(self) -> dict[str, float]:
+        """Each sum by its name; tokens as whole numbers."""
+        with self._lock:
+            self._add_up()
+            return {name: int(value) if name.endswith("tokens") else value for name, value in self._sums.items()}
+
+    def _add_up(self) -> None:
+        while self._news:
+            for name, value in zip(self._sums, self._news.popleft(), strict=True):
+                self._sums[name] += value
 
 
 @dataclass(frozen=True)
@@ -138,7 +178,7 @@ class Generation:
     Args:
         sessions: where its session comes from and goes. choice: chooses the tokens. prompt: ids, at least one.
         options: checked ones; of these it reads what the others do not. drop: what shortens a conversation, or None.
-        costs: of batches on this model. head_threshold: see Session.decode.
+        costs: of batches on this model. head_threshold: see Session.decode. totals: where it is counted when it ends.
 
     Attributes:
         result: None until it has ended. closed: set it to end the work soon, from any thread. tokens: the answer's.
@@ -155,6 +195,7 @@ class Generation:
         drop: TurnDropper | None = None,
         costs: BatchCosts | None = None,
         head_threshold: float | None = None,
+        totals: Totals | None = None,
     ) -> None:
         self.result: GenerationResult | None = None
         self.closed = False
@@ -169,6 +210,7 @@ class Generation:
         self._lookup = PromptLookup(prompt, options["speculate"]) if guesses else None
         self._costs = costs or BatchCosts()
         self._head_threshold = head_threshold
+        self._totals = totals
         self._text: list[str] = []
         self._reason = "cancelled"
         self._started = self._first = 0.0
@@ -288,7 +330,9 @@ class Generation:
         return tokens[shared:]
 
     def finish(self) -> None:
-        """Gives the session back and makes the result of what there is."""
+        """Gives the session back and makes the result of what there is. Safe to call twice."""
+        if self.result is not None:
+            return
         session, self._session = self._session, None
         if session is not None:
             self._sessions.give_back(session)
@@ -301,3 +345,5 @@ class Generation:
         )
         noted = None if self._options["logprobs"] is None else self.choice.noted[: len(self.tokens)]
         self.result = GenerationResult("".join(self._text), self.tokens, self._reason, timings, noted)
+        if self._totals is not None and self._started:
+            self._totals.add(timings, len(self.tokens))

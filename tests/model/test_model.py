@@ -202,3 +202,20 @@ def test_own_sampling_with_a_session(model: SmallThinker) -> None:
         for _ in range(4):
             tokens.append(sampler.sample(session.decode(tokens[-1:])))
     assert tokens == model.generate("hello", max_tokens=5, temperature=1.0, seed=3).tokens[:5]
+
+
+def test_stats_sum_all_generations(path: str) -> None:
+    with SmallThinker(path) as model:
+        results = [model.generate([65, 66, 67, *more], max_tokens=5) for more in ([], [68], [69] * 4)]
+        stream = model.stream([65, 66], max_tokens=5)
+        next(stream)
+        before = model.stats()
+        assert before["prompt_tokens"] == 3 + 4 + 7
+        assert before["generated_tokens"] == sum(len(result.tokens) for result in results)
+        assert before["reused_tokens"] == sum(result.timings.reused_tokens for result in results) > 0
+        stream.close()
+        stream.close()
+        assert model.stats()["prompt_tokens"] == 3 + 4 + 7 + 2
+        never_read = model.stream([65])
+        never_read.close()
+        assert model.stats()["prompt_tokens"] == 3 + 4 + 7 + 2
