@@ -5,6 +5,7 @@ It ties loader, tokenizer, session and sampler together; each of them knows noth
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.engine import Engine
+from smallthinker_edge._native.kv_cache import kv_bytes
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.paging import ExpertPaging
@@ -29,11 +31,12 @@ from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.choice import Choice
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
-from smallthinker_edge.generation.reuse import SessionStore
+from smallthinker_edge.generation.reuse import SessionStore, common_prefix
+from smallthinker_edge.generation.saved_prefixes import SHORTEST, SavedPrefixes
 from smallthinker_edge.generation.speculation import BatchCosts
 from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream, Totals
 from smallthinker_edge.machine import cpus, thermal
-from smallthinker_edge.machine.memory import available_memory, drop_library_cache, process_memory
+from smallthinker_edge.machine.memory import available_memory, drop_library_cache, parse_memory, process_memory
 from smallthinker_edge.opening import Loader
 from smallthinker_edge.options import OPTIONS, GenerationOptions, checked_options
 from smallthinker_edge.plan import Plan, make_plan
@@ -65,7 +68,12 @@ class SmallThinker(CompletionCalls):
             context and changes logits slightly, window layers staying in F16; in "q8_0-all", those too (see
             docs/context.md). "auto" takes the first of these that suits the budget: logits then depend on it.
         keep_sessions: how many finished generations keep their KV cache, so that a prompt that begins like one of them
-            (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one.
+            (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one whose
+            context is full; under a budget, so many are kept as fit into that together.
+        prefix_folder: where the beginnings of chats that others have too, a long system prompt with its tools, are
+            saved when they are first computed, and found again by the next start; None saves nothing. The folder
+            holds what the prompts say. prefix_bytes: most of all its files, as `memory`; the ones used longest ago go
+            first.
         head_threshold: where the file has a predictor of the LM head, generation computes only the logits whose score
             is above this; the others cannot be sampled. "auto" takes the file's own, else 0. None: all logits, and
             the predictor takes no memory. What a Session returns to its user is always whole, unless asked otherwise.
@@ -100,6 +108,8 @@ class SmallThinker(CompletionCalls):
         pin: bool = False,
         verify: bool = False,
         structured: bool = False,
+        prefix_folder: str | os.PathLike[str] | None = None,
+        prefix_bytes: int | str = "1GiB",
     ) -> None:
         super().__init__()
         automatic = threads is None or threads == "auto"
@@ -110,6 +120,7 @@ class SmallThinker(CompletionCalls):
             raise ValueError("keep_sessions must be at least 0")
         if kv not in KV_CHOICES:
             raise ValueError(f"kv must be one of {', '.join(KV_CHOICES)}, not {kv!r}")
+        most_saved = parse_memory(prefix_bytes)
         self._engine: Engine | None = None
         self._threads = count
         engine: Engine | None = None
@@ -152,7 +163,12 @@ class SmallThinker(CompletionCalls):
             raise
         self._turns = Turns()
         self._hash: bytes | None = None
-        self._sessions = SessionStore(keep_sessions, self.session)
+        saved = None
+        if prefix_folder is not None:
+            saved = SavedPrefixes(prefix_folder, most_saved, self.session, self.kv, self._model_hash)
+        room = None if self.plan.limit is None else self.plan.kv_cache
+        self._sessions = SessionStore(keep_sessions, self.session, self._session_bytes, room, saved)
+        self._saves_prefixes = saved is not None
         self._costs, self._totals = BatchCosts(), Totals()
         self._engine = engine
 
@@ -265,6 +281,10 @@ class SmallThinker(CompletionCalls):
         engine = self._open_engine()
         return Session(engine, self.config.vocab_size, size, self._turns, kv or self.kv, self._model_hash)
 
+    def _session_bytes(self, positions: int) -> int:
+        """What the KV cache of a session of the default kind takes at so many positions."""
+        return kv_bytes(self.config, min(positions, self.context), self.kv)
+
     def load_session(
         self, path: str | os.PathLike[str], context: int | None = None, *, kv: str | None = None
     ) -> Session:
@@ -291,11 +311,7 @@ class SmallThinker(CompletionCalls):
             ContextFull: the prompt leaves no room. ValueError: an argument is out of range, or the prompt is empty.
             TypeError: an option that there is not, or of another type.
         """
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
-        assert stream.result is not None  # a stream that has ended has one
-        return stream.result
+        return self.stream(prompt, **options).read()
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
@@ -357,10 +373,10 @@ class SmallThinker(CompletionCalls):
         Special tokens in messages are plain text; see chat.encode_chat. Raises ChatTemplateError for bad messages or a
         template that cannot be rendered.
         """
-        return self.generate(
-            self.encode_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs),
-            **options,
+        stream = self.stream_chat(
+            messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs, **options
         )
+        return stream.read()
 
     def stream_chat(
         self,
@@ -372,10 +388,12 @@ class SmallThinker(CompletionCalls):
         **options: Unpack[GenerationOptions],
     ) -> TextStream:
         """Like chat(), as pieces of text while they are made. Options: see options.GenerationOptions."""
-        return self.stream(
-            self.encode_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs),
-            **options,
-        )
+        ids = self.encode_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs)
+        if options.get("shared_prefix") is None:
+            options["shared_prefix"] = self.shared_prefix(
+                ids, messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs
+            )
+        return self.stream(ids, **options)
 
     def encode_chat(
         self,
@@ -390,6 +408,33 @@ class SmallThinker(CompletionCalls):
         return encode_chat(
             self.tokenizer, messages, template, tools=tools, documents=documents, variables=chat_template_kwargs
         )
+
+    def shared_prefix(
+        self,
+        ids: Sequence[int],
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> int:
+        """How many of a conversation's ids every other one with the same system prompt and tools has too.
+
+        0 where that is not worth a file of `prefix_folder`, or there is none. Arguments as of encode_chat().
+        """
+        if not self._saves_prefixes or len(ids) <= SHORTEST:
+            return 0
+        head = list(itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+        shared = len(ids)
+        for text in ("A", "0"):  # no message begins like both
+            other = self.encode_chat(
+                [*head, {"role": "user", "content": text}],
+                tools=tools,
+                documents=documents,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            shared = min(shared, common_prefix(ids, other))
+        return shared if shared >= SHORTEST else 0
 
     def _tool_template(self) -> str | None:
         """The file's template for the use of tools where it has one, as transformers chooses."""

@@ -108,6 +108,8 @@ class CompletionOptions(TypedDict, total=False):
         int64 [n], and float32 logits [V], which may be changed in place; each returns the logits to use.
     constraint: an options.Constraint, such as a grammar. Every token keeps to it; runs of tokens that it leaves no
         choice about are decoded together. Speculation does not guess then.
+    shared_prefix: how many of the prompt's first tokens other prompts will begin with too: where the model has a folder
+        for prefixes, they are saved there. Chats find that out by themselves.
     on_prompt: called with (tokens of the prompt that are computed, all of them), every 512 tokens.
     on_text: called with each piece of the text.
     overflow: what to do at the end of the context. "error": a prompt that is too long raises, an answer ends with
@@ -186,6 +188,7 @@ class CompletionOptions(TypedDict, total=False):
     ]
     logits_processors: Annotated[LogitsProcessor | Sequence[LogitsProcessor] | None, Option((), "calls")]
     constraint: Annotated[Constraint | None, Option(None, "object", attribute="allowed")]
+    shared_prefix: Annotated[int | None, Option(0, "int", low=0)]
     on_prompt: Annotated[Callable[[int, int], object] | None, Option(None, "call")]
     on_text: Annotated[Callable[[str], object] | None, Option(None, "call")]
 

@@ -51,6 +51,16 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-sessions", type=positive_int, default=4, metavar="N", help="conversations kept in memory (default: 4)"
     )
     parser.add_argument(
+        "--prefix-folder", metavar="FOLDER", help="save long system prompts, computed, and find them after a restart"
+    )
+    parser.add_argument(
+        "--prefix-size",
+        type=memory_size,
+        default=1 << 30,
+        metavar="SIZE",
+        help="of that folder at most (default: 1GiB)",
+    )
+    parser.add_argument(
         "--comment-seconds", type=float, default=5.0, metavar="S", help="say something in silent streams (default: 5)"
     )
     add_sampling_arguments(parser)
@@ -98,7 +108,11 @@ def serve(arguments: argparse.Namespace) -> int:
         defaults=sampling_options(arguments),
     )
     with open_model(
-        arguments, keep_sessions=arguments.keep_sessions, structured=find_spec("llguidance") is not None
+        arguments,
+        keep_sessions=arguments.keep_sessions,
+        prefix_folder=arguments.prefix_folder,
+        prefix_bytes=arguments.prefix_size,
+        structured=find_spec("llguidance") is not None,
     ) as model:
         uvicorn.run(
             make_app(model, settings),

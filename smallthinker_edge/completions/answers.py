@@ -52,6 +52,16 @@ class Answering(Protocol):
         documents: Sequence[Mapping[str, Any]] | None,
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> list[int]: ...
+    def shared_prefix(
+        self,
+        ids: Sequence[int],
+        messages: Messages,
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> int: ...
     def grammars(self) -> Grammars: ...
 
 

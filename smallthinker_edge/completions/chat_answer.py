@@ -48,12 +48,9 @@ class ChatAnswer(Answer):
         listed = tools.listed or None
         if not model.takes_tools:
             messages, listed = told_in_text(messages, tools.listed), None
-        prompt = model.encode_chat(
-            messages,
-            tools=listed,
-            documents=own["documents"],
-            chat_template_kwargs=own["chat_template_kwargs"],
-        )
+        rest: dict[str, Any] = {name: own[name] for name in ("documents", "chat_template_kwargs")} | {"tools": listed}
+        prompt = model.encode_chat(messages, **rest)
+        options.setdefault("shared_prefix", model.shared_prefix(prompt, messages, **rest))
         super().__init__(model, own, options, [prompt], tools)
 
     def complete(self) -> ChatCompletion:

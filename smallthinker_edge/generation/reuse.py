@@ -1,6 +1,6 @@
 """Keeps the sessions of finished generations, so that a prompt that begins like an earlier one is not computed again.
 
-Called by generation.py around every generation. It never computes; results are those of a fresh session, bit for bit.
+Called by stream.py around every generation. It never computes; results are those of a fresh session, bit for bit.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from smallthinker_edge.generation.saved_prefixes import SavedPrefixes
 from smallthinker_edge.session import Session
 
 
@@ -25,10 +26,20 @@ class SessionStore:
     Args:
         size: sessions to keep; 0 keeps none.
         new: makes an empty session.
+        need: bytes that a session's KV cache takes at so many positions. room: bytes for all idle sessions and the one
+            that is taken, where a budget is kept to; None for any.
+        saved: where long prefixes are kept on disk, or None.
     """
 
-    def __init__(self, size: int, new: Callable[[], Session]) -> None:
-        self._size, self._new = size, new
+    def __init__(
+        self,
+        size: int,
+        new: Callable[[], Session],
+        need: Callable[[int], int] = lambda positions: 0,
+        room: int | None = None,
+        saved: SavedPrefixes | None = None,
+    ) -> None:
+        self._size, self._new, self._need, self._room, self._saved = size, new, need, room, saved
         self._idle: list[Session] = []
 
     def take(self, tokens: Sequence[int]) -> tuple[Session, int]:
@@ -38,6 +49,14 @@ class SessionStore:
         is room to keep it too, a fork of it is.
         """
         best, shared = self._claim(tokens)
+        self.make_room(len(tokens))
+        loaded = self._saved.take(tokens, shared) if self._saved else None
+        if loaded is not None:
+            if best is not None:
+                self._idle.append(best)
+            self._trim(self._size - 1)
+            self.make_room(len(tokens))
+            return loaded, loaded.position
         if best is None:
             self._trim(self._size - 1)  # that memory is needed now
             return self._new(), 0
@@ -45,8 +64,30 @@ class SessionStore:
             fork = best.fork()
             self._idle.append(best)
             best = fork
+            self.make_room(len(tokens))
         best.rewind(best.position - shared)
         return best, shared
+
+    def save_prefix(self, session: Session) -> None:
+        """Keeps what a session holds for other prompts that begin so, where there is a folder for that."""
+        if self._saved:
+            self._saved.save(session)
+
+    def make_room(self, positions: int) -> None:
+        """Closes idle sessions, the oldest first, until the budget holds one of so many positions beside the others."""
+        if self._room is None or not self._idle:
+            return
+        size = self._need(positions)
+        while self._idle and self._held() + size > self._room:
+            with suppress(IndexError):  # another thread has taken the last one
+                self._idle.pop(0).close()
+
+    def _held(self) -> int:
+        held = 0
+        for session in list(self._idle):
+            with suppress(ValueError):  # closed by another thread meanwhile
+                held += session.kv_bytes
+        return held
 
     def _claim(self, tokens: Sequence[int]) -> tuple[Session | None, int]:
         """The idle session that shares most with `tokens`, taken out of the list, and how much."""
@@ -68,6 +109,7 @@ class SessionStore:
         if self._size and session.holds_tokens:
             self._idle.append(session)
             self._trim(self._size)
+            self.make_room(0)
         else:
             session.close()
 

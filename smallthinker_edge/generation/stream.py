@@ -161,6 +161,13 @@ class TextStream(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def read(self) -> GenerationResult:
+        """Takes all pieces and returns the result."""
+        for _ in self._pieces:
+            pass
+        assert self.result is not None  # a stream that has ended has one
+        return self.result
+
     def close(self) -> None:
         """Ends the generation, also where another thread waits for a piece, within a moment. Safe to call twice."""
         self._generation.closed = True
@@ -269,6 +276,7 @@ class Generation:
                     return
                 pending = self._shift(session, shorter)
             draft = self._draft(session, len(pending))
+            self._sessions.make_room(session.position + len(pending) + len(draft))
             started = time.perf_counter()
             try:
                 pending = self._compute_prompt(session, pending)
@@ -290,11 +298,20 @@ class Generation:
             pending = self.tokens[-1:] if self._lookup is not None else self.tokens[before:]
 
     def _compute_prompt(self, session: Session, pending: list[int]) -> list[int]:
-        """Where the prompt's progress is to be told: computes all of it but the last piece, which it returns."""
-        while self._options["on_prompt"] is not None and not self._first and len(pending) > PROMPT_PIECE:
-            session.prefill(pending[:PROMPT_PIECE], cancel=self)
-            pending = pending[PROMPT_PIECE:]
+        """Computes a prompt but for its last piece, which it returns: so far that its progress can be told, and that
+        the session can be saved where a prefix ends that other prompts will have too."""
+        prefix: int = self._options["shared_prefix"]
+        while not self._first:
+            ends = [PROMPT_PIECE] if self._options["on_prompt"] is not None else []
+            ends += [prefix - session.position] if session.position < prefix else []
+            size = min(ends, default=len(pending))
+            if size >= len(pending):
+                break
+            session.prefill(pending[:size], cancel=self)
+            pending = pending[size:]
             self._tell_prompt(len(self._prompt) - len(pending))
+            if session.position == prefix:
+                self._sessions.save_prefix(session)
         return pending
 
     def _tell_prompt(self, done: int) -> None:

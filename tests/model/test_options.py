@@ -84,7 +84,16 @@ def test_numbers_of_numpy_are_numbers(model: SmallThinker) -> None:
 
 def test_the_command_line_has_what_can_be_typed() -> None:
     typed = {name: option for name, option in OPTIONS.items() if option.help}
-    untyped = {"cancel", "sampler", "logprobs", "logits_processors", "constraint", "on_prompt", "on_text"}
+    untyped = {
+        "cancel",
+        "sampler",
+        "logprobs",
+        "logits_processors",
+        "constraint",
+        "shared_prefix",
+        "on_prompt",
+        "on_text",
+    }
     assert set(OPTIONS) - set(typed) == untyped
     words = ["generate", "-m", "x", "-p", "y"]
     for name, option in typed.items():

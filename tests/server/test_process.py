@@ -123,6 +123,19 @@ def test_a_key_from_a_file(demo_model: Path, tmp_path: Path) -> None:
         assert not any("sesame" in line for line in server.log)
 
 
+def test_a_long_system_prompt_survives_a_restart(demo_model: Path, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "lights and lamps " * 100}, *MESSAGES]
+    cached = []
+    for _ in range(2):
+        with serving(demo_model, "--memory", "1GiB", "--prefix-folder", str(tmp_path / "p")) as server:
+            usage = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": messages}, timeout=60).json()[
+                "usage"
+            ]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[0] == 0
+    assert cached[1] > 300
+
+
 def tokens_made(server: ServerProcess) -> float:
     return server.metrics()["generated_tokens_total"]
 

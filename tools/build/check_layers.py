@@ -23,7 +23,7 @@ LAYERS = {
     "machine": {"_native", "measure.limits"},
     "files": {"_native", "text"},
     "session": {"_native", "files"},
-    "generation": {"_native", "text", "session"},
+    "generation": {"_native", "text", "session", "files.session_file"},
     "completions": {"text", "generation"},
     "plan": {"_native", "files", "machine"},
     "opening": {"_native", "files"},
