@@ -68,8 +68,10 @@ def _listed(arguments: type) -> dict[str, Option]:
 
 TEXT_ARGUMENTS: Mapping[str, Option] = _listed(TextArguments)
 CHAT_ARGUMENTS: Mapping[str, Option] = _listed(ChatArguments)
-# Objects of the caller's process, which no request can hold.
-LOCAL = frozenset(name for name, option in OPTIONS.items() if option.kind in ("object", "call", "calls"))
+# What no request may hold: objects of the caller's process, and what is written to its disk.
+LOCAL = frozenset(name for name, option in OPTIONS.items() if option.kind in ("object", "call", "calls")) | {
+    "shared_prefix"
+}
 
 
 def checked_arguments(given: Mapping[str, Any], known: Mapping[str, Option]) -> tuple[dict[str, Any], dict[str, Any]]:

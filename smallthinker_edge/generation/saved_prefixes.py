@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ SUFFIX = ".stsession"
 
 
 class SavedPrefixes:
-    """The files of one folder; the one used longest ago goes first. For one thread at a time.
+    """The files of one folder; the one used longest ago goes first. Safe for several threads, which take turns.
 
     Args:
         folder: made with the first file, for this user only.
@@ -46,6 +47,7 @@ class SavedPrefixes:
     ) -> None:
         self._folder, self._most, self._new = Path(folder), most_bytes, new
         self._kv, self._model_hash = kv, model_hash
+        self._lock = threading.Lock()
         # Name -> tokens, None where a file is of no use. A name stands for its contents, so files never change.
         self._known: dict[str, npt.NDArray[np.int32] | None] = {}
 
@@ -54,7 +56,10 @@ class SavedPrefixes:
 
         None where none is at least SHORTEST tokens longer than `more_than`.
         """
-        ids = np.asarray(tokens, np.int32)
+        with self._lock:
+            return self._take(np.asarray(tokens, np.int32), more_than)
+
+    def _take(self, ids: npt.NDArray[np.int32], more_than: int) -> Session | None:
         while (name := self._longest(ids, more_than + SHORTEST)) is not None:
             session = self._new()
             try:
@@ -104,13 +109,14 @@ class SavedPrefixes:
         digest = hashlib.sha256(self._model_hash() + self._kv.encode() + tokens.tobytes())
         path = self._folder / (digest.hexdigest()[:40] + SUFFIX)
         try:
-            if path.exists():
-                os.utime(path)
-                return
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._make_room(session.kv_bytes)
-            session.save(path)
-            self._make_room(0)
+            with self._lock:
+                if path.exists():
+                    os.utime(path)
+                    return
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._make_room(session.kv_bytes)
+                session.save(path)
+                self._make_room(0)
         except OSError as error:
             logger.warning("a prefix of %d tokens cannot be saved: %s", tokens.size, error)
             return

@@ -87,7 +87,7 @@ class EventStream(Response):
                 except StopAsyncIteration:
                     break
                 waiting = None
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                yield f"data: {json.dumps(chunk)}\n\n"
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status line is sent already
             if status_of(error) >= 500:

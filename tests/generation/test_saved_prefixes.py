@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,16 @@ def test_a_folder_that_cannot_be_written_is_only_a_warning(
     with opened(path, tmp_path / "file") as model:
         assert ask(model, "Why?").tokens
     assert "cannot be saved" in caplog.text
+
+
+def test_several_threads_share_a_folder(path: str, tmp_path: Path) -> None:
+    systems = [{"role": "system", "content": f"{i}" + SYSTEM["content"]} for i in range(3)]
+    with SmallThinker(path, threads=1, context=2048) as model:
+        expected = [ask(model, "Why?", system).tokens for system in systems]
+    with opened(path, tmp_path / "p", keep_sessions=2) as model, ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: (i % 3, ask(model, "Why?", systems[i % 3]).tokens), range(12)))
+    assert all(tokens == expected[i] for i, tokens in results)
+    assert len(files(tmp_path / "p")) == 3
 
 
 def test_what_is_in_memory_is_taken_first(path: str, tmp_path: Path) -> None:

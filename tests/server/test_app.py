@@ -217,6 +217,13 @@ def test_lengths_are_clipped_and_defaults_filled_in(model: SmallThinker) -> None
     assert cap.post("/v1/completions", json={"prompt": "x"}).json()["usage"]["completion_tokens"] <= 3
 
 
+def test_names_that_are_no_text_break_nothing(client: TestClient) -> None:
+    lone = b'{"messages": [{"role": "user", "content": "turn on the kitchen light"}], "model": "\\ud800", "stream": %s}'
+    chunks = events(client.post(CHAT, content=lone % b"true").text)
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == ANSWER
+    assert client.post(CHAT, content=lone % b"false").status_code == 400
+
+
 def test_calls_of_tools_in_a_stream(client: TestClient) -> None:
     pytest.importorskip("llguidance")
     tool = {"name": "light", "parameters": {"type": "object", "properties": {"room": {"enum": ["hall", "kitchen"]}},
