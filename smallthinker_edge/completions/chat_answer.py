@@ -21,7 +21,7 @@ from smallthinker_edge.completions.shapes import (
     ToolCall,
     Usage,
 )
-from smallthinker_edge.completions.tool_calls import CallFinder, read_tools, told_in_text
+from smallthinker_edge.completions.tool_calls import CallFinder, read_tools, speaks_of_tools, told_in_text
 from smallthinker_edge.generation.choice import TokenLogprobs
 from smallthinker_edge.text.chat import Messages
 
@@ -46,7 +46,7 @@ class ChatAnswer(Answer):
         options = {"max_tokens": model.context, **options, "logprobs": own["top_logprobs"] if own["logprobs"] else None}
         tools = read_tools(own["tools"], own["tool_choice"])
         listed = tools.listed or None
-        if not model.takes_tools:
+        if not model.takes_tools and (tools.listed or speaks_of_tools(messages)):
             messages, listed = told_in_text(messages, tools.listed), None
         rest: dict[str, Any] = {name: own[name] for name in ("documents", "chat_template_kwargs")} | {"tools": listed}
         prompt = model.encode_chat(messages, **rest)

@@ -65,6 +65,11 @@ def read_tools(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, An
     return Tools(tools, {name: schemas[name]}, required=True, single=True)
 
 
+def speaks_of_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a conversation holds calls of tools or their answers. Raises ChatTemplateError as plain_messages()."""
+    return any(message["role"] == "tool" or message.get("tool_calls") for message in plain_messages(messages))
+
+
 def told_in_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation for a template that knows nothing of tools: they, calls and answers become text of messages."""
     told = [_as_text(message) for message in plain_messages(messages)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import write_model
 
 from smallthinker_edge import MissingExtra, SmallThinker
 from smallthinker_edge.completions.tool_calls import CallFinder, told_in_text
@@ -118,9 +119,17 @@ def test_a_model_without_a_place_for_tools_is_told_in_text(model: SmallThinker) 
     assert without["usage"]["prompt_tokens"] == len(model.encode_chat(told_in_text(history, [])))
 
 
-def test_a_template_that_takes_tools_gets_them(tmp_path: Path) -> None:
-    from gguf_files import write_model
+def test_a_conversation_without_tools_reaches_its_template_as_it_is(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ m.name }}:{{ m.content }};{% endfor %}"
+    path = write_model(tmp_path / "m.gguf", metadata={"tokenizer.chat_template": template})
+    messages = [{"role": "user", "name": "ann", "content": "hello"}]
+    with SmallThinker(path) as model:
+        usage = model.create_chat_completion(messages, max_tokens=1)["usage"]
+        assert model.detokenize(model.encode_chat(messages)) == "user:ann:hello;"
+        assert usage["prompt_tokens"] == len(model.encode_chat(messages))
 
+
+def test_a_template_that_takes_tools_gets_them(tmp_path: Path) -> None:
     template = (Path(__file__).resolve().parents[1] / "fixtures/chat/tools_and_calls.jinja").read_text()
     path = write_model(tmp_path / "m.gguf", metadata={"tokenizer.chat_template": template})
     with SmallThinker(path) as model:
