@@ -11,7 +11,9 @@ from smallthinker_edge.errors import (
     ContextFull,
     DecodeCancelled,
     ExpertReadError,
+    GrammarError,
     MemoryBudgetError,
+    MissingExtra,
     ModelFormatError,
     NotFiniteError,
     OpenedBeforeFork,
@@ -20,9 +22,10 @@ from smallthinker_edge.errors import (
     SessionFormatError,
     SmallThinkerError,
 )
+from smallthinker_edge.generation.choice import TokenLogprobs
 from smallthinker_edge.generation.stream import GenerationResult, TextStream, Timings
 from smallthinker_edge.model import SmallThinker
-from smallthinker_edge.options import CancelSignal, GenerationOptions, TokenSampler
+from smallthinker_edge.options import CancelSignal, Constraint, GenerationOptions, LogitsProcessor, TokenSampler
 from smallthinker_edge.session import Session
 
 __version__ = "0.1.0"
@@ -30,12 +33,16 @@ __version__ = "0.1.0"
 __all__ = [
     "CancelSignal",
     "ChatTemplateError",
+    "Constraint",
     "ContextFull",
     "DecodeCancelled",
     "ExpertReadError",
     "GenerationOptions",
     "GenerationResult",
+    "GrammarError",
+    "LogitsProcessor",
     "MemoryBudgetError",
+    "MissingExtra",
     "ModelFormatError",
     "NotFiniteError",
     "OpenedBeforeFork",
@@ -48,5 +55,6 @@ __all__ = [
     "SmallThinkerError",
     "TextStream",
     "Timings",
+    "TokenLogprobs",
     "TokenSampler",
 ]

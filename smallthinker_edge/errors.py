@@ -84,3 +84,11 @@ class ChatTemplateError(SmallThinkerError, ValueError):
 
 class SessionBusy(SmallThinkerError, RuntimeError):
     """Two threads used one session at the same time."""
+
+
+class GrammarError(SmallThinkerError, ValueError):
+    """A JSON schema, regular expression or grammar that cannot be read or enforced."""
+
+
+class MissingExtra(SmallThinkerError, ImportError):
+    """What was asked for needs a package that is not installed; the message names the extra that brings it."""

@@ -5,6 +5,7 @@ It ties loader, tokenizer, session and sampler together; each of them knows noth
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import weakref
@@ -21,23 +22,27 @@ from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.sampler import Sampler
-from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBeforeFork
+from smallthinker_edge.completions.calls import CompletionCalls
+from smallthinker_edge.errors import ContextFull, MemoryBudgetError, ModelFormatError, OpenedBeforeFork
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
 from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.files.session_file import model_hash
+from smallthinker_edge.generation.choice import Choice
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
-from smallthinker_edge.generation.reuse import SessionStore
+from smallthinker_edge.generation.reuse import SessionStore, common_prefix
+from smallthinker_edge.generation.saved_prefixes import SHORTEST, SavedPrefixes
 from smallthinker_edge.generation.speculation import BatchCosts
-from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream
+from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream, Totals
 from smallthinker_edge.machine import cpus, thermal
-from smallthinker_edge.machine.memory import available_memory, drop_library_cache, process_memory
+from smallthinker_edge.machine.memory import available_memory, drop_library_cache, parse_memory, process_memory
 from smallthinker_edge.opening import Loader
 from smallthinker_edge.options import OPTIONS, GenerationOptions, checked_options
 from smallthinker_edge.plan import Plan, make_plan
 from smallthinker_edge.session import Session
-from smallthinker_edge.text.chat import Messages, encode_chat
+from smallthinker_edge.text.chat import Messages, encode_chat, takes_tools
+from smallthinker_edge.text.grammar import Grammars
 from smallthinker_edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +53,7 @@ KV_CHOICES = (*KV_TYPES, "auto")
 BATCH = 512
 
 
-class SmallThinker:
+class SmallThinker(CompletionCalls):
     """A SmallThinker model in memory.
 
     Args:
@@ -63,19 +68,27 @@ class SmallThinker:
             context and changes logits slightly, window layers staying in F16; in "q8_0-all", those too (see
             docs/context.md). "auto" takes the first of these that suits the budget: logits then depend on it.
         keep_sessions: how many finished generations keep their KV cache, so that a prompt that begins like one of them
-            (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one.
+            (a chat's next turn, the same system prompt) computes only what is new. The memory plan holds one whose
+            context is full; under a budget, so many are kept as fit into that together.
+        prefix_folder: where the beginnings of chats that others have too, a long system prompt with its tools, are
+            saved when they are first computed, and found again by the next start; None saves nothing. The folder
+            holds what the prompts say. prefix_bytes: most of all its files, as `memory`; the ones used longest ago go
+            first.
         head_threshold: where the file has a predictor of the LM head, generation computes only the logits whose score
             is above this; the others cannot be sampled. "auto" takes the file's own, else 0. None: all logits, and
             the predictor takes no memory. What a Session returns to its user is always whole, unless asked otherwise.
         profile: a file of save_profile() whose experts are read first; None takes the one beside a packed model.
         pin: each compute thread stays on one CPU, the calling one while it computes (Linux). Off by default: it helps
             where the system moves threads about, and hurts where others want those CPUs.
+        structured: make ready for structured output (the extra `structured`), so that the memory plan holds what it
+            takes. Without a budget that is done by itself when it is first asked for.
         verify: compare the checksums of a packed file: of the dense weights now, of an expert when it is first read.
             Where that is wrong, decoding raises ExpertReadError.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
         MemoryBudgetError: the budget is too small; the message names one that works.
+        MissingExtra: `structured` without the package that it needs.
         OSError: the file cannot be opened or read. ValueError: an argument is out of range.
 
     The environment variable SMALLTHINKER_CPU names a kernel table to use instead of the best one. Methods may be
@@ -94,7 +107,11 @@ class SmallThinker:
         profile: str | os.PathLike[str] | None = None,
         pin: bool = False,
         verify: bool = False,
+        structured: bool = False,
+        prefix_folder: str | os.PathLike[str] | None = None,
+        prefix_bytes: int | str = "1GiB",
     ) -> None:
+        super().__init__()
         automatic = threads is None or threads == "auto"
         count = cpus.auto_threads() if threads is None or threads == "auto" else threads
         if not isinstance(count, int) or not 1 <= count <= 256:
@@ -103,6 +120,7 @@ class SmallThinker:
             raise ValueError("keep_sessions must be at least 0")
         if kv not in KV_CHOICES:
             raise ValueError(f"kv must be one of {', '.join(KV_CHOICES)}, not {kv!r}")
+        most_saved = parse_memory(prefix_bytes)
         self._engine: Engine | None = None
         self._threads = count
         engine: Engine | None = None
@@ -129,6 +147,7 @@ class SmallThinker:
             self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
             if self.tokenizer.vocab_size != self.config.vocab_size:
                 raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
+            self._grammars = Grammars(self.tokenizer) if structured else None
             template = self._file.metadata.get("tokenizer.chat_template")
             self.chat_template = template if isinstance(template, str) else None
             self.plan = self._make_plan(memory, kv, slot_bytes)
@@ -137,7 +156,7 @@ class SmallThinker:
             if experts and memory is not None:
                 self._start_paging(engine, experts, self.plan, profile, sums)
                 self._drop_caches()
-            engine.keep_to(self.plan.most_sessions, self.context, self.kv)
+            engine.keep_to(self.plan.sessions, self.plan.most_sessions, self.context, self.kv)
         except BaseException:
             gguf.close()
             if engine is not None:
@@ -145,10 +164,14 @@ class SmallThinker:
             raise
         self._turns = Turns()
         self._hash: bytes | None = None
-        self._sessions = SessionStore(keep_sessions, self.session)
+        saved = None
+        if prefix_folder is not None:
+            saved = SavedPrefixes(prefix_folder, most_saved, self.session, self.kv, self._model_hash)
+        self._sessions = SessionStore(keep_sessions, self.session, saved)
+        self._saves_prefixes = saved is not None
+        self._costs, self._totals = BatchCosts(), Totals()
         store = weakref.ref(self._sessions)  # the engine's memory must not hold what holds the engine
         engine.memory.relieve = lambda: (idle := store()) is not None and idle.relieve()
-        self._costs = BatchCosts()
         self._engine = engine
 
     def _head_threshold(self, given: float | str | None) -> float | None:
@@ -296,19 +319,12 @@ class SmallThinker:
             ContextFull: the prompt leaves no room. ValueError: an argument is out of range, or the prompt is empty.
             TypeError: an option that there is not, or of another type.
         """
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
-        assert stream.result is not None  # a stream that has ended has one
-        return stream.result
+        return self.stream(prompt, **options).read()
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
         """Like generate(), as pieces of text while they are made; arguments are checked at once."""
         self._open_engine()
         given = checked_options(options)
-        sampler = given["sampler"]
-        if sampler is None:
-            sampler = Sampler(**{name: given[name] for name in OPTIONS if OPTIONS[name].sampling})
         ids = self.tokenize(prompt) if isinstance(prompt, str | bytes) else [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt has no tokens")
@@ -320,23 +336,30 @@ class SmallThinker:
             if shorter is None:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, the context {self.context}")
             ids = shorter
-        # A bias, or another sampler, may choose tokens of which the predictor knows nothing.
-        threshold = None if given["logit_bias"] or given["sampler"] is not None else self.head_threshold
+        # These look at, or may choose, tokens of which the predictor knows nothing.
+        objects = any(given[name] is not None for name in ("sampler", "constraint", "logprobs"))
+        whole = objects or given["logit_bias"] or given["logits_processors"]
         return TextStream(
             Generation(
                 self._sessions,
                 self.tokenizer,
-                sampler,
+                self._choice(given, len(ids)),
                 ids,
-                given["max_tokens"],
-                given["stop"],
-                given["cancel"],
-                drop,
-                given["speculate"],
-                self._costs,
-                threshold,
+                given,
+                drop=drop,
+                costs=self._costs,
+                head_threshold=None if whole else self.head_threshold,
+                totals=self._totals,
             )
         )
+
+    def _choice(self, options: Mapping[str, Any], prompt_tokens: int) -> Choice:
+        sampler = options["sampler"]
+        if sampler is None:
+            breakers = self.tokenizer.tokens_with(options["dry_breakers"]) if options["dry_multiplier"] else ()
+            given = {name: options[name] for name in OPTIONS if OPTIONS[name].sampling}
+            sampler = Sampler(**given, prompt_tokens=prompt_tokens, breaker_tokens=breakers)
+        return Choice(sampler, options["logits_processors"], options["constraint"], options["logprobs"])
 
     def chat(
         self,
@@ -358,7 +381,10 @@ class SmallThinker:
         Special tokens in messages are plain text; see chat.encode_chat. Raises ChatTemplateError for bad messages or a
         template that cannot be rendered.
         """
-        return self.generate(self._encode_chat(messages, tools, documents, chat_template_kwargs), **options)
+        stream = self.stream_chat(
+            messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs, **options
+        )
+        return stream.read()
 
     def stream_chat(
         self,
@@ -370,24 +396,95 @@ class SmallThinker:
         **options: Unpack[GenerationOptions],
     ) -> TextStream:
         """Like chat(), as pieces of text while they are made. Options: see options.GenerationOptions."""
-        return self.stream(self._encode_chat(messages, tools, documents, chat_template_kwargs), **options)
+        ids = self.encode_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs)
+        if options.get("shared_prefix") is None:
+            options["shared_prefix"] = self.shared_prefix(
+                ids, messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs
+            )
+        return self.stream(ids, **options)
 
-    def _encode_chat(
+    def encode_chat(
         self,
         messages: Messages,
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """With tools, the file's template for their use where it has one, as transformers chooses."""
+        """Token ids of a conversation, up to where the answer starts; arguments and errors as in chat()."""
+        template = self._tool_template() if tools else self.chat_template
+        return encode_chat(
+            self.tokenizer, messages, template, tools=tools, documents=documents, variables=chat_template_kwargs
+        )
+
+    def shared_prefix(
+        self,
+        ids: Sequence[int],
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> int:
+        """How many of a conversation's ids every other one with the same system prompt and tools has too.
+
+        0 where that is not worth a file of `prefix_folder`, or there is none. Arguments as of encode_chat().
+        """
+        if not self._saves_prefixes or len(ids) <= SHORTEST:
+            return 0
+        head = list(itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+        shared = len(ids)
+        for text in ("A", "0"):  # no message begins like both
+            other = self.encode_chat(
+                [*head, {"role": "user", "content": text}],
+                tools=tools,
+                documents=documents,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            shared = min(shared, common_prefix(ids, other))
+        return shared if shared >= SHORTEST else 0
+
+    def _tool_template(self) -> str | None:
+        """The file's template for the use of tools where it has one, as transformers chooses."""
         with_tools = self._file.metadata.get("tokenizer.chat_template.tool_use")
-        template = with_tools if tools and isinstance(with_tools, str) else self.chat_template
-        return encode_chat(self.tokenizer, messages, template, tools=tools, documents=documents, variables=variables)
+        return with_tools if isinstance(with_tools, str) else self.chat_template
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the model's chat template tells it of tools; create_chat_completion() does so in text otherwise."""
+        return takes_tools(self._tool_template())
+
+    @property
+    def name(self) -> str:
+        """The model file's name without its ending."""
+        return os.path.splitext(os.path.basename(self._file.path))[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether close() has not been called."""
+        return self._engine is not None
+
+    def grammars(self) -> Grammars:
+        """Makes constraints for generate(constraint=...): `model.grammars().regex("yes|no")`, one for each call.
+
+        Raises MissingExtra without the extra `structured`, MemoryBudgetError in a model that was opened with a budget
+        and without structured=True.
+        """
+        if self._grammars is None:
+            if self.plan.limit is not None:
+                raise MemoryBudgetError("the budget does not hold structured output: open it with structured=True")
+            self._grammars = Grammars(self.tokenizer)
+        return self._grammars
+
+    def _answering(self) -> SmallThinker:
+        return self
 
     def stats(self) -> dict[str, object]:
-        """Bytes and settings, and for a packed file the pager's counts since it was opened.
+        """Bytes and settings, sums over all generations, and for a packed file the pager's counts since it was opened.
 
         session_bytes: what keys, values and logits of all sessions take.
+        prompt_tokens, of which reused_tokens were known from an earlier one; generated_tokens; prompt_seconds and
+        generation_seconds: of the generations that have ended.
         hits: experts found in memory; ahead_hits: read ahead for that use; misses: read when they were needed.
         hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
         used. head_share: share of the LM head's rows that a predictor has let through so far. wasted_bytes: read
@@ -413,6 +510,7 @@ class SmallThinker:
             "context": self.context,
             "kv": self.kv,
             **({} if engine.head_share is None else {"head_share": engine.head_share}),
+            **self._totals.figures(),
             **paging,
             **thermal.readings(),
         }
@@ -424,6 +522,7 @@ class SmallThinker:
         handler that interrupts a computation of this very thread.
         """
         engine, self._engine = self._engine, None
+        self._stop_computing()
         if engine is not None:
             self._sessions.close()
             try:

@@ -157,12 +157,12 @@ cdef class Engine:
         self.call.paging = &paging.state
         paging.fit(self.memory.in_use)
 
-    def keep_to(self, limit, int64_t context, kv):
-        """Lets sessions take `limit` bytes, None for any number, besides the buffers that one of this context and kind
-        of KV cache needs: these are taken now. Weights, or paging, must be there."""
+    def keep_to(self, int64_t aside, limit, int64_t context, kv):
+        """Lets sessions take `limit` bytes, None for any number, see SessionMemory; besides the buffers that one of
+        this context and kind of KV cache needs, which are taken now. Weights, or paging, must be there."""
         self.check_usable()
         self.buffers.fit(context, ST_Q8_0 in KV_TYPES[kv], self.weights.expert_layouts)
-        self.memory.limit = limit
+        self.memory.aside, self.memory.limit = aside, limit
 
     def decode(self, KVCache cache not None, tokens, logits, head_threshold=None, cancel=None):
         """Runs at most `batch` tokens at the cache's position and advances it.

@@ -4,14 +4,14 @@
 Made by model.py for stream.py, and by people who drive a Session themselves. It never sees the model.
 """
 from libc.float cimport FLT_MAX
-from libc.math cimport INFINITY, isnan
+from libc.math cimport INFINITY, fmin, isnan, pow
 from libc.stdint cimport int64_t, uint64_t
 
 import secrets
 
 import numpy as np
 
-from smallthinker_edge.options import OPTIONS
+from smallthinker_edge.options import LARGEST, OPTIONS
 
 
 cdef uint64_t splitmix(uint64_t *state) noexcept nogil:
@@ -29,7 +29,8 @@ def _checked(name, value):
 
 
 cdef class Sampler:
-    """Picks tokens. Steps, in this order: logit bias, repetition penalty, temperature, top-k, top-p, min-p, draw.
+    """Picks tokens. Steps, in this order: logit bias, repetition, presence, frequency and DRY penalties, temperature,
+    top-k, top-p, min-p, draw.
 
     Args:
         temperature: 0 picks the largest logit (the lowest id of equal ones); else logits are divided by it.
@@ -38,28 +39,46 @@ cdef class Sampler:
         min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
         repetition_penalty: above 1 makes tokens of the recent history less likely: positive logits are divided by
             it, negative ones multiplied (CTRL, Keskar et al. 2019).
-        repetition_window: how many of the newest tokens of the history count.
+        repetition_window: how many of the newest tokens of the history count for it.
+        presence_penalty: subtracted from the logit of every token that was sampled before.
+        frequency_penalty: the same, as many times as the token was sampled (both as OpenAI's API defines them).
+        dry_multiplier: above 0, a token that would continue a repetition of n >= dry_allowed_length tokens loses
+            dry_multiplier * dry_base ** (n - dry_allowed_length) (DRY, p-e-w 2024). A repetition is the end of the
+            history that stands in it earlier too, within its newest dry_window tokens.
         seed: same seed, same draws, on every platform; None takes one from the system.
         logit_bias: {token: added to its logit}; minus infinity forbids a token.
+        prompt_tokens: how many of the history's first ids are a prompt, which was not sampled.
+        breaker_tokens: ids that no repetition of DRY reaches across.
 
     None is the default. Raises ValueError for a value out of range, TypeError for one of another type. Not safe for
     several threads at once.
     """
-    cdef readonly double temperature, top_p, min_p, repetition_penalty
-    cdef readonly int64_t top_k, repetition_window
+    cdef readonly double temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty
+    cdef readonly double dry_multiplier, dry_base
+    cdef readonly int64_t top_k, repetition_window, dry_allowed_length, dry_window, prompt_tokens
     cdef readonly object seed
     cdef readonly dict logit_bias
+    cdef readonly object breaker_tokens
     cdef uint64_t state
 
     def __init__(self, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-                 repetition_penalty=1.0, repetition_window=64, seed=None, logit_bias=None):
+                 repetition_penalty=1.0, repetition_window=64, presence_penalty=0.0, frequency_penalty=0.0,
+                 dry_multiplier=0.0, dry_base=1.75, dry_allowed_length=2, dry_window=4096, seed=None,
+                 logit_bias=None, prompt_tokens=0, breaker_tokens=()):
         self.temperature = _checked("temperature", temperature)
         self.top_k = _checked("top_k", top_k)
         self.top_p = _checked("top_p", top_p)
         self.min_p = _checked("min_p", min_p)
         self.repetition_penalty = _checked("repetition_penalty", repetition_penalty)
         self.repetition_window = _checked("repetition_window", repetition_window)
+        self.presence_penalty = _checked("presence_penalty", presence_penalty)
+        self.frequency_penalty = _checked("frequency_penalty", frequency_penalty)
+        self.dry_multiplier = _checked("dry_multiplier", dry_multiplier)
+        self.dry_base = _checked("dry_base", dry_base)
+        self.dry_allowed_length = _checked("dry_allowed_length", dry_allowed_length)
+        self.dry_window = _checked("dry_window", dry_window)
         self.logit_bias = dict(_checked("logit_bias", logit_bias))
+        self.prompt_tokens, self.breaker_tokens = prompt_tokens, frozenset(breaker_tokens)
         self.seed = secrets.randbits(63) if seed is None else _checked("seed", seed)
         self.state = self.seed
 
@@ -72,14 +91,15 @@ cdef class Sampler:
 
         Args:
             logits: float32 [V]; not changed. Minus infinity means never.
-            history: earlier ids, oldest first, for the repetition penalty.
+            history: earlier ids, oldest first, for the penalties.
 
         Raises ValueError when a logit is NaN or plus infinity, or none is above minus infinity.
         """
         values = np.asarray(logits, np.float32)
         if values.ndim != 1 or values.size == 0:
             raise ValueError("logits must be a non-empty one-dimensional array")
-        if self.logit_bias or self.repetition_penalty != 1:
+        if (self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+                or self.dry_multiplier):
             values = self._adjusted(values, history)
         values = np.ascontiguousarray(values)
         best = largest(values)
@@ -95,12 +115,39 @@ cdef class Sampler:
                 raise ValueError(f"logit bias for token {token} outside the vocabulary of {values.size}")
             values[token] += np.float32(bias)
         if self.repetition_penalty != 1 and self.repetition_window:
-            seen = np.unique(np.asarray(history[-self.repetition_window:], np.int64))
-            if seen.size and not 0 <= seen[0] <= seen[-1] < values.size:
-                raise ValueError("history holds a token outside the vocabulary")
+            seen = np.unique(_ids(history[-self.repetition_window:], values.size))
             penalty = np.float32(self.repetition_penalty)
             values[seen] = np.where(values[seen] > 0, values[seen] / penalty, values[seen] * penalty)
+        if self.presence_penalty or self.frequency_penalty:
+            seen, counts = np.unique(_ids(history[self.prompt_tokens:], values.size), return_counts=True)
+            values[seen] -= (self.presence_penalty + self.frequency_penalty * counts).astype(np.float32)
+        if self.dry_multiplier and self.dry_window:
+            self._subtract_dry(values, _ids(history[-self.dry_window:], values.size))
         return values
+
+    cdef _subtract_dry(self, values, history):
+        """The DRY penalty, given ids int64 [n]: linear in n by the Z-function of the history read backwards."""
+        cdef const int64_t[::1] ids = np.ascontiguousarray(history[::-1])
+        cdef int64_t[::1] same = np.zeros(history.size + 1, np.int64)
+        cdef int64_t i, n = history.size, left = 0, right = 0, limit = n
+        cdef double penalty
+        longest = {}  # token that would go on -> tokens repeated before it
+        if self.breaker_tokens:
+            broken = np.isin(history, np.fromiter(self.breaker_tokens, np.int64))[::-1]
+            limit = int(broken.argmax()) if broken.any() else n
+        for i in range(1, n):  # same[i]: how many of ids[i:] are those of ids[0:]
+            if i < right:
+                same[i] = min(right - i, same[i - left])
+            while i + same[i] < n and ids[i + same[i]] == ids[same[i]]:
+                same[i] += 1
+            if i + same[i] > right:
+                left, right = i, i + same[i]
+            if min(same[i], limit) >= max(1, self.dry_allowed_length):
+                longest[ids[i - 1]] = max(longest.get(ids[i - 1], 0), min(same[i], limit))
+        for token, length in longest.items():
+            if token not in self.breaker_tokens:
+                penalty = self.dry_multiplier * pow(self.dry_base, length - self.dry_allowed_length)
+                values[token] -= np.float32(fmin(penalty, LARGEST))
 
     def _kept(self, values, best):
         """Ids that survive top-k, top-p and min-p, most likely first, and their unnormalised weights (float64)."""
@@ -132,6 +179,14 @@ cdef class Sampler:
             if at < 0:
                 return i
         return n - 1
+
+
+cdef _ids(history, int64_t vocab_size):
+    """Ids as int64 [n]. ValueError for one outside the vocabulary."""
+    ids = np.asarray(history, np.int64)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError("history holds a token outside the vocabulary")
+    return ids
 
 
 cdef int64_t largest(values) except -1:

@@ -8,6 +8,7 @@ cdef class SessionMemory:
     cdef readonly object config
     cdef readonly int64_t batch
     cdef readonly int64_t in_use
+    cdef public int64_t aside
     cdef public object limit
     cdef public object relieve
     cdef ExpertPaging paging  # whose slots make room, or None

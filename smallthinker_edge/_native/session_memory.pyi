@@ -9,6 +9,7 @@ class SessionMemory:
     config: ModelConfig
     batch: int
     in_use: int
+    aside: int
     limit: int | None
     relieve: Callable[[], bool] | None
     def __init__(self, config: ModelConfig, batch: int) -> None: ...

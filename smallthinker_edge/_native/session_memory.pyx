@@ -18,18 +18,21 @@ cdef class SessionMemory:
 
     Attributes:
         config: ModelConfig. batch: most tokens of a decode.
-        in_use: bytes taken now. limit: most bytes, None without a budget.
-        relieve: called where the limit is reached, or None: frees something idle and returns True, or returns False.
+        in_use: bytes taken now. limit: most bytes, None without a budget. aside: bytes set aside in that budget; beyond
+            them what is idle goes first, and then slots of experts make room.
+        relieve: called there, or None: frees something idle and returns True, or returns False.
     """
 
     def __cinit__(self, config, int64_t batch):
-        self.config, self.batch = config, batch
+        self.config, self.batch, self.aside = config, batch, 0
         self.limit = self.relieve = None
 
     cdef int count(self, int64_t size, what) except -1:
         """Takes bytes for `what`; MemoryBudgetError where that is not there though all that is idle was given up."""
-        while self.limit is not None and self.in_use + size > <int64_t>self.limit:
-            if self.relieve is None or not self.relieve():
+        if self.limit is not None:
+            while self.in_use + size > self.aside and self.relieve is not None and self.relieve():
+                pass
+            if self.in_use + size > <int64_t>self.limit:
                 raise MemoryBudgetError(
                     f"{size} bytes for {what} do not fit the memory budget: sessions and logits take {self.in_use} of "
                     f"the {self.limit} bytes that it has for them; close some, or open the model with memory of at "

@@ -14,11 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from smallthinker_edge import __version__
-from smallthinker_edge.cli import demo, files, generate, machine, measure
+from smallthinker_edge.cli import chat, complete, demo, files, generate, machine, measure, serve
 from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError, one_line
 from smallthinker_edge.errors import SmallThinkerError
 
-COMMANDS = (*generate.COMMANDS, *files.COMMANDS, *demo.COMMANDS, *measure.COMMANDS, *machine.COMMANDS)
+COMMANDS = (
+    *generate.COMMANDS,
+    *chat.COMMANDS,
+    *serve.COMMANDS,
+    *files.COMMANDS,
+    *demo.COMMANDS,
+    *measure.COMMANDS,
+    *machine.COMMANDS,
+    *complete.COMMANDS,
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smallthinker_edge._native.layouts import KV_TYPES
 from smallthinker_edge.errors import SmallThinkerError
@@ -104,7 +104,8 @@ def checking_arguments() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def open_model(arguments: argparse.Namespace) -> SmallThinker:
+def open_model(arguments: argparse.Namespace, **more: Any) -> SmallThinker:
+    """The model that was asked for; more: arguments of SmallThinker that only some commands have."""
     from smallthinker_edge.model import SmallThinker
 
     with checking_arguments():
@@ -117,6 +118,7 @@ def open_model(arguments: argparse.Namespace) -> SmallThinker:
             kv=arguments.kv,
             head_threshold=arguments.head_threshold,
             verify=arguments.verify,
+            **more,
         )
 
 

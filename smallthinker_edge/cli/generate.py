@@ -1,11 +1,10 @@
-"""`generate` and `chat`: a model's text in the terminal."""
+"""`generate`: a model's text in the terminal; and what other commands that make text share with it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from smallthinker_edge.cli.arguments import (
@@ -18,7 +17,6 @@ from smallthinker_edge.cli.arguments import (
     open_model,
     show_text,
 )
-from smallthinker_edge.errors import ContextFull
 from smallthinker_edge.options import OPTIONS, Option
 
 if TYPE_CHECKING:
@@ -121,57 +119,4 @@ def print_stats(model: SmallThinker, result: GenerationResult | None) -> None:
         print(f"{name.removesuffix('_bytes').replace('_', ' ')}: {shown}", file=sys.stderr)
 
 
-def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system message to start with")
-    add_sampling_arguments(parser)
-
-
-def chat(arguments: argparse.Namespace) -> int:
-    with suppress(ImportError):  # line editing and history, where Python has it
-        import readline  # noqa: F401
-    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    options = sampling_options(arguments)
-    with open_model(arguments) as model:
-        if sys.stdin.isatty():
-            print("Type a message. /reset forgets the conversation; Ctrl-C stops an answer, Ctrl-D ends.")
-        history = list(opening)
-        while (line := read_line()) is not None:
-            if line == "/reset":
-                history = list(opening)
-            elif line.strip():
-                answer_turn(model, history, line, options)
-    return OK
-
-
-def read_line() -> str | None:
-    """The next line of the user; None at the end of the input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
-
-
-def answer_turn(model: SmallThinker, history: list[dict[str, str]], line: str, options: dict[str, Any]) -> None:
-    """Prints the answer to a line and adds both to the history; Ctrl-C ends an answer early."""
-    question = {"role": "user", "content": line}
-    pieces: list[str] = []
-    try:
-        with checking_arguments():
-            stream = model.stream_chat([*history, question], **options)
-        for piece in stream:
-            pieces.append(piece)
-            show_text(piece)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    except ContextFull as error:
-        print(f"error: {one_line(error)}; /reset starts anew", file=sys.stderr)
-        return
-    print(flush=True)
-    history += [question, {"role": "assistant", "content": "".join(pieces)}]
-
-
-COMMANDS = (
-    Command("generate", "continue a text", generate_arguments, generate),
-    Command("chat", "talk with a model in the terminal", chat_arguments, chat),
-)
+COMMANDS = (Command("generate", "continue a text", generate_arguments, generate),)

@@ -87,6 +87,23 @@ class _Reader:
             self.at += len(piece)
 
 
+def saved_tokens(path: str | os.PathLike[str], kv: str, model: bytes) -> np.ndarray | None:
+    """Tokens int32 of a saved session of this model and kind of KV cache, None of any other file. Raises OSError.
+
+    They are not checked: load() does that.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(HEADER.size)
+        if len(raw) < HEADER.size:
+            return None
+        magic, version, file_kv, of_model, position, *_ = HEADER.unpack(raw)
+        ours = (magic, version, file_kv.rstrip(b"\0"), of_model) == (MAGIC, VERSION, kv.encode(), model)
+        if not ours or os.fstat(file.fileno()).st_size < HEADER.size + 4 * position:
+            return None
+        data = file.read(4 * position)
+        return np.frombuffer(data, "<i4").astype(np.int32) if len(data) == 4 * position else None
+
+
 def load(path: str | os.PathLike[str], empty: KVCache, vocab_size: int, model: bytes) -> None:
     """Fills a new cache from a file. Where it raises, the cache is of no use any more.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from smallthinker_edge.generation.saved_prefixes import SavedPrefixes
 from smallthinker_edge.session import Session
 
 
@@ -26,10 +27,16 @@ class SessionStore:
     Args:
         size: sessions to keep; 0 keeps none.
         new: makes an empty session.
+        saved: where long prefixes are kept on disk, or None.
     """
 
-    def __init__(self, size: int, new: Callable[[], Session]) -> None:
-        self._size, self._new = size, new
+    def __init__(
+        self,
+        size: int,
+        new: Callable[[], Session],
+        saved: SavedPrefixes | None = None,
+    ) -> None:
+        self._size, self._new, self._saved = size, new, saved
         self._idle: list[Session] = []
 
     def take(self, tokens: Sequence[int]) -> tuple[Session, int]:
@@ -39,6 +46,12 @@ class SessionStore:
         is room to keep it too, a fork of it is.
         """
         best, shared = self._claim(tokens)
+        loaded = self._saved.take(tokens, shared) if self._saved else None
+        if loaded is not None:
+            if best is not None:
+                self._idle.append(best)
+            self._trim(self._size - 1)
+            return loaded, loaded.position
         if best is None:
             self._trim(self._size - 1)  # that memory is needed now
             return self._new(), 0
@@ -48,6 +61,11 @@ class SessionStore:
             best = fork
         best.rewind(best.position - shared)
         return best, shared
+
+    def save_prefix(self, session: Session) -> None:
+        """Keeps what a session holds for other prompts that begin so, where there is a folder for that."""
+        if self._saved:
+            self._saved.save(session)
 
     def _claim(self, tokens: Sequence[int]) -> tuple[Session | None, int]:
         """The idle session that shares most with `tokens`, taken out of the list, and how much."""

@@ -143,6 +143,16 @@ def is_chatml(template: str | None) -> bool:
         return False
 
 
+@functools.lru_cache(maxsize=8)
+def takes_tools(template: str | None) -> bool:
+    """Whether a template says anything of tools. Raises ChatTemplateError where it cannot be read."""
+    if template is None:
+        return False
+    from smallthinker_edge.text.template import mentioned
+
+    return "tools" in mentioned(template)
+
+
 def _chatml(messages: Messages, add_generation_prompt: bool) -> str:
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")

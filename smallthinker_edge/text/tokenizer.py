@@ -94,6 +94,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self._specials: dict[str, int] = {}
         self._user_defined: set[str] = set()
+        self._unseen = frozenset(id_ for id_, kind in enumerate(types) if kind in (CONTROL, UNUSED))
         vocabulary = self._load_tokens(tokens, types)
         self._bpe = _build_bpe(vocabulary, merges)
         del vocabulary
@@ -224,6 +225,19 @@ class Tokenizer:
         """The text of the tokens; bytes that are no UTF-8 show as U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
+    def tokens_with(self, texts: Iterable[str]) -> set[int]:
+        """Ids of all tokens whose bytes contain one of the texts."""
+        found: set[int] = set()
+        for text in texts:
+            part = text.encode("utf-8", "surrogateescape")
+            at = self._blob.find(part)
+            while at >= 0:
+                token = int(np.searchsorted(self._ends, at, "right")) - 1
+                if at + len(part) <= self._ends[token + 1]:
+                    found.add(token)
+                at = self._blob.find(part, at + 1)
+        return found
+
     def special_id(self, name: str) -> int | None:
         """Id of a special token such as "<|im_end|>", or None."""
         return self._specials.get(name)
@@ -232,20 +246,26 @@ class Tokenizer:
         """Whether the id is a control or user-defined token."""
         return token in self._special_ids
 
+    def is_shown(self, token: int) -> bool:
+        """Whether the id is part of an answer's text: control and unused tokens are not, user-defined ones are."""
+        return token not in self._unseen
+
     def stream(self) -> StreamDecoder:
         """A decoder for tokens that arrive one at a time."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come; half a UTF-8 character waits for its other half."""
+    """Turns an answer's tokens into text as they come; half a UTF-8 character waits for its other half."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that this token completes, possibly empty."""
+        """The text that this token completes, possibly empty; always for a token that is not shown."""
+        if not self._tokenizer.is_shown(token):
+            return ""
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:

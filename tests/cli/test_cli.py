@@ -467,6 +467,83 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(
     assert [message["content"] for message in conversation[1]] == ["short"]
 
 
+def test_chat_saves_loads_and_changes_its_system_message(
+    tiny_model: Path,
+    conversation: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a file.json"
+    chat_with(f"/system be kind\none\n/save {file}\n", tiny_model, capsys, monkeypatch)
+    code, _, err = chat_with(f"lost\n/load {file}\ntwo\n/system\nthree\n", tiny_model, capsys, monkeypatch)
+    assert (code, err) == (0, "")
+    assert [message["content"] for message in conversation[2]] == ["be kind", "one", "answer 1", "two"]
+    assert [message["content"] for message in conversation[3]] == ["three"]
+
+
+@pytest.mark.parametrize(
+    "line", ["/load absent.json", "/load broken.json", "/load number.json", "/save no/folder", "/no"]
+)
+def test_a_command_of_chat_that_fails_says_so_and_chat_goes_on(
+    line: str,
+    tiny_model: Path,
+    conversation: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    model = tiny_model.resolve()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("[")
+    (tmp_path / "number.json").write_text("3")
+    code, out, err = chat_with(f"one\n{line}\ntwo\n", model, capsys, monkeypatch)
+    assert (code, out) == (0, "answer 1\nanswer 2\n")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert [message["content"] for message in conversation[1]] == ["one", "answer 1", "two"]
+
+
+def test_a_message_of_chat_may_have_several_lines(
+    tiny_model: Path,
+    conversation: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chat_with("one\\\ntwo\\\n\nlast\\\n", tiny_model, capsys, monkeypatch)
+    assert [messages[-1]["content"] for messages in conversation] == ["one\ntwo\n", "last"]
+
+
+def test_chat_tells_speed_and_what_there_is(
+    demo_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = chat_with("/stats\nturn on the light\n/stats\n/help\n", demo_model, capsys, monkeypatch)
+    assert code == 0
+    assert err.count("tokens/s") == 1
+    assert err.count("threads: ") == 2
+    assert {"/reset", "/system", "/save", "/load", "/stats", "/help"} <= set(err.split())
+
+
+# complete
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_complete_knows_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    code, out, _ = run(capsys, "complete", shell)
+    assert code == 0
+    assert all(word in out for word in ("generate", "serve", "--memory", "smallthinker-edge"))
+
+
+def test_complete_without_its_extra_names_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, _, err = run(capsys, "complete", "bash")
+    assert code == 1
+    assert "smallthinker_edge[completion]" in err
+
+
 # demo
 
 

@@ -94,6 +94,52 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() ->
     assert Sampler(repetition_penalty=4.0, repetition_window=1).sample(LOGITS, [0, 3]) == 0
 
 
+def test_presence_and_frequency_penalties_count_what_was_sampled() -> None:
+    """OpenAI's definition: logit - count * frequency_penalty - (count > 0) * presence_penalty."""
+    rng = np.random.default_rng(3)
+    logits, history = rng.normal(size=40).astype(np.float32), rng.integers(0, 40, 60).tolist()
+    for presence, frequency in ((0.7, 0.0), (0.0, 0.3), (1.5, -0.4)):
+        counts = np.array([history[10:].count(token) for token in range(40)])
+        expected = logits - counts * frequency - (counts > 0) * presence
+        sampler = Sampler(presence_penalty=presence, frequency_penalty=frequency, prompt_tokens=10)
+        assert sampler.sample(logits, history) == expected.argmax()
+    assert Sampler(presence_penalty=9, prompt_tokens=60).sample(logits, history) == logits.argmax()
+
+
+def dry_penalties(history: list[int], breakers: set[int], multiplier: float, base: float, allowed: int) -> np.ndarray:
+    """DRY as its author describes it, comparing at every place of the history (vocabulary of 6)."""
+    longest = np.zeros(6, np.int64)
+    for at in range(len(history) - 1):
+        length = 0
+        while length <= at and history[at - length] == history[-1 - length] and history[at - length] not in breakers:
+            length += 1
+        if history[at + 1] not in breakers:
+            longest[history[at + 1]] = max(longest[history[at + 1]], length)
+    return np.where(longest >= max(1, allowed), multiplier * base ** (longest - allowed), 0)
+
+
+@pytest.mark.parametrize("breakers", [set(), {2}, {0, 5}])
+def test_dry_penalises_what_would_go_on_repeating(breakers: set[int]) -> None:
+    rng = np.random.default_rng(len(breakers))
+    chosen = set()
+    for _ in range(300):
+        history = rng.integers(0, 6, rng.integers(0, 40)).tolist() if rng.random() < 0.5 else [1, 3, 4, 2] * 5
+        logits = rng.normal(size=6).astype(np.float32)
+        sampler = Sampler(dry_multiplier=0.8, dry_base=1.5, dry_allowed_length=2, breaker_tokens=breakers)
+        expected = logits - dry_penalties(history, breakers, 0.8, 1.5, 2)
+        assert sampler.sample(logits, history) == expected.argmax()
+        chosen.add(expected.argmax() == logits.argmax())
+    assert chosen == {True, False}
+
+
+def test_dry_looks_at_its_window_and_never_overflows() -> None:
+    logits = np.array([0.0, 1.0], np.float32)
+    history = [0, 1] * 3000 + [0]
+    assert Sampler(dry_multiplier=1e15, dry_base=1e15).sample(logits, history) == 0
+    assert Sampler(dry_multiplier=1.0, dry_window=2).sample(logits, history) == 1
+    assert Sampler(dry_multiplier=1.0, dry_window=0).sample(logits, history) == 1
+
+
 def test_the_callers_logits_are_not_changed() -> None:
     logits = LOGITS.copy()
     Sampler(repetition_penalty=2.0, logit_bias={1: 5.0}, temperature=1.0).sample(logits, [0, 1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_files import write_model
+from gguf_files import MERGES, write_model
 
 from smallthinker_edge import ContextFull, MemoryBudgetError, ModelFormatError, Sampler, SmallThinker
 from smallthinker_edge.machine.memory import parse_memory
@@ -26,6 +26,11 @@ def model(path: str) -> SmallThinker:
     return SmallThinker(path, threads=2)
 
 
+def shown(model: SmallThinker, tokens: list[int]) -> str:
+    """The text of an answer: 256 bytes and the merges' results, not the specials and the padding behind them."""
+    return model.detokenize([token for token in tokens if token < 256 + len(MERGES)])
+
+
 def test_generate_is_greedy_decoding_of_the_session(model: SmallThinker) -> None:
     session, tokens = model.session(), []
     logits = session.decode(model.tokenize("hello world"))
@@ -35,7 +40,7 @@ def test_generate_is_greedy_decoding_of_the_session(model: SmallThinker) -> None
     result = model.generate("hello world", max_tokens=12)
     assert result.tokens == tokens
     assert result.finish_reason == "length"
-    assert result.text == model.detokenize(tokens)
+    assert result.text == shown(model, tokens)
     assert (result.timings.prompt_tokens, result.timings.decode_tokens) == (len(model.tokenize("hello world")), 11)
 
 
@@ -123,9 +128,8 @@ def test_chat_uses_chatml(model: SmallThinker) -> None:
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     expected = model.generate(prompt, max_tokens=5).tokens
     assert model.chat([{"role": "user", "content": "hello"}], max_tokens=5).tokens == expected
-    assert "".join(model.stream_chat([{"role": "user", "content": "hello"}], max_tokens=5)) == model.detokenize(
-        expected
-    )
+    pieces = model.stream_chat([{"role": "user", "content": "hello"}], max_tokens=5)
+    assert "".join(pieces) == shown(model, expected)
 
 
 @pytest.mark.parametrize(
@@ -198,3 +202,20 @@ def test_own_sampling_with_a_session(model: SmallThinker) -> None:
         for _ in range(4):
             tokens.append(sampler.sample(session.decode(tokens[-1:])))
     assert tokens == model.generate("hello", max_tokens=5, temperature=1.0, seed=3).tokens[:5]
+
+
+def test_stats_sum_all_generations(path: str) -> None:
+    with SmallThinker(path) as model:
+        results = [model.generate([65, 66, 67, *more], max_tokens=5) for more in ([], [68], [69] * 4)]
+        stream = model.stream([65, 66], max_tokens=5)
+        next(stream)
+        before = model.stats()
+        assert before["prompt_tokens"] == 3 + 4 + 7
+        assert before["generated_tokens"] == sum(len(result.tokens) for result in results)
+        assert before["reused_tokens"] == sum(result.timings.reused_tokens for result in results) > 0
+        stream.close()
+        stream.close()
+        assert model.stats()["prompt_tokens"] == 3 + 4 + 7 + 2
+        never_read = model.stream([65])
+        never_read.close()
+        assert model.stats()["prompt_tokens"] == 3 + 4 + 7 + 2

@@ -12,7 +12,7 @@ from gguf_files import write_model
 
 from smallthinker_edge import Sampler, SmallThinker
 from smallthinker_edge.cli import build_parser
-from smallthinker_edge.options import OPTIONS, GenerationOptions, checked_options
+from smallthinker_edge.options import OPTIONS, CompletionOptions, GenerationOptions, checked_options
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SmallThinker:
 
 def test_every_option_is_explained() -> None:
     assert set(OPTIONS) == set(GenerationOptions.__annotations__)
-    assert all(name in (GenerationOptions.__doc__ or "") for name in OPTIONS)
+    assert all(name in f"{CompletionOptions.__doc__}{GenerationOptions.__doc__}" for name in OPTIONS)
 
 
 def test_null_is_the_default(model: SmallThinker) -> None:
@@ -46,6 +46,15 @@ def test_null_is_the_default(model: SmallThinker) -> None:
         ("logit_bias", [{3: float("inf")}, {3: float("nan")}, {3: 1e300}, {-3: 1}]),
         ("overflow", ["drop", 3, np.array(["error", "shift"])]),
         ("speculate", [-1, 65]),
+        ("presence_penalty", [101, float("nan")]),
+        ("frequency_penalty", [-101]),
+        ("dry_multiplier", [-1, float("inf")]),
+        ("dry_base", [0.5]),
+        ("dry_allowed_length", [-1]),
+        ("dry_window", [-1]),
+        ("dry_breakers", [""]),
+        ("timeout", [0, -1]),
+        ("logprobs", [-1, 21]),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(model: SmallThinker, name: str, values: list[Any]) -> None:
@@ -59,7 +68,8 @@ def test_values_out_of_range_are_refused_by_name(model: SmallThinker, name: str,
     ("name", "value"),
     [("max_tokens", 3.5), ("max_tokens", "3"), ("max_tokens", True), ("temperature", "hot"), ("cancel", 3),
      ("sampler", print), ("max_token", 3), ("stop", 3), ("logit_bias", 3), ("logit_bias", {"a": 1}),
-     ("logit_bias", {1.7: 1}), ("logit_bias", {1: None}), ("logit_bias", {1: True})],
+     ("logit_bias", {1.7: 1}), ("logit_bias", {1: None}), ("logit_bias", {1: True}), ("constraint", 3),
+     ("logits_processors", 3), ("logits_processors", [print, 3]), ("on_prompt", 3), ("on_text", "print")],
 )  # fmt: skip
 def test_other_types_and_names_are_refused_by_name(model: SmallThinker, name: str, value: object) -> None:
     options: Any = {name: value}
@@ -74,7 +84,17 @@ def test_numbers_of_numpy_are_numbers(model: SmallThinker) -> None:
 
 def test_the_command_line_has_what_can_be_typed() -> None:
     typed = {name: option for name, option in OPTIONS.items() if option.help}
-    assert set(OPTIONS) - set(typed) == {"cancel", "sampler"}
+    untyped = {
+        "cancel",
+        "sampler",
+        "logprobs",
+        "logits_processors",
+        "constraint",
+        "shared_prefix",
+        "on_prompt",
+        "on_text",
+    }
+    assert set(OPTIONS) - set(typed) == untyped
     words = ["generate", "-m", "x", "-p", "y"]
     for name, option in typed.items():
         value = {"texts": "a", "bias": "3=1.5", "choice": option.choices[-1] if option.choices else ""}

@@ -1,0 +1,28 @@
+"""`complete`: a script that lets a shell complete commands and options, made by shtab (extra `completion`)."""
+
+from __future__ import annotations
+
+import argparse
+
+from smallthinker_edge.cli.arguments import OK, Command
+from smallthinker_edge.errors import MissingExtra
+
+SHELLS = ("bash", "zsh")
+
+
+def complete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help='eval "$(smallthinker-edge complete bash)" makes it work now')
+
+
+def complete(arguments: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise MissingExtra("complete needs shtab: pip install 'smallthinker_edge[completion]'") from error
+    from smallthinker_edge.cli import build_parser
+
+    print(shtab.complete(build_parser(), arguments.shell))
+    return OK
+
+
+COMMANDS = (Command("complete", "print a script that completes commands in a shell", complete_arguments, complete),)
