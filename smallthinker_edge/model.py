@@ -109,6 +109,7 @@ class SmallThinker:
         gguf = GGUFFile(path)
         try:
             self._file: ModelFile = as_model(gguf)
+            self.paths = gguf.paths  # of the file, or of all parts of a split one
             self.config = ModelConfig.from_gguf(self._file)
             self.context = min(DEFAULT_CONTEXT, self.config.context_length) if context is None else context
             if not 1 <= self.context <= self.config.context_length:

@@ -22,6 +22,7 @@ from smallthinker_edge.cli.arguments import (
     memory_size,
     positive_int,
 )
+from smallthinker_edge.cli.evaluate import print_kl
 
 if TYPE_CHECKING:
     from smallthinker_edge.files.config import ModelConfig
@@ -114,13 +115,18 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
     parser.add_argument("--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of matrices (default: q4_0)")
+    parser.add_argument("--kl", metavar="TEXT", help="measure on this text file how far the result is from its source")
 
 
 def convert(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.convert import convert as write_gguf
 
+    if arguments.kl is not None:
+        open(arguments.kl, "rb").close()  # before minutes are spent
     with showing_notes(), checking_arguments():
         write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
+        if arguments.kl is not None:
+            print_kl(arguments.folder, arguments.output, arguments.kl)
     return OK
 
 
