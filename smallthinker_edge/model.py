@@ -25,6 +25,7 @@ from smallthinker_edge.errors import ContextFull, ModelFormatError, OpenedBefore
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
+from smallthinker_edge.files.pack import blob_bytes
 from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
@@ -151,6 +152,28 @@ class SmallThinker:
         engine.memory.relieve = lambda: (idle := store()) is not None and idle.relieve()
         self._costs = BatchCosts()
         self._engine = engine
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        memory: int | str | None = None,
+        file: str | None = None,
+        **options: Any,
+    ) -> SmallThinker:
+        """A model of the Hugging Face Hub, fetched into its cache where it is not there. Needs the [hub] extra.
+
+        Args:
+            repo: "ORG/NAME", or "ORG/NAME@REVISION".
+            memory: as of SmallThinker(); with one, what is not packed yet is packed, so that experts can be paged.
+            file: a name or pattern, where the repository has several models; see docs/hub.md for what is taken else.
+            options: as of SmallThinker().
+
+        Raises HubError where it cannot be had or there is no room, and as SmallThinker() and convert().
+        """
+        from smallthinker_edge.files.pull import prepare, pull  # which a device does not need
+
+        return cls(pull(prepare(repo, file, pack=memory is not None)), memory, **options)
 
     def _head_threshold(self, given: float | str | None) -> float | None:
         """The threshold to use, None where the head is to be computed whole."""
@@ -469,9 +492,16 @@ def stall_share(decode: float, stall: float, disk: float, threads: int, tail: fl
 
 
 def plan_memory(
-    path: str | os.PathLike[str], memory: int | str | None = None, context: int = DEFAULT_CONTEXT, kv: str = "f16"
+    path: str | os.PathLike[str],
+    memory: int | str | None = None,
+    context: int = DEFAULT_CONTEXT,
+    kv: str = "f16",
+    *,
+    packed: bool = False,
 ) -> Plan:
     """How SmallThinker(path, memory, context=context, kv=kv) would divide its memory; loads no weights.
+
+    packed: of a GGUF, how the packed file made of it would.
 
     Raises as SmallThinker() does.
     """
@@ -479,7 +509,9 @@ def plan_memory(
         file = as_model(gguf)
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
-        slot_bytes = file.experts(config)[1] if isinstance(file, PackedFile) else 0
+        slot_bytes = blob_bytes(gguf, config) if packed and not isinstance(file, PackedFile) else 0
+        if isinstance(file, PackedFile):
+            slot_bytes = file.experts(config)[1]
         positions = min(context, config.context_length)
         plan = make_plan(file, config, positions, BATCH, memory, slot_bytes, kv, threads=cpus.auto_threads())
         del tokenizer  # it was built so that its memory counts

@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from smallthinker_edge import __version__
-from smallthinker_edge.cli import demo, evaluate, files, generate, machine, measure
+from smallthinker_edge.cli import demo, evaluate, files, generate, hub, machine, measure
 from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError
 from smallthinker_edge.errors import SmallThinkerError
 
 COMMANDS = (
     *generate.COMMANDS,
     *files.COMMANDS,
+    *hub.COMMANDS,
     *demo.COMMANDS,
     *measure.COMMANDS,
     *evaluate.COMMANDS,

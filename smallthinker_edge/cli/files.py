@@ -184,16 +184,20 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_kv_argument(parser)
-    parser.add_argument("file", metavar="FILE", help="GGUF or packed file")
+    parser.add_argument("file", metavar="FILE", help="GGUF or packed file, or one of the Hub: hf:ORG/NAME/FILE")
     parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 1GiB")
     parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="positions (default: 4096)")
+    parser.add_argument("--packed", action="store_true", help="of a GGUF: as for the packed file made of it")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print bytes by name, for programs")
 
 
 def plan(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.cli.hub import plan_remote
     from smallthinker_edge.model import plan_memory
 
-    made = plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv)
+    if arguments.file.startswith("hf:"):
+        return plan_remote(arguments)
+    made = plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv, packed=arguments.packed)
     print(json.dumps(made.figures(), indent=1) if arguments.as_json else made.table())
     return OK
 

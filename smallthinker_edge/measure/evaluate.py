@@ -39,7 +39,7 @@ from smallthinker_edge.measure.losses import (
     first_counted,
     losses,
 )
-from smallthinker_edge.model import SmallThinker, plan_memory
+from smallthinker_edge.model import DEFAULT_CONTEXT, SmallThinker, plan_memory
 
 logger = logging.getLogger(__name__)
 
@@ -244,9 +244,8 @@ def opened_pair(
 
 def _shares(paths: Sequence[str | os.PathLike[str]], limit: int, context: int | None, kv: str) -> tuple[int, ...]:
     """Bytes for each model, besides what the process has now."""
-    given = {} if context is None else {"context": context}
     used = process_memory()["rss_bytes"]
-    plans = [plan_memory(path, kv=kv, **given) for path in paths]
+    plans = [plan_memory(path, None, context or DEFAULT_CONTEXT, kv) for path in paths]
     tokenizer = max(plan.process for plan in plans) - used  # and what is loaded with the first one
     least = [plan.fixed - plan.process + tokenizer + plan.least_slots * plan.slot_bytes for plan in plans]
     wish = [(plan.slots - plan.least_slots) * plan.slot_bytes for plan in plans]
