@@ -124,8 +124,8 @@ class SmallThinker:
                 engine = Engine(self.config, count, kernels, BATCH, cpus=places, predictor=predictor)
             experts, sums, slot_bytes = None, None, 0
             if isinstance(self._file, PackedFile):
-                experts = offsets, slot_bytes = self._file.experts(self.config)
-                sums = self._file.checksums(len(offsets)) if verify else None
+                experts = _, slot_bytes = self._file.experts(self.config)
+                sums = self._file.checksums(self.config) if verify else None
             if experts and memory is None:  # nothing to divide: they can be read while Python builds the tokenizer
                 self._start_paging(engine, experts, self._make_plan(None, kv, slot_bytes), profile, sums)
             self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
@@ -226,11 +226,14 @@ class SmallThinker:
             cached=free,
         )
         engine.page_experts(paging, types)
+        absent = self._file.absent(self.config)
+        for layer in np.flatnonzero(absent.any(1)).tolist():
+            engine.weights.set_absent(layer, absent[layer])
         path = profile_path(self._file.path) if profile is None else profile
         uses = load_profile(path, len(offsets)) if profile is not None or os.path.isfile(path) else None
-        every = free and plan.slots == len(offsets) and plan.total < available_memory()
+        every = free and plan.slots >= (~absent).sum() and plan.total < available_memory()
         if uses is not None or every:
-            warm_up(paging, np.zeros(len(offsets)) if uses is None else uses, every)
+            warm_up(paging, np.zeros(len(offsets)) if uses is None else uses, every, absent.ravel())
 
     def _drop_caches(self) -> None:
         """Takes what was read until now out of the page cache, which a memory limit counts."""

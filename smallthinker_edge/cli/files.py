@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from smallthinker_edge.cli.arguments import (
     OK,
     Command,
+    UsageError,
     add_kv_argument,
     checking_arguments,
     mebibytes,
@@ -146,12 +147,28 @@ def showing_notes() -> Iterator[None]:
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="GGUF", help="model to pack")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="packed file to write")
+    group = parser.add_argument_group("fit to a task, smaller and not quite the same model")
+    group.add_argument("--drop-below", type=float, metavar="F", help="leave experts out that fewer of the tokens use")
+    group.add_argument("--trace", metavar="FILE", help="how texts of the task use experts: trace -o writes it")
+    group.add_argument("--kl", metavar="TEXT", help="text file of the task, to measure on what the dropping costs")
 
 
 def pack(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.pack import pack as write_packed
+    from smallthinker_edge.measure.trace import Trace
 
-    write_packed(arguments.file, arguments.output, show_progress)
+    given = [value is not None for value in (arguments.drop_below, arguments.trace, arguments.kl)]
+    if any(given) and not all(given):
+        raise UsageError("--drop-below, --trace and --kl go together")
+    drop = None
+    if all(given):
+        open(arguments.kl, "rb").close()  # before minutes are spent
+        drop = Trace.load(arguments.trace).rarely_used(arguments.drop_below)
+    with checking_arguments():
+        write_packed(arguments.file, arguments.output, show_progress, drop=drop)
+        if drop is not None:
+            print(f"{drop.sum()} of {drop.size} experts dropped: {mebibytes(os.path.getsize(arguments.output))}")
+            print_kl(arguments.file, arguments.output, arguments.kl)
     return OK
 
 

@@ -19,6 +19,7 @@ from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge.errors import SessionFormatError
 from smallthinker_edge.files.atomic import atomic_file
 from smallthinker_edge.files.config import ModelFile, tensor_name
+from smallthinker_edge.files.packed import PackedFile
 
 MAGIC, VERSION = b"STKVSESS", 1
 # magic, version, type of the KV cache, the model's hash, positions, positions lost by window layers, blocks, their
@@ -28,12 +29,15 @@ SLICE = 1 << 20
 
 
 def model_hash(file: ModelFile) -> bytes:
-    """SHA-256 of the names, types and shapes of all tensors, and of the data of those that are not experts.
+    """SHA-256 of the names, types and shapes of all tensors, of the data of those that are not experts, and of which
+    experts a packed file lacks.
 
     A GGUF and the packed file made from it have the same hash. Experts' weights are not read: with all the dense
     weights and the routers equal, two models are taken to be the same.
     """
     digest = hashlib.sha256()
+    if isinstance(file, PackedFile) and "stpk.absent" in file.container.metadata:
+        digest.update(f"absent {file.container.metadata['stpk.absent']}\n".encode())
     for name in sorted(file.tensors):
         info = file.tensors[name]
         digest.update(f"{name} {info.type} {tuple(info.shape)}\n".encode())
