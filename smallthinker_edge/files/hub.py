@@ -2,8 +2,8 @@
 
 Called by pull.py and `smallthinker-edge plan hf:...`. It speaks through `huggingface_hub` (the [hub] extra), in its
 cache, with its variables (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE), and knows nothing of models. Of that package
-only the writing of blobs is done here: a killed download goes on where it stopped, which recent versions of it cannot,
-and a file gets its name in the cache when its checksum is right.
+only the writing of blobs is done here, by HTTP and never by XET: a killed download goes on where it stopped, which
+recent versions of it cannot, and a file gets its name in the cache when its checksum is right.
 """
 
 from __future__ import annotations
@@ -69,11 +69,7 @@ class Listing:
 
 
 def client() -> Any:
-    """The huggingface_hub module. Raises HubError where it is not installed.
-
-    Its XET path is off, unless HF_HUB_DISABLE_XET says otherwise: after a kill it begins a file anew.
-    """
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    """The huggingface_hub module. Raises HubError where it is not installed."""
     try:
         import huggingface_hub.errors
         import huggingface_hub.file_download

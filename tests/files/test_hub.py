@@ -348,10 +348,10 @@ def test_a_file_of_an_earlier_layout_is_packed_again(hub: Hub, user: User) -> No
     assert path.read_bytes() == good
 
 
-def test_xet_is_off_unless_it_is_asked_for(hub: Hub, user: User) -> None:
-    code = "from smallthinker_edge.files.hub import client; print(client().constants.HF_HUB_DISABLE_XET)"
-    assert user.python(code) == "True"
-    assert user.python(code, HF_HUB_DISABLE_XET="0") == "False"
+def test_a_file_that_is_offered_by_xet_is_fetched_by_http(hub: Hub, user: User, model: bytes) -> None:
+    hub.xet = True
+    assert Path(user.run("pull", REPO, "--no-pack")[1]).read_bytes() == model
+    assert not [path for _, path, _ in hub.requests if "xet" in path]
 
 
 # Planning

@@ -184,6 +184,23 @@ def test_two_models_keep_to_one_budget(pair: tuple[Path, Path], text: Path) -> N
     assert "the two models together need" in refused
 
 
+def test_logits_of_a_window_are_never_in_memory_at_once(tmp_path: Path) -> None:
+    path = gguf_files.write_model(tmp_path / "m.gguf", **SHAPE | {"vocab_size": 60_000, "context_length": 2048})
+    script = (
+        "import sys; from smallthinker_edge import SmallThinker\n"
+        "from smallthinker_edge.measure import evaluate as e\n"
+        "from smallthinker_edge.machine.memory import process_memory\n"
+        "with SmallThinker(sys.argv[1]) as model:\n"
+        "    e.perplexity(model, [5] * 100, 100)\n"
+        "    before = process_memory()['peak_bytes']\n"
+        "    e.perplexity(model, [5] * 2048, 2048)\n"
+        "    print(process_memory()['peak_bytes'] - before)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    rows = 1024 * 60_000 * 4
+    assert int(ran.stdout) < rows / 6
+
+
 def test_models_of_different_vocabularies_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
     other = gguf_files.write_model(tmp_path / "other.gguf", **SHAPE | {"vocab_size": 352})
     with SmallThinker(pair[0]) as a, SmallThinker(other) as b, pytest.raises(SmallThinkerError, match="vocabularies"):

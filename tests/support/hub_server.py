@@ -27,6 +27,7 @@ class Hub:
         files: "ORG/NAME" -> name -> content; every repository has one commit. private: repositories that want `token`.
         gated: those that no token opens. drop_after: how many bytes of a file are sent before the connection drops;
         drops: how often. damage: names whose content comes with a wrong byte; no_ranges: HTTP ranges are ignored.
+        xet: large files are offered by XET too, where nobody listens.
         status: an answer to everything instead.
     """
 
@@ -38,6 +39,7 @@ class Hub:
     drops: int = 0
     damage: set[str] = field(default_factory=set)
     no_ranges: bool = False
+    xet: bool = False
     status: int = 0
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     tokens_to_storage: list[str] = field(default_factory=list)  # which must stay empty
@@ -121,6 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         if len(data) < LARGE:
             return self.send_file(name, data, headers)
         headers |= {"X-Linked-Etag": f'"{etag(data)}"', "X-Linked-Size": str(len(data))}
+        if self.hub.xet:
+            headers |= {"X-Xet-Hash": "0" * 64, "X-Xet-Refresh-Route": f"{self.hub.url}/api/xet-read-token"}
         headers["Location"] = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/storage/{repo}/{name}"
         return self.send_body(302, b"", headers)
 
