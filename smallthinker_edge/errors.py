@@ -1,4 +1,4 @@
-"""The library's own exceptions, all under SmallThinkerError: what is wrong with a file, a budget, a session or memory.
+"""The library's own exceptions, all under SmallThinkerError: of files, budgets, sessions, memory and the Hub.
 
 Raised by Python and native modules alike; what other modules define for themselves does not leave the package. Wrong
 arguments and the use of what is closed are TypeError or ValueError, as anywhere in Python, a failing system OSError.
@@ -72,6 +72,10 @@ class DecodeCancelled(SmallThinkerError):
 
 class NotFiniteError(SmallThinkerError, ArithmeticError):
     """Weights led to values that are no numbers or infinite, or too large for the KV cache; nothing was decoded."""
+
+
+class HubError(SmallThinkerError, OSError):
+    """A model cannot be had from the Hugging Face Hub, or there is no room for it; the message says what helps."""
 
 
 class OpenedBeforeFork(SmallThinkerError, RuntimeError):

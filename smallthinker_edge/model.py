@@ -27,6 +27,7 @@ from smallthinker_edge.errors import ContextFull, MemoryBudgetError, ModelFormat
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
+from smallthinker_edge.files.pack import blob_bytes
 from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.choice import Choice
@@ -127,6 +128,7 @@ class SmallThinker(CompletionCalls):
         gguf = GGUFFile(path)
         try:
             self._file: ModelFile = as_model(gguf)
+            self.paths = gguf.paths  # of the file, or of all parts of a split one
             self.config = ModelConfig.from_gguf(self._file)
             self.context = min(DEFAULT_CONTEXT, self.config.context_length) if context is None else context
             if not 1 <= self.context <= self.config.context_length:
@@ -140,8 +142,8 @@ class SmallThinker(CompletionCalls):
                 engine = Engine(self.config, count, kernels, BATCH, cpus=places, predictor=predictor)
             experts, sums, slot_bytes = None, None, 0
             if isinstance(self._file, PackedFile):
-                experts = offsets, slot_bytes = self._file.experts(self.config)
-                sums = self._file.checksums(len(offsets)) if verify else None
+                experts = _, slot_bytes = self._file.experts(self.config)
+                sums = self._file.checksums(self.config) if verify else None
             if experts and memory is None:  # nothing to divide: they can be read while Python builds the tokenizer
                 self._start_paging(engine, experts, self._make_plan(None, kv, slot_bytes), profile, sums)
             self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
@@ -173,6 +175,28 @@ class SmallThinker(CompletionCalls):
         store = weakref.ref(self._sessions)  # the engine's memory must not hold what holds the engine
         engine.memory.relieve = lambda: (idle := store()) is not None and idle.relieve()
         self._engine = engine
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        memory: int | str | None = None,
+        file: str | None = None,
+        **options: Any,
+    ) -> SmallThinker:
+        """A model of the Hugging Face Hub, fetched into its cache where it is not there. Needs the [hub] extra.
+
+        Args:
+            repo: "ORG/NAME", or "ORG/NAME@REVISION".
+            memory: as of SmallThinker(); with one, what is not packed yet is packed, so that experts can be paged.
+            file: a name or pattern, where the repository has several models; see docs/hub.md for what is taken else.
+            options: as of SmallThinker().
+
+        Raises HubError where it cannot be had or there is no room, and as SmallThinker() and convert().
+        """
+        from smallthinker_edge.files.pull import prepare, pull  # which a device does not need
+
+        return cls(pull(prepare(repo, file, pack=memory is not None)), memory, **options)
 
     def _head_threshold(self, given: float | str | None) -> float | None:
         """The threshold to use, None where the head is to be computed whole."""
@@ -225,11 +249,14 @@ class SmallThinker(CompletionCalls):
             cached=free,
         )
         engine.page_experts(paging, types)
+        absent = self._file.absent(self.config)
+        for layer in np.flatnonzero(absent.any(1)).tolist():
+            engine.weights.set_absent(layer, absent[layer])
         path = profile_path(self._file.path) if profile is None else profile
         uses = load_profile(path, len(offsets)) if profile is not None or os.path.isfile(path) else None
-        every = free and plan.slots == len(offsets) and plan.total < available_memory()
+        every = free and plan.slots >= (~absent).sum() and plan.total < available_memory()
         if uses is not None or every:
-            warm_up(paging, np.zeros(len(offsets)) if uses is None else uses, every)
+            warm_up(paging, np.zeros(len(offsets)) if uses is None else uses, every, absent.ravel())
 
     def _drop_caches(self) -> None:
         """Takes what was read until now out of the page cache, which a memory limit counts."""
@@ -566,9 +593,16 @@ def stall_share(decode: float, stall: float, disk: float, threads: int, tail: fl
 
 
 def plan_memory(
-    path: str | os.PathLike[str], memory: int | str | None = None, context: int = DEFAULT_CONTEXT, kv: str = "f16"
+    path: str | os.PathLike[str],
+    memory: int | str | None = None,
+    context: int = DEFAULT_CONTEXT,
+    kv: str = "f16",
+    *,
+    packed: bool = False,
 ) -> Plan:
     """How SmallThinker(path, memory, context=context, kv=kv) would divide its memory; loads no weights.
+
+    packed: of a GGUF, how the packed file made of it would.
 
     Raises as SmallThinker() does.
     """
@@ -576,7 +610,9 @@ def plan_memory(
         file = as_model(gguf)
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
-        slot_bytes = file.experts(config)[1] if isinstance(file, PackedFile) else 0
+        slot_bytes = blob_bytes(gguf, config) if packed and not isinstance(file, PackedFile) else 0
+        if isinstance(file, PackedFile):
+            slot_bytes = file.experts(config)[1]
         positions = min(context, config.context_length)
         plan = make_plan(file, config, positions, BATCH, memory, slot_bytes, kv, threads=cpus.auto_threads())
         del tokenizer  # it was built so that its memory counts

@@ -16,7 +16,7 @@ from smallthinker_edge._native.kv_cache import kv_bytes
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES, kv_kinds
 from smallthinker_edge.errors import MemoryBudgetError
 from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
-from smallthinker_edge.files.packed import ExpertLayout, expert_infos
+from smallthinker_edge.files.packed import ExpertLayout, PackedFile, expert_infos
 from smallthinker_edge.machine.memory import parse_memory
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,8 @@ def make_plan(
         slot_bytes=slot_bytes,
     )
     experts = config.n_layers * config.n_experts if slot_bytes else 0
+    if isinstance(file, PackedFile):
+        experts = max(plan.least_slots, experts - int(file.absent(config).sum()))
     few = plan.least_slots * slot_bytes
     plan = replace(plan, page_tables=_page_tables(plan.fixed, few, experts * slot_bytes, limit))
     if limit is None:

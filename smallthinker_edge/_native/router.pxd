@@ -1,7 +1,7 @@
 # cython: cdivision=True
 # The router and what follows from it at once: which experts a token uses, which weights are wanted from storage, and
 # which will probably be. It speaks before attention, so that storage works while attention computes.
-from libc.math cimport expf
+from libc.math cimport INFINITY, expf
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy, memset
 
@@ -29,18 +29,22 @@ cdef inline int64_t router_units(const Shape *shape, int64_t n) noexcept nogil:
     return n * ((shape.experts + ROUTER_UNIT - 1) // ROUTER_UNIT)
 
 
-cdef inline void some_logits(const st_kernels *kernels, const Shape *shape, const float *router, const float *x,
+cdef inline void some_logits(const st_kernels *kernels, const Shape *shape, const Layer *layer, const float *x,
                              int64_t part, float *logits) noexcept nogil:
-    """Logits of experts 8 * part .. 8 * part + 7 (those there are) for one token's raw residual."""
+    """Logits of experts 8 * part .. 8 * part + 7 (those there are) for one token's raw residual; of absent ones minus
+    infinity, so that others are chosen."""
     cdef int64_t e
     for e in range(ROUTER_UNIT * part, min(ROUTER_UNIT * part + ROUTER_UNIT, shape.experts)):
-        logits[e] = kernels.dot(router + e * shape.d, x, shape.d)
+        if layer.absent != NULL and layer.absent[e]:
+            logits[e] = -INFINITY
+        else:
+            logits[e] = kernels.dot(layer.router + e * shape.d, x, shape.d)
 
 
 cdef inline void router_unit(const Weights *weights, const Layer *layer, Buffers *buffers, int64_t unit) noexcept nogil:
     """Eight experts' router logits of one token."""
     cdef int64_t per = router_units(&weights.shape, 1), t = unit // per
-    some_logits(weights.kernels, &weights.shape, layer.router, buffers.x + t * weights.shape.d_padded, unit % per,
+    some_logits(weights.kernels, &weights.shape, layer, buffers.x + t * weights.shape.d_padded, unit % per,
                 buffers.router_logits + t * weights.shape.experts)
 
 
@@ -137,7 +141,7 @@ cdef inline void ahead_unit(const Weights *weights, const Buffers *buffers, Pagi
     """Eight logits of a later layer's router for this layer's residual: the best guess there is of its choice."""
     cdef int64_t per = router_units(&weights.shape, 1), j = unit // per
     if l + 1 + j < weights.shape.layers:
-        some_logits(weights.kernels, &weights.shape, weights.layers[l + 1 + j].router, buffers.x, unit % per,
+        some_logits(weights.kernels, &weights.shape, &weights.layers[l + 1 + j], buffers.x, unit % per,
                     paging.ahead_logits + j * weights.shape.experts)
 
 
@@ -151,8 +155,9 @@ cdef inline void read_ahead(const Weights *weights, Paging *paging, int64_t l, i
     if n > 1:
         if layers > 0 and n * K >= E:
             for e in range(E):
-                paging.ahead_ids[e] = <int32_t>((l + 1) * E + e)
-            named = E
+                if weights.layers[l + 1].absent == NULL or not weights.layers[l + 1].absent[e]:
+                    paging.ahead_ids[named] = <int32_t>((l + 1) * E + e)
+                    named += 1
         layers = 0
     for j in range(layers):
         weights.kernels.top_k(paging.ahead_logits + j * E, E, K, scratch.keys, paging.ahead_ids + named)

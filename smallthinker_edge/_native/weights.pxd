@@ -26,6 +26,7 @@ cdef struct Layer:
     float *attn_norm  # [d]
     float *ffn_norm   # [d]
     float *router     # [E][d]
+    uint8_t *absent   # [E] whether the file lacks the expert, which is then never chosen; NULL: it has all
     Matrix q
     Matrix k
     Matrix v

@@ -179,6 +179,15 @@ cdef class ModelWeights:
         self.make_matrix(&layer.v, v[0], s.kv_heads * s.hd, s.d, v[1], s.hd)
         self.make_matrix(&layer.o, o[0], s.d, s.heads * s.hd, o[1], 64)
 
+    def set_absent(self, int64_t l, absent):
+        """Experts of layer l that there are not, as bool [E]: the router passes them over. At least K must be left."""
+        cdef const uint8_t[::1] flags = absent.view("uint8")
+        cdef Layer *layer = self.layer(l)
+        if flags.shape[0] != self.weights.shape.experts or absent.size - absent.sum() < self.weights.shape.used:
+            raise ValueError("one flag for every expert is needed, and as many experts as a token uses")
+        layer.absent = <uint8_t *>self.arena.take(flags.shape[0])
+        memcpy(layer.absent, &flags[0], flags.shape[0])
+
     def set_experts(self, int64_t l, gate, up, down):
         """The experts of layer l: (type, bytes) of the stacked gate, up and down tensors."""
         cdef Layer *layer = self.layer(l)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from smallthinker_edge import __version__
-from smallthinker_edge.cli import chat, complete, demo, files, generate, machine, measure, serve
+from smallthinker_edge.cli import chat, complete, demo, evaluate, files, generate, hub, machine, measure, serve
 from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError, one_line
 from smallthinker_edge.errors import SmallThinkerError
 
@@ -23,8 +23,10 @@ COMMANDS = (
     *chat.COMMANDS,
     *serve.COMMANDS,
     *files.COMMANDS,
+    *hub.COMMANDS,
     *demo.COMMANDS,
     *measure.COMMANDS,
+    *evaluate.COMMANDS,
     *machine.COMMANDS,
     *complete.COMMANDS,
 )

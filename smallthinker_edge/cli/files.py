@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from smallthinker_edge.cli.arguments import (
     OK,
     Command,
+    UsageError,
     add_kv_argument,
     checking_arguments,
     mebibytes,
@@ -23,6 +24,7 @@ from smallthinker_edge.cli.arguments import (
     one_line,
     positive_int,
 )
+from smallthinker_edge.cli.evaluate import print_kl
 
 if TYPE_CHECKING:
     from smallthinker_edge.files.config import ModelConfig
@@ -124,13 +126,18 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
     parser.add_argument("--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of matrices (default: q4_0)")
+    parser.add_argument("--kl", metavar="TEXT", help="measure on this text file how far the result is from its source")
 
 
 def convert(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.convert import convert as write_gguf
 
+    if arguments.kl is not None:
+        open(arguments.kl, "rb").close()  # before minutes are spent
     with showing_notes(), checking_arguments():
         write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
+        if arguments.kl is not None:
+            print_kl(arguments.folder, arguments.output, arguments.kl)
     return OK
 
 
@@ -150,12 +157,28 @@ def showing_notes() -> Iterator[None]:
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="GGUF", help="model to pack")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="packed file to write")
+    group = parser.add_argument_group("fit to a task, smaller and not quite the same model")
+    group.add_argument("--drop-below", type=float, metavar="F", help="leave experts out that fewer of the tokens use")
+    group.add_argument("--trace", metavar="FILE", help="how texts of the task use experts: trace -o writes it")
+    group.add_argument("--kl", metavar="TEXT", help="text file of the task, to measure on what the dropping costs")
 
 
 def pack(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.pack import pack as write_packed
+    from smallthinker_edge.measure.trace import Trace
 
-    write_packed(arguments.file, arguments.output, show_progress)
+    given = [value is not None for value in (arguments.drop_below, arguments.trace, arguments.kl)]
+    if any(given) and not all(given):
+        raise UsageError("--drop-below, --trace and --kl go together")
+    drop = None
+    if all(given):
+        open(arguments.kl, "rb").close()  # before minutes are spent
+        drop = Trace.load(arguments.trace).rarely_used(arguments.drop_below)
+    with checking_arguments():
+        write_packed(arguments.file, arguments.output, show_progress, drop=drop)
+        if drop is not None:
+            print(f"{drop.sum()} of {drop.size} experts dropped: {mebibytes(os.path.getsize(arguments.output))}")
+            print_kl(arguments.file, arguments.output, arguments.kl)
     return OK
 
 
@@ -188,16 +211,20 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_kv_argument(parser)
-    parser.add_argument("file", metavar="FILE", help="GGUF or packed file")
+    parser.add_argument("file", metavar="FILE", help="GGUF or packed file, or one of the Hub: hf:ORG/NAME/FILE")
     parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 1GiB")
     parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="positions (default: 4096)")
+    parser.add_argument("--packed", action="store_true", help="of a GGUF: as for the packed file made of it")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print bytes by name, for programs")
 
 
 def plan(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.cli.hub import plan_remote
     from smallthinker_edge.model import plan_memory
 
-    made = plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv)
+    if arguments.file.startswith("hf:"):
+        return plan_remote(arguments)
+    made = plan_memory(arguments.file, arguments.memory, arguments.context, arguments.kv, packed=arguments.packed)
     print(json.dumps(made.figures(), indent=1) if arguments.as_json else made.table())
     return OK
 

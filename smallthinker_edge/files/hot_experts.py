@@ -50,9 +50,13 @@ def load_profile(path: str | os.PathLike[str], experts: int) -> Uses | None:
     return uses
 
 
-def warm_up(paging: ExpertPaging, uses: Uses, every: bool = False) -> None:
-    """Starts reading the most used experts into free slots; those never used only with `every`."""
+def warm_up(paging: ExpertPaging, uses: Uses, every: bool, absent: npt.NDArray[np.bool_]) -> None:
+    """Starts reading the most used experts into free slots; those never used only with `every`.
+
+    absent: bool [L * E], those that the file lacks.
+    """
     order = np.argsort(-uses, kind="stable")
+    order = order[~absent[order]]
     if not every:
         order = order[uses[order] > 0]
     paging.warm(order.astype(np.int32), uses[order])

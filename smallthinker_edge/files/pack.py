@@ -29,6 +29,7 @@ from smallthinker_edge.files.packed import (
     LAYOUT,
     Bytes,
     ExpertLayout,
+    Flags,
     PackedFile,
     Progress,
     blob_name,
@@ -61,7 +62,13 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def pack(source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None) -> None:
+def pack(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    progress: Progress | None = None,
+    *,
+    drop: Flags | None = None,
+) -> None:
     """Writes the packed file of a GGUF model.
 
     Streams: never more than one expert in memory. The file appears under its name only when it is whole and on disk
@@ -70,24 +77,31 @@ def pack(source: str | os.PathLike[str], target: str | os.PathLike[str], progres
     Args:
         source: any GGUF that this library reads (all parts of a split one). target: the file to write.
         progress: called with (experts done, all experts).
+        drop: bool [L, E], experts to leave out: the model then never chooses them, and cannot be unpacked.
 
-    Raises ModelFormatError for a bad source or one that is packed already, OSError such as a full disk.
+    Raises ModelFormatError for a bad source or one that is packed already, OSError such as a full disk, ValueError
+    where `drop` has another shape or leaves a layer fewer experts than a token uses.
     """
     with GGUFFile(source) as gguf:
         if is_packed(gguf):
             raise ModelFormatError("is a packed file already", path=gguf.path, field="stpk.layout")
         config = ModelConfig.from_gguf(gguf)
+        absent = np.zeros((config.n_layers, config.n_experts), np.bool_) if drop is None else np.asarray(drop, np.bool_)
+        if absent.shape != (config.n_layers, config.n_experts):
+            raise ValueError(f"drop must be bool [{config.n_layers}, {config.n_experts}]")
+        if ((~absent).sum(1) < config.n_experts_used).any():
+            raise ValueError(f"every layer must keep at least {config.n_experts_used} experts")
         with atomic_file(target) as file:
-            _write(file, gguf, config, progress or (lambda done, total: None))
+            _write(file, gguf, config, absent, progress or (lambda done, total: None))
 
 
-def _write(file: PartialFile, gguf: GGUFFile, config: ModelConfig, progress: Progress) -> None:
+def _write(file: PartialFile, gguf: GGUFFile, config: ModelConfig, absent: Flags, progress: Progress) -> None:
     dense = [info for name, info in gguf.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
     blob = blob_bytes(gguf, config)
-    total = config.n_layers * config.n_experts
+    total = int((~absent).sum())
     sums = np.zeros(len(dense) + total, np.uint32)
     source = _source_layout(gguf)
-    header, places = _header(gguf, config, dense, blob, sums, source)
+    header, places = _header(gguf, absent, dense, blob, sums, source)
     file.reserve(places[len(dense)] + total * blob)
     for i, info in enumerate(dense):
         at, total_sum = places[i], 0
@@ -96,11 +110,11 @@ def _write(file: PartialFile, gguf: GGUFFile, config: ModelConfig, progress: Pro
             file.write(at, piece)
             at += piece.size
         sums[i] = total_sum
-    for i, data in enumerate(_blobs(gguf, config, blob)):
+    for i, data in enumerate(_blobs(gguf, config, absent, blob)):
         sums[len(dense) + i] = zlib.crc32(data.data)
         file.write(places[len(dense)] + i * blob, data)
         progress(i + 1, total)
-    header, _ = _header(gguf, config, dense, blob, sums, source)
+    header, _ = _header(gguf, absent, dense, blob, sums, source)
     file.write(0, header)
 
 
@@ -111,13 +125,13 @@ def blob_bytes(gguf: GGUFFile, config: ModelConfig) -> int:
     return -(-largest // ALIGN) * ALIGN
 
 
-def _blobs(gguf: GGUFFile, config: ModelConfig, blob: int) -> Iterator[Bytes]:
-    """Every expert's padded blob, layer by layer."""
+def _blobs(gguf: GGUFFile, config: ModelConfig, absent: Flags, blob: int) -> Iterator[Bytes]:
+    """Every expert's padded blob, layer by layer, without the absent ones."""
     for layer in range(config.n_layers):
         infos = expert_infos(gguf, layer)
         layout = ExpertLayout.of(config, infos)
         stacks = [gguf.stored(info.name) for info in infos]
-        for e in range(config.n_experts):
+        for e in np.flatnonzero(~absent[layer]).tolist():
             padded = np.zeros(blob, np.uint8)
             gate, up, down = (stack[e * (n := stack.size // config.n_experts) : (e + 1) * n] for stack in stacks)
             packed = layout.pack(gate, up, down)
@@ -172,7 +186,12 @@ def _hash(fd: int, size: int, path: str) -> str:
 
 
 def _header(
-    gguf: GGUFFile, config: ModelConfig, dense: list[TensorInfo], blob: int, sums: npt.NDArray[np.uint32], source: str
+    gguf: GGUFFile,
+    absent: Flags,
+    dense: list[TensorInfo],
+    blob: int,
+    sums: npt.NDArray[np.uint32],
+    source: str,
 ) -> tuple[bytes, list[int]]:
     """(the file's first bytes, absolute offsets of the dense tensors and of the first blob)."""
     first = _first_bytes(gguf)
@@ -185,11 +204,14 @@ def _header(
         _string_entry("stpk.source_layout", source),
         _u32_array_entry("stpk.crc32", sums),
     ]
-    sizes = [info.nbytes for info in dense] + [blob * config.n_experts] * config.n_layers
+    if absent.any():
+        entries.append(_u32_array_entry("stpk.absent", np.flatnonzero(absent).astype(np.uint32)))
+    kept = (~absent).sum(1).tolist()
+    sizes = [info.nbytes for info in dense] + [blob * count for count in kept]
     starts = np.cumsum([0, *map(_aligned, sizes)]).tolist()
     infos = [tensor_entry(d.name, TYPES[d.type].number, d.shape, at) for d, at in zip(dense, starts, strict=False)]
-    layers = enumerate(starts[len(dense) : len(dense) + config.n_layers])
-    infos += [tensor_entry(blob_name(n), TYPES["F32"].number, (blob // 4, config.n_experts), at) for n, at in layers]
+    layers = enumerate(zip(kept, starts[len(dense) :], strict=False))
+    infos += [tensor_entry(blob_name(n), TYPES["F32"].number, (blob // 4, count), at) for n, (count, at) in layers]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join(entries) + b"".join(infos)
     data = _aligned(len(head))
     return head.ljust(data, b"\0"), [data + at for at in starts]
@@ -211,6 +233,7 @@ def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progres
     with GGUFFile(path) as gguf, ExitStack() as stack:
         packed = PackedFile(gguf)
         config = ModelConfig.from_gguf(packed)
+        packed.check_complete(config)
         parts, part_of = _source_parts(gguf, len(packed.tensors))
         places = dict(zip(packed.tensors, part_of, strict=True))
         for name, info in packed.tensors.items():

@@ -28,6 +28,7 @@ LAYOUT = "tile16-5"
 ALIGN = 4096
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 Bytes = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
 Progress = Callable[[int, int], None]
 
 
@@ -142,12 +143,30 @@ class PackedFile:
         """The source's entries of all tensors but experts, in file order."""
         return [info for name, info in self.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
 
-    def checksums(self, experts: int) -> npt.NDArray[np.uint32]:
-        """CRC-32 of every dense tensor, then of every expert's blob. ModelFormatError where they are not all there."""
-        sums = self.container.metadata.get("stpk.crc32")
-        if not isinstance(sums, list) or len(sums) != len(self.dense) + experts:
+    def absent(self, config: ModelConfig) -> Flags:
+        """Which experts the file was packed without: bool [L, E]."""
+        absent = np.zeros(config.n_layers * config.n_experts, np.bool_)
+        ids = self.container.metadata.get("stpk.absent", [])
+        if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < absent.size for i in ids):
+            raise self._error("stpk.absent", "does not hold numbers of experts")
+        absent[ids] = True
+        flags = absent.reshape(config.n_layers, config.n_experts)
+        if ((~flags).sum(1) < config.n_experts_used).any():
+            raise self._error("stpk.absent", "leaves a layer fewer experts than a token uses")
+        return flags
+
+    def checksums(self, config: ModelConfig) -> npt.NDArray[np.uint32]:
+        """CRC-32 of every dense tensor, then of every expert's blob [L * E], 0 of an absent one.
+
+        ModelFormatError where they are not all there.
+        """
+        there, dense = ~self.absent(config).ravel(), len(self.dense)
+        found = self.container.metadata.get("stpk.crc32")
+        if not isinstance(found, list) or len(found) != dense + there.sum():
             raise self._error("stpk.crc32", "does not hold a checksum for every part")
-        return np.array(sums, np.uint32)
+        sums = np.zeros(dense + there.size, np.uint32)
+        sums[:dense], sums[dense:][there] = found[:dense], found[dense:]
+        return sums
 
     def check_dense(self, sums: npt.NDArray[np.uint32]) -> None:
         """Raises ModelFormatError naming the first dense tensor that is damaged."""
@@ -155,20 +174,30 @@ class PackedFile:
             if checksum(self.stored(info.name)) != expected:
                 raise self._error(info.name, "is damaged: its checksum does not match")
 
+    def check_complete(self, config: ModelConfig) -> None:
+        """Raises ModelFormatError where experts are absent, so that the source cannot be had back."""
+        if count := int(self.absent(config).sum()):
+            raise self._error("stpk.absent", f"{count} experts were dropped when this file was packed")
+
     def experts(self, config: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
-        """(offset of every expert's blob [L * E], bytes of one blob); checks that all are there and aligned."""
-        offsets, size = [], 0
+        """(offset of every expert's blob [L * E], bytes of one blob); checks that all are there and aligned.
+
+        That of an absent expert is the layer's first.
+        """
+        size, absent = 0, self.absent(config)
+        offsets: list[int] = []
         for layer in range(config.n_layers):
             name = blob_name(layer)
             info = self.container.tensors.get(name)
             needed = ExpertLayout.of(config, expert_infos(self, layer))
-            if info is None or len(info.shape) != 2 or info.shape[1] != config.n_experts:
+            places = np.cumsum(~absent[layer]) - 1
+            if info is None or len(info.shape) != 2 or info.shape[1] != places[-1] + 1:
                 raise self._error(name, "is missing or does not hold one blob per expert")
             bytes_ = info.shape[0] * 4
             if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < needed.bytes:
                 raise self._error(name, f"has blobs of {bytes_} bytes at {info.offset}: not aligned, or too small")
             size = bytes_
-            offsets += [info.offset + e * size for e in range(config.n_experts)]
+            offsets += (info.offset + np.where(absent[layer], 0, places * size)).tolist()
         return np.array(offsets, np.int64), size
 
 
@@ -193,18 +222,19 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> in
         packed = PackedFile(gguf)
         config = ModelConfig.from_gguf(packed)
         offsets, size = packed.experts(config)
-        sums = packed.checksums(len(offsets))
+        sums = packed.checksums(config)
         packed.check_dense(sums)
-        for i in range(len(offsets)):
-            layer, e = divmod(i, config.n_experts)
-            blob = gguf.stored(blob_name(layer))[e * size : (e + 1) * size]
-            if zlib.crc32(blob.data) != sums[len(sums) - len(offsets) + i]:
+        there = np.flatnonzero(~packed.absent(config))
+        for done, i in enumerate(there, 1):
+            layer, e = divmod(int(i), config.n_experts)
+            at = int(offsets[i]) - gguf.tensors[blob_name(layer)].offset
+            if zlib.crc32(gguf.stored(blob_name(layer))[at : at + size].data) != sums[len(sums) - len(offsets) + i]:
                 raise ModelFormatError(
                     "is damaged: its checksum does not match", path=gguf.path, field=f"expert {e} of layer {layer}"
                 )
             if progress:
-                progress(i + 1, len(offsets))
-        return len(sums)
+                progress(done, len(there))
+        return len(packed.dense) + len(there)
 
 
 def unpack_layer(path: str | os.PathLike[str], layer: int) -> tuple[Bytes, Bytes, Bytes]:
@@ -212,6 +242,7 @@ def unpack_layer(path: str | os.PathLike[str], layer: int) -> tuple[Bytes, Bytes
     with GGUFFile(path) as gguf:
         packed = PackedFile(gguf)
         config = ModelConfig.from_gguf(packed)
+        packed.check_complete(config)
         layout = ExpertLayout.of(config, expert_infos(packed, layer))
         _, size = packed.experts(config)
         blobs = gguf.stored(blob_name(layer))

@@ -21,6 +21,7 @@ from smallthinker_edge.errors import SessionFormatError
 from smallthinker_edge.files.atomic import atomic_file, forget
 from smallthinker_edge.files.config import ModelFile
 from smallthinker_edge.files.gguf import slices
+from smallthinker_edge.files.packed import PackedFile
 
 MAGIC, VERSION = b"STKVSESS", 1
 PIECE = 4 << 20
@@ -30,12 +31,15 @@ HEADER = struct.Struct("<8sI8s32sQQQQ")
 
 
 def model_hash(file: ModelFile, budget: bool = False) -> bytes:
-    """SHA-256 of the names, types and shapes of all tensors, and of the data of those that are not experts.
+    """SHA-256 of the names, types and shapes of all tensors, of the data of those that are not experts, and of which
+    experts a packed file lacks.
 
     A GGUF and the packed file made from it have the same hash. Experts' weights are not read: with all the dense
     weights and the routers equal, two models are taken to be the same. budget: leave nothing of it in the page cache.
     """
     digest = hashlib.sha256()
+    if isinstance(file, PackedFile) and "stpk.absent" in file.container.metadata:
+        digest.update(f"absent {file.container.metadata['stpk.absent']}\n".encode())
     for name in sorted(file.tensors):
         info = file.tensors[name]
         digest.update(f"{name} {info.type} {tuple(info.shape)}\n".encode())

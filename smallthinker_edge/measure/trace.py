@@ -48,6 +48,17 @@ class Trace:
         counts = np.bincount(ids.ravel().astype(np.int64), minlength=layers * self.experts)
         return np.asarray(counts.reshape(layers, self.experts) / tokens, np.float64)
 
+    def rarely_used(self, share: float) -> npt.NDArray[np.bool_]:
+        """Experts that fewer than this share of the tokens use: bool [L, E].
+
+        As many as a token uses stay in each layer, the most used ones, whatever the share.
+        """
+        use, (_, _, used) = self.use(), self.routing.shape
+        rare = use < share
+        most_used = np.argsort(-use, axis=1, kind="stable")[:, :used]
+        np.put_along_axis(rare, most_used, False, axis=1)
+        return rare
+
 
 def record(model: SmallThinker, tokens: Sequence[int], max_tokens: int = 0) -> Trace:
     """Decodes tokens in a session of their own, goes on for max_tokens greedy ones, and returns how they were routed.
