@@ -31,6 +31,11 @@ Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 
 
+def is_expert(name: str) -> bool:
+    """Whether a tensor of that name holds a layer's gates, ups or downs."""
+    return name.split(".")[-2:-1] in ([role] for role in EXPERT_ROLES)
+
+
 def is_packed(gguf: GGUFFile) -> bool:
     """Whether an opened file is a packed one."""
     return "stpk.layout" in gguf.metadata
@@ -100,7 +105,7 @@ class PackedFile:
                 if nbytes != math.prod(shape) // TYPES[kind].columns * TYPES[kind].bytes:
                     raise ValueError(name)
                 self.tensors[name] = TensorInfo(name, kind, tuple(shape), offset, nbytes, 0)
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as problem:
             raise self._error("stpk.source_tensors", f"is damaged: {problem}") from None
         self._check_dense()
 
@@ -113,7 +118,7 @@ class PackedFile:
 
     def _check_dense(self) -> None:
         for name, info in self.tensors.items():
-            if name.split(".")[-2] in EXPERT_ROLES:
+            if is_expert(name):
                 continue
             own = self.container.tensors.get(name)
             if own is None or (own.type, own.shape) != (info.type, info.shape):
@@ -144,12 +149,13 @@ class PackedFile:
     @property
     def dense(self) -> list[TensorInfo]:
         """The source's entries of all tensors but experts, in file order."""
-        return [info for name, info in self.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
+        return [info for name, info in self.tensors.items() if not is_expert(name)]
 
     def checksums(self, experts: int) -> npt.NDArray[np.uint32]:
         """CRC-32 of every dense tensor, then of every expert's blob. ModelFormatError where they are not all there."""
         sums = self.container.metadata.get("stpk.crc32")
-        if not isinstance(sums, list) or len(sums) != len(self.dense) + experts:
+        right = isinstance(sums, list) and all(type(n) is int and 0 <= n < 1 << 32 for n in sums)
+        if not isinstance(sums, list) or not right or len(sums) != len(self.dense) + experts:
             raise self._error("stpk.crc32", "does not hold a checksum for every part")
         return np.array(sums, np.uint32)
 
@@ -169,7 +175,7 @@ class PackedFile:
             name = blob_name(layer)
             info = self.container.tensors.get(name)
             needed = ExpertLayout.of(config, expert_infos(self, layer))
-            if info is None or len(info.shape) != 2 or info.shape[1] != config.n_experts:
+            if info is None or info.type != "F32" or len(info.shape) != 2 or info.shape[1] != config.n_experts:
                 raise self._error(name, "is missing or does not hold one blob per expert")
             bytes_ = info.shape[0] * 4
             if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < needed.bytes:
