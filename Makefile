@@ -17,7 +17,7 @@ NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd
 MODEL ?= smallthinker_edge/data/demo.gguf
 LLAMA_PYTHON ?= .venv-llama/bin/python
 
-.PHONY: help demo demo-1gib test lint bench wheels build install clean
+.PHONY: help demo demo-1gib test fuzz lint bench wheels build install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,8 @@ demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL
 
 test: $(VENV)/dev ## Run the tests (ARGS="-k name" passes options to pytest)
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+fuzz: test-fuzzing ## Feed damaged and hostile files to every reader (TIME=seconds, default 300)
 
 wheels: $(VENV)/wheels ## Cross-compile wheels for x86_64, aarch64 and armv7l into dist/, and check them
 	@$(BIN)/python tools/build/build_wheels.py $(ARGS)

@@ -121,6 +121,17 @@ typedef struct st_kernels {
     void (*top_k)(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids);
 } st_kernels;
 
+/* What a file decides of the contracts above, and what refuses the rest (tests/engine/test_contracts.py):
+ *   rows are whole blocks of their type        read_tensor() of gguf_reader.pyx
+ *   d, f and heads * hd are multiples of 32    _read_sizes() of files/config.py
+ *   hd % 8 == 0 and G is whole (attention)     _read_sizes()
+ *   hd % 32 == 0 (attention_q8)                page_of() of kv_cache.pyx
+ *   half <= hd / 2 (rope)                      _read_rope_dim()
+ *   k <= n (top_k)                             _read_sizes(): at most as many experts are used as there are
+ *   a predictor's inner width % 32 == 0        predictor_size() of files/config.py
+ *   experts of one sparse type, f % 32 == 0    st_expert_init(): others stay GGUF rows
+ *   room for whole chunks of 128, alignment    buffer_sizes() of buffers.pyx and Arena.take(): no file decides */
+
 /* What every table's ffn does alike (src/kernels/neurons.c). */
 
 /* Fills fired and index from g. */

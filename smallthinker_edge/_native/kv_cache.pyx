@@ -63,7 +63,7 @@ cdef class KVCache:
         config = memory.config
         self.context, self.kv = context, kv
         view.full_page, view.ring_page = page_of(kv, False, config), page_of(kv, True, config)
-        self.window = config.window if any(config.window_layout) else 0
+        self.window = min(<int64_t>config.window, context) if any(config.window_layout) else 0
         self.n_window = sum(config.window_layout) if self.window else 0
         self.n_full = config.n_layers - self.n_window
         view.ring_blocks = ring_blocks(self.window)

@@ -29,6 +29,7 @@ SINGLE, INDEX, PREDICTOR_FILE = "model.safetensors", "model.safetensors.index.js
 SHARD = re.compile(r"model-(\d{1,9})-of-(\d{1,9})\.safetensors")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 MAX_HEADER = 1 << 25  # bytes; the 21B in a single file needs 1.5 MB
+MAX_JSON = 1 << 28  # bytes; the largest tokenizers in use have 35 MB
 MAX_DIMS, MAX_SHARDS = 8, 10000
 SLICE = 1 << 22  # numbers held at a time
 MAX_LAYERS, MAX_SIZE, MAX_CONTEXT = 4096, 1 << 24, (1 << 31) - 1
@@ -381,11 +382,15 @@ def _one_of(value: object, allowed: tuple[Any, ...]) -> bool:
 
 def read_json(path: str) -> dict[str, Any]:
     """A JSON object. Raises ModelFormatError where the file is anything else."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            value = json.load(file)
-        except (ValueError, RecursionError) as problem:
-            raise ModelFormatError(f"is not JSON: {problem}", path=path) from None
+    with closing(SourceFile(path)) as file:
+        if file.size > MAX_JSON:
+            raise ModelFormatError(f"has {file.size} bytes, more than {MAX_JSON}", path=path)
+        encoded = file.read(0, file.size).tobytes()
+    try:
+        value = json.loads(encoded.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can hold half characters, which no text can
+    except (ValueError, RecursionError) as problem:
+        raise ModelFormatError(f"is not JSON: {problem}", path=path) from None
     if not isinstance(value, dict):
         raise ModelFormatError("is not a JSON object", path=path)
     return value

@@ -18,6 +18,7 @@ from smallthinker_edge.printable import printable
 
 logger = logging.getLogger(__name__)
 
+LARGEST, LONGEST_NUMBER = 1 << 10, 32  # bytes of a profile of no experts, and more for each
 FORMAT = "smallthinker-hot-experts-1"
 Uses = npt.NDArray[np.float64]
 
@@ -38,13 +39,13 @@ def load_profile(path: str | os.PathLike[str], experts: int) -> Uses | None:
     """The uses of a profile of that many experts; None, with a warning, where the file holds something else."""
     try:
         with open(path, encoding="ascii") as file:
-            content = json.load(file)
+            content = json.loads(file.read(LARGEST + LONGEST_NUMBER * experts))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r:.40}")
         uses = np.array(content["uses"], np.float64)
         if uses.shape != (experts,) or not np.isfinite(uses).all() or (uses < 0).any():
             raise ValueError(f"not {experts} counts")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as problem:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
         logger.warning("%s", printable(f"{os.fspath(path)} is no profile of this model and is ignored: {problem}"))
         return None
     return uses

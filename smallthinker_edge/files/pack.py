@@ -25,7 +25,6 @@ from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import SLICE, GGUFFile, TensorInfo, slices
 from smallthinker_edge.files.packed import (
     ALIGN,
-    EXPERT_ROLES,
     LAYOUT,
     Bytes,
     ExpertLayout,
@@ -34,10 +33,12 @@ from smallthinker_edge.files.packed import (
     Progress,
     blob_name,
     expert_infos,
+    is_expert,
     is_packed,
 )
 
 U32, STRING, ARRAY = 4, 8, 9
+LONGEST_PADDING = 1 << 20  # bytes behind the last tensor: the largest alignment
 
 
 def _text(value: str) -> bytes:
@@ -96,7 +97,7 @@ def pack(
 
 
 def _write(file: PartialFile, gguf: GGUFFile, config: ModelConfig, absent: Flags, progress: Progress) -> None:
-    dense = [info for name, info in gguf.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
+    dense = [info for name, info in gguf.tensors.items() if not is_expert(name)]
     blob = blob_bytes(gguf, config)
     total = int((~absent).sum())
     sums = np.zeros(len(dense) + total, np.uint32)
@@ -236,10 +237,14 @@ def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progres
         packed.check_complete(config)
         parts, part_of = _source_parts(gguf, len(packed.tensors))
         places = dict(zip(packed.tensors, part_of, strict=True))
+        ends = [len(part.header) for part in parts]
         for name, info in packed.tensors.items():
             part = parts[places[name]]
             if not len(part.header) <= info.offset <= part.size - info.nbytes:
                 raise ModelFormatError("has tensors outside the file", path=gguf.path, field="stpk.source_tensors")
+            ends[places[name]] = max(ends[places[name]], info.offset + info.nbytes)
+        if any(part.size > end + LONGEST_PADDING for part, end in zip(parts, ends, strict=True)):
+            raise ModelFormatError("has sizes beyond the tensors", path=gguf.path, field="stpk.source_layout")
         targets = _part_names(os.fspath(target), len(parts))
         written = [stack.enter_context(atomic_file(name)) for name in targets]
         for file, part in zip(written, parts, strict=True):
@@ -247,7 +252,7 @@ def unpack(path: str | os.PathLike[str], target: str | os.PathLike[str], progres
             file.write(0, part.header)
         files = {name: written[part] for name, part in places.items()}
         for name, info in packed.tensors.items():
-            if name.split(".")[-2] not in EXPERT_ROLES:
+            if not is_expert(name):
                 at = info.offset
                 for piece in slices(packed.stored(name)):
                     files[name].write(at, piece)
@@ -285,12 +290,12 @@ def _source_parts(gguf: GGUFFile, tensors: int) -> tuple[list[SourcePart], list[
             SourcePart(header, str(entry["sha256"]), int(entry["size"]))
             for header, entry in zip(headers, entries, strict=True)
         ]
-        if not all(0 < len(part.header) <= part.size for part in parts):
+        if len(parts) > 1 + tensors or not all(0 < len(part.header) <= part.size < 1 << 62 for part in parts):
             raise ValueError("size")
         if len(part_of) != tensors or not all(type(part) is int and 0 <= part < len(parts) for part in part_of):
             raise ValueError("part_of")
         return parts, part_of
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as problem:
         raise ModelFormatError(
             f"is missing or damaged: {problem}", path=gguf.path, field="stpk.source_layout"
         ) from None

@@ -32,6 +32,11 @@ Flags = npt.NDArray[np.bool_]
 Progress = Callable[[int, int], None]
 
 
+def is_expert(name: str) -> bool:
+    """Whether a tensor of that name holds a layer's gates, ups or downs."""
+    return name.split(".")[-2:-1] in ([role] for role in EXPERT_ROLES)
+
+
 def is_packed(gguf: GGUFFile) -> bool:
     """Whether an opened file is a packed one."""
     return "stpk.layout" in gguf.metadata
@@ -101,7 +106,7 @@ class PackedFile:
                 if nbytes != math.prod(shape) // TYPES[kind].columns * TYPES[kind].bytes:
                     raise ValueError(name)
                 self.tensors[name] = TensorInfo(name, kind, tuple(shape), offset, nbytes, 0)
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as problem:
             raise self._error("stpk.source_tensors", f"is damaged: {problem}") from None
         self._check_dense()
 
@@ -110,7 +115,7 @@ class PackedFile:
 
     def _check_dense(self) -> None:
         for name, info in self.tensors.items():
-            if name.split(".")[-2] in EXPERT_ROLES:
+            if is_expert(name):
                 continue
             own = self.container.tensors.get(name)
             if own is None or (own.type, own.shape) != (info.type, info.shape):
@@ -141,7 +146,7 @@ class PackedFile:
     @property
     def dense(self) -> list[TensorInfo]:
         """The source's entries of all tensors but experts, in file order."""
-        return [info for name, info in self.tensors.items() if name.split(".")[-2] not in EXPERT_ROLES]
+        return [info for name, info in self.tensors.items() if not is_expert(name)]
 
     def absent(self, config: ModelConfig) -> Flags:
         """Which experts the file was packed without: bool [L, E]."""
@@ -162,7 +167,8 @@ class PackedFile:
         """
         there, dense = ~self.absent(config).ravel(), len(self.dense)
         found = self.container.metadata.get("stpk.crc32")
-        if not isinstance(found, list) or len(found) != dense + there.sum():
+        right = isinstance(found, list) and all(type(n) is int and 0 <= n < 1 << 32 for n in found)
+        if not isinstance(found, list) or not right or len(found) != dense + there.sum():
             raise self._error("stpk.crc32", "does not hold a checksum for every part")
         sums = np.zeros(dense + there.size, np.uint32)
         sums[:dense], sums[dense:][there] = found[:dense], found[dense:]
@@ -191,7 +197,7 @@ class PackedFile:
             info = self.container.tensors.get(name)
             needed = ExpertLayout.of(config, expert_infos(self, layer))
             places = np.cumsum(~absent[layer]) - 1
-            if info is None or len(info.shape) != 2 or info.shape[1] != places[-1] + 1:
+            if info is None or info.type != "F32" or len(info.shape) != 2 or info.shape[1] != places[-1] + 1:
                 raise self._error(name, "is missing or does not hold one blob per expert")
             bytes_ = info.shape[0] * 4
             if bytes_ != (size or bytes_) or bytes_ % ALIGN or info.offset % ALIGN or bytes_ < needed.bytes:

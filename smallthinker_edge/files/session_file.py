@@ -140,7 +140,7 @@ def load(path: str | os.PathLike[str], empty: KVCache, vocab_size: int, model: b
                 reader.fail(f"a token id is outside the vocabulary of {vocab_size}", "tokens")
         try:
             empty.restore(tokens.astype(np.int32), lost)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             reader.fail(str(error), "position")
         blocks = empty.blocks()
         if len(blocks) != count or sum(block.size for block in blocks) != size:

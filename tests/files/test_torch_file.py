@@ -202,6 +202,13 @@ HOSTILE_PICKLES = {
     "state for a function": REBUILD + b"}X\x01\x00\x00\x00aK\x01sb.",
     "attributes for a function": REBUILD + b"N}X\x09\x00\x00\x00_functionK\x01s\x86b.",
     "attributes for a class": b"\x80\x02ccollections\nOrderedDict\nN}X\x01\x00\x00\x00aK\x01s\x86b.",
+    "a place of the memo beyond all memory": b"\x80\x02}r\xff\xff\xff\x7fK\x01Q.",
+    "a key of tuples of tuples": b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s.",
+    "a name of tuples of tuples": b"\x80\x04)" + b"q\x00h\x00\x86" * 60 + b"h\x00\x93.",
+    "a reference of tuples of tuples": b"\x80\x02)" + b"q\x00h\x00\x86" * 60 + b"Q.",
+    "a shape of tuples of tuples": REBUILD + b"(NK\x00)" + b"q\x00h\x00\x86" * 60 + b"h\x00tR.",
+    "lists of the same lists": b"\x80\x02]q\x00" + b"".join(
+        b"](" + bytes([ord("h"), i]) * 200 + bytes([ord("e"), ord("q"), i + 1]) for i in range(6)) + b".",
     "no storage": REBUILD + b"(NK\x00(t(tNNtR.", "too few": REBUILD + b")R.",
 }  # fmt: skip
 

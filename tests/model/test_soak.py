@@ -25,7 +25,7 @@ WARM_UP = max(10_000, TOKENS // 20)  # tokens until every buffer has been as ful
 MOST_GROWTH = 1 << 20  # bytes: one per token of the long run
 SECONDS = 1800
 SHAPE: dict[str, Any] = {"n_layers": 4, "d_model": 128, "head_dim": 32, "n_experts": 32, "n_experts_used": 2,
-                         "d_ffn": 96, "window": 64, "context_length": 1024}  # fmt: skip
+                         "d_ffn": 384, "window": 64, "context_length": 1024}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -235,7 +235,7 @@ def scenarios(shim: Shim, folder: Path) -> dict[str, Callable[[], Scenario]]:
 
 def places(calls: int, every: bool) -> Iterator[int]:
     """Which call is to fail: each, or the first ones, the last, and some between."""
-    some = {*range(1, 5), calls, *range(5, calls, max(1, calls // 6))}
+    some = {1, 2, 3, calls, *range(4, calls, max(1, calls // 4))}
     yield from range(1, calls + 1) if every else sorted(n for n in some if 1 <= n <= calls)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from smallthinker_edge import ContextFull, MemoryBudgetError, Session, SmallThinker
 from smallthinker_edge.machine.memory import parse_memory, process_memory
+from smallthinker_edge.model import plan_memory
 
 SESSIONS = 3  # open at once, besides the one that generate() keeps
 PLACES = 20  # where memory and logits are looked at
@@ -28,13 +29,14 @@ HARDLY_ANY = 1 << 20  # bytes of slots beyond the least that works
 
 
 def least_memory(path: Path, context: int) -> int:
-    """A budget in which the model just works."""
+    """A budget in which the model just works with the sessions here, their forks and marks."""
+    sessions = (SESSIONS + 1) * plan_memory(path, context=context).sessions
     try:
         SmallThinker(path, memory=1, context=context).close()
     except MemoryBudgetError as refusal:
         needed = re.search(r"needs (\d+) ", str(refusal))
         assert needed is not None, refusal
-        return int(needed.group(1)) + HARDLY_ANY
+        return int(needed.group(1)) + HARDLY_ANY + sessions
     raise AssertionError("a budget of one byte was accepted")
 
 
