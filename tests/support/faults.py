@@ -157,13 +157,14 @@ class Use:
 class Write:
     """Writes a file over an older one."""
 
-    def __init__(self, target: Path, write: Callable[[str], object]) -> None:
-        self.target, self.write = target, write
+    def __init__(self, shim: Shim, target: Path, write: Callable[[str], object]) -> None:
+        self.shim, self.target, self.write = shim, target, write
 
     expected: Any = None
 
     def __call__(self) -> Any:
         self.write(str(self.target))
+        self.shim.disarm()
         return self.target.read_bytes()
 
     def before(self) -> None:
@@ -207,19 +208,19 @@ def scenarios(shim: Shim, folder: Path) -> dict[str, Callable[[], Scenario]]:
 
     def converted() -> Write:
         write_checkpoint(folder / "checkpoint", tied=False, shards=2)
-        return Write(folder / "out.gguf", lambda target: convert(str(folder / "checkpoint"), target, "q4_0"))
+        return Write(shim, folder / "out.gguf", lambda target: convert(str(folder / "checkpoint"), target, "q4_0"))
 
     def packs() -> Write:
         path = gguf()
-        return Write(folder / "out.stpk", lambda target: pack(path, target))
+        return Write(shim, folder / "out.stpk", lambda target: pack(path, target))
 
     def unpacks() -> Write:
         path = packed()
-        return Write(folder / "out.gguf", lambda target: unpack(path, target))
+        return Write(shim, folder / "out.gguf", lambda target: unpack(path, target))
 
     def requantized() -> Write:
         path = write_model(folder / "model.gguf", types="F16")
-        return Write(folder / "out.gguf", lambda target: convert(path, target, "q8_0"))
+        return Write(shim, folder / "out.gguf", lambda target: convert(path, target, "q8_0"))
 
     return {
         "paged": tied,
