@@ -1,12 +1,11 @@
 """SmallThinker: a model opened for generating text. The front door of the library.
 
-It ties loader, tokenizer, session and sampler together; each of them knows nothing of the others.
+It ties engine, tokenizer, session and sampler together; each of them knows nothing of the others.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +14,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.locks import Turns
-from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.completions.calls import CompletionCalls
-from smallthinker_edge.errors import ContextFull, MemoryBudgetError, ModelFormatError, OpenedBeforeFork
-from smallthinker_edge.files.config import ModelConfig, ModelFile
-from smallthinker_edge.files.gguf import GGUFFile
-from smallthinker_edge.files.hot_experts import load_profile, profile_path, save_profile, warm_up
-from smallthinker_edge.files.pack import blob_bytes
-from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
+from smallthinker_edge.errors import ContextFull, MemoryBudgetError, OpenedBeforeFork
+from smallthinker_edge.files.hot_experts import profile_path, save_profile
 from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.choice import Choice
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
@@ -36,22 +28,16 @@ from smallthinker_edge.generation.reuse import SessionStore, common_prefix
 from smallthinker_edge.generation.saved_prefixes import SHORTEST, SavedPrefixes
 from smallthinker_edge.generation.speculation import BatchCosts
 from smallthinker_edge.generation.stream import Generation, GenerationResult, TextStream, Totals
-from smallthinker_edge.machine import cpus, thermal
-from smallthinker_edge.machine.memory import available_memory, drop_library_cache, parse_memory, process_memory
-from smallthinker_edge.opening import Loader
+from smallthinker_edge.machine import thermal
+from smallthinker_edge.machine.memory import parse_memory, process_memory
+from smallthinker_edge.opening import Settings, open_model
 from smallthinker_edge.options import OPTIONS, GenerationOptions, checked_options
-from smallthinker_edge.plan import Plan, make_plan
 from smallthinker_edge.session import Session
 from smallthinker_edge.text.chat import Messages, encode_chat, takes_tools
 from smallthinker_edge.text.grammar import Grammars
-from smallthinker_edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-DEFAULT_CONTEXT = 4096
-KV_CHOICES = (*KV_TYPES, "auto")
-BATCH = 512
 
 
 class SmallThinker(CompletionCalls):
@@ -113,57 +99,19 @@ class SmallThinker(CompletionCalls):
         prefix_bytes: int | str = "1GiB",
     ) -> None:
         super().__init__()
-        automatic = threads is None or threads == "auto"
-        count = cpus.auto_threads() if threads is None or threads == "auto" else threads
-        if not isinstance(count, int) or not 1 <= count <= 256:
-            raise ValueError('threads must be in 1..256, or "auto"')
         if keep_sessions < 0:
             raise ValueError("keep_sessions must be at least 0")
-        if kv not in KV_CHOICES:
-            raise ValueError(f"kv must be one of {', '.join(KV_CHOICES)}, not {kv!r}")
         most_saved = parse_memory(prefix_bytes)
         self._engine: Engine | None = None
-        self._threads = count
-        engine: Engine | None = None
-        gguf = GGUFFile(path)
-        try:
-            self._file: ModelFile = as_model(gguf)
-            self.paths = gguf.paths  # of the file, or of all parts of a split one
-            self.config = ModelConfig.from_gguf(self._file)
-            self.context = min(DEFAULT_CONTEXT, self.config.context_length) if context is None else context
-            if not 1 <= self.context <= self.config.context_length:
-                raise ValueError(f"context must be in 1..{self.config.context_length}, the model's own")
-            self.head_threshold = self._head_threshold(head_threshold)
-            kernels = os.environ.get("SMALLTHINKER_CPU") or None
-            usable = cpus.big_cpus() if automatic else cpus.allowed_cpus()
-            with cpus.started_on(usable):
-                places = cpus.places(count, usable) if pin else None
-                predictor = self.head_threshold is not None
-                engine = Engine(self.config, count, kernels, BATCH, cpus=places, predictor=predictor)
-            experts, sums, slot_bytes = None, None, 0
-            if isinstance(self._file, PackedFile):
-                experts = _, slot_bytes = self._file.experts(self.config)
-                sums = self._file.checksums(self.config) if verify else None
-            if experts and memory is None:  # nothing to divide: they can be read while Python builds the tokenizer
-                self._start_paging(engine, experts, self._make_plan(None, kv, slot_bytes), profile, sums)
-            self.tokenizer = Tokenizer.from_gguf_metadata(self._file.metadata)
-            if self.tokenizer.vocab_size != self.config.vocab_size:
-                raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
-            self._grammars = Grammars(self.tokenizer) if structured else None
-            template = self._file.metadata.get("tokenizer.chat_template")
-            self.chat_template = template if isinstance(template, str) else None
-            self.plan = self._make_plan(memory, kv, slot_bytes)
-            self.kv = self.plan.kv
-            self._load(engine, sums)
-            if experts and memory is not None:
-                self._start_paging(engine, experts, self.plan, profile, sums)
-                self._drop_caches()
-            engine.keep_to(self.plan.sessions, self.plan.most_sessions, self.context, self.kv)
-        except BaseException:
-            gguf.close()
-            if engine is not None:
-                engine.close()
-            raise
+        settings = Settings(memory, threads, context, kv, head_threshold, profile, pin, verify, structured)
+        opened = open_model(path, settings)
+        self._file, engine = opened.file, opened.engine
+        self.paths = opened.file.paths  # of the file, or of all parts of a split one
+        self.config, self.context, self.head_threshold = opened.config, opened.context, opened.head_threshold
+        self.tokenizer, self._grammars = opened.tokenizer, opened.grammars
+        self.plan, self.kv = opened.plan, opened.plan.kv
+        template = self._file.metadata.get("tokenizer.chat_template")
+        self.chat_template = template if isinstance(template, str) else None
         self._turns = Turns()
         self._hash: bytes | None = None
         saved = None
@@ -197,71 +145,6 @@ class SmallThinker(CompletionCalls):
         from smallthinker_edge.files.pull import prepare, pull  # which a device does not need
 
         return cls(pull(prepare(repo, file, pack=memory is not None)), memory, **options)
-
-    def _head_threshold(self, given: float | str | None) -> float | None:
-        """The threshold to use, None where the head is to be computed whole."""
-        threshold = self.config.lm_head_threshold if given == "auto" else given
-        if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
-            raise ValueError(f'head_threshold must be a number, "auto" or None, not {given!r}')
-        return threshold if self.config.lm_head_predictor_size else None
-
-    def _make_plan(self, memory: int | str | None, kv: str, slot_bytes: int) -> Plan:
-        predictor = self.head_threshold is not None
-        return make_plan(self._file, self.config, self.context, BATCH, memory, slot_bytes, kv, predictor, self._threads)
-
-    def _load(self, engine: Engine, sums: npt.NDArray[np.uint32] | None) -> None:
-        """Fills the engine; the experts of a packed file stay there until they are needed."""
-        packed = isinstance(self._file, PackedFile)
-        if isinstance(self._file, PackedFile) and sums is not None:
-            self._file.check_dense(sums)
-        Loader(self._file, self.config, engine, paged=packed, predictor=self.head_threshold is not None).load()
-
-    def _start_paging(
-        self,
-        engine: Engine,
-        experts: tuple[npt.NDArray[np.int64], int],
-        plan: Plan,
-        profile: str | os.PathLike[str] | None,
-        sums: npt.NDArray[np.uint32] | None,
-    ) -> None:
-        """Has the engine take a packed file's experts from there, and reads those ahead that will be needed first.
-
-        experts: as PackedFile.experts() has them. sums: as PackedFile.checksums() has them, or None.
-        """
-        assert isinstance(self._file, PackedFile)
-        offsets, size = experts
-        if sums is not None:
-            sums = sums[-len(offsets) :]
-        layers = (expert_infos(self._file, layer) for layer in range(self.config.n_layers))
-        types = [(TYPES[g.type].number, TYPES[u.type].number, TYPES[d.type].number) for g, u, d in layers]
-        # The rows of an untied embedding come through the page cache, which grows by what the system reads around them:
-        # with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
-        free = plan.limit is None  # then the page cache may help
-        paging = ExpertPaging(
-            self.config,
-            self._file.path,
-            offsets,
-            size,
-            plan.slots,
-            sessions=None if free else plan.sessions,
-            lend=self.config.tied,
-            sums=sums,
-            cached=free,
-        )
-        engine.page_experts(paging, types)
-        absent = self._file.absent(self.config)
-        for layer in np.flatnonzero(absent.any(1)).tolist():
-            engine.weights.set_absent(layer, absent[layer])
-        path = profile_path(self._file.path) if profile is None else profile
-        uses = load_profile(path, len(offsets)) if profile is not None or os.path.isfile(path) else None
-        every = free and plan.slots >= (~absent).sum() and plan.total < available_memory()
-        if uses is not None or every:
-            warm_up(paging, np.zeros(len(offsets)) if uses is None else uses, every, absent.ravel())
-
-    def _drop_caches(self) -> None:
-        """Takes what was read until now out of the page cache, which a memory limit counts."""
-        self._file.forget()
-        drop_library_cache()
 
     def save_profile(self, path: str | os.PathLike[str] | None = None) -> str:
         """Writes which experts were used lately, for the next start to read first, and returns the file's name.
@@ -590,30 +473,3 @@ def stall_share(decode: float, stall: float, disk: float, threads: int, tail: fl
         return 0.0
     computing = decode - stall / threads
     return max(0.0, 1 - (max(computing - tail, disk) + tail) / decode)
-
-
-def plan_memory(
-    path: str | os.PathLike[str],
-    memory: int | str | None = None,
-    context: int = DEFAULT_CONTEXT,
-    kv: str = "f16",
-    *,
-    packed: bool = False,
-) -> Plan:
-    """How SmallThinker(path, memory, context=context, kv=kv) would divide its memory; loads no weights.
-
-    packed: of a GGUF, how the packed file made of it would.
-
-    Raises as SmallThinker() does.
-    """
-    with GGUFFile(path) as gguf:
-        file = as_model(gguf)
-        config = ModelConfig.from_gguf(file)
-        tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
-        slot_bytes = blob_bytes(gguf, config) if packed and not isinstance(file, PackedFile) else 0
-        if isinstance(file, PackedFile):
-            slot_bytes = file.experts(config)[1]
-        positions = min(context, config.context_length)
-        plan = make_plan(file, config, positions, BATCH, memory, slot_bytes, kv, threads=cpus.auto_threads())
-        del tokenizer  # it was built so that its memory counts
-        return plan

@@ -1,114 +1,203 @@
-"""Puts a GGUF file's tensors into an Engine: reads piece by piece, so that the peak is the packed model.
+"""Opens a model file: checks it, plans the memory, makes an engine and has it take the weights.
 
-Called by model.py when a model is opened. It knows tensor names and types, and nothing of what is computed.
+Called by model.py. Nothing is computed here, and nothing is kept: what a file has become is an OpenedModel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.layouts import TYPES
+from smallthinker_edge._native.layouts import KV_TYPES, TYPES
+from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge.errors import ModelFormatError
-from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
-from smallthinker_edge.files.gguf import StoredBytes
+from smallthinker_edge.files.config import ModelConfig, ModelFile
+from smallthinker_edge.files.gguf import GGUFFile
+from smallthinker_edge.files.hot_experts import load_profile, profile_path, warm_up
+from smallthinker_edge.files.pack import blob_bytes
+from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
+from smallthinker_edge.loading import Loader
+from smallthinker_edge.machine import cpus
+from smallthinker_edge.machine.memory import available_memory, drop_library_cache
+from smallthinker_edge.plan import Plan, make_plan
+from smallthinker_edge.text.grammar import Grammars
+from smallthinker_edge.text.tokenizer import Tokenizer
 
-Matrix = tuple[int, StoredBytes | npt.NDArray[np.uint8]]
+DEFAULT_CONTEXT = 4096
+KV_CHOICES = (*KV_TYPES, "auto")
+BATCH = 512  # most tokens computed together
 
 
-def forget(source: ModelFile, name: str) -> None:
-    """Takes a tensor's pages out of the system's cache, unless its file is closed already."""
-    with suppress(ValueError):
-        source.forget(name)
+@dataclass(frozen=True)
+class Settings:
+    """How to open a file; the arguments of SmallThinker() that decide it, as its user gave them."""
+
+    memory: int | str | None
+    threads: int | Literal["auto"] | None
+    context: int | None
+    kv: str
+    head_threshold: float | Literal["auto"] | None
+    profile: str | os.PathLike[str] | None
+    pin: bool
+    verify: bool
+    structured: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.thread_count, int) or not 1 <= self.thread_count <= 256:
+            raise ValueError('threads must be in 1..256, or "auto"')
+        if self.kv not in KV_CHOICES:
+            raise ValueError(f"kv must be one of {', '.join(KV_CHOICES)}, not {self.kv!r}")
+
+    @property
+    def thread_count(self) -> int:
+        return cpus.auto_threads() if self.threads is None or self.threads == "auto" else self.threads
 
 
-class Loader:
-    """One pass over a file's tensors into an engine made for the same config.
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model file and what was made of it. Whoever has it closes the engine, then the file.
 
-    Args:
-        paged: leave the experts out. predictor: take the LM head's predictor too, where there is one.
+    Attributes:
+        context: positions of a session. head_threshold: the one to use, None where the head is computed whole.
+        grammars: where they were asked for.
     """
 
-    def __init__(
-        self, gguf: ModelFile, config: ModelConfig, engine: Engine, *, paged: bool = False, predictor: bool = False
-    ) -> None:
-        self.gguf = gguf
-        self.config = config
-        self.engine = engine
-        self.paged = paged
-        self.predictor = predictor and config.lm_head_predictor_size > 0
+    file: ModelFile
+    config: ModelConfig
+    context: int
+    head_threshold: float | None
+    engine: Engine
+    tokenizer: Tokenizer
+    grammars: Grammars | None
+    plan: Plan
 
-    def load(self) -> None:
-        """Fills the engine. Raises OutOfMemoryError, ModelFormatError for a predictor that is not made of numbers or a
-        file that was cut short meanwhile, OSError where it cannot be read."""
-        if self.predictor:
-            self._load_predictor(tensor_name("lm_head_profiler"))
-        embedding = tensor_name("token_embd")
-        number, data = self._matrix(embedding)
-        norm = self._floats(tensor_name("output_norm"))
-        if self.config.tied:
-            self.engine.weights.set_embedding(number, data)
-            self.engine.weights.set_head(norm)
-        else:
-            self.engine.weights.set_embedding_rows(number, data.file.fileno(), data.offset)
-            self.engine.weights.set_head(norm, *self._matrix(tensor_name("output")))
-        for layer in range(self.config.n_layers):
-            self._load_layer(layer)
-        if not self.config.tied:
-            self.gguf.expect_rows(embedding)
-            if self.paged:  # there is a budget to keep to
-                self.engine.forget_rows = partial(forget, self.gguf, embedding)  # which does not refer to the engine
 
-    def _load_predictor(self, name: str) -> None:
-        """A score that is not a number would silence its row for good, so each scale (or weight) is looked at."""
-        number, data = self._matrix(name)[0], self.gguf.data(name)
-        kind = self.gguf.tensors[name].type
-        if kind in ("Q4_0", "Q8_0"):
-            scales = data.reshape(-1, TYPES[kind].bytes)[:, :2]
-            exponents = np.ascontiguousarray(scales).view("<u2") & 0x7C00
-            broken = exponents == 0x7C00
-        elif kind == "F32":
-            broken = data.view("<u4") & 0x7F800000 == 0x7F800000
-        else:
-            largest = 0x7C00 if kind == "F16" else 0x7F80
-            broken = data.view("<u2") & largest == largest
-        if broken.any():
-            raise ModelFormatError("holds scales or weights that are not finite", path=self.gguf.path, field=name)
-        self.engine.weights.set_predictor(number, data)
+def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
+    """Opens a GGUF or packed file. Raises as SmallThinker() does; nothing is left open then."""
+    gguf = GGUFFile(path)
+    engine: Engine | None = None
+    try:
+        file = as_model(gguf)
+        config = ModelConfig.from_gguf(file)
+        context = min(DEFAULT_CONTEXT, config.context_length) if settings.context is None else settings.context
+        if not 1 <= context <= config.context_length:
+            raise ValueError(f"context must be in 1..{config.context_length}, the model's own")
+        threshold = _head_threshold(settings.head_threshold, config)
+        engine = _make_engine(config, settings, threshold is not None)
+        experts = Experts(file, config, settings) if isinstance(file, PackedFile) else None
 
-    def _load_layer(self, layer: int) -> None:
-        def name(role: str) -> str:
-            return tensor_name(role, layer)
+        def plan(memory: int | str | None) -> Plan:
+            slot_bytes = experts.size if experts else 0
+            predictor, count = threshold is not None, settings.thread_count
+            return make_plan(file, config, context, BATCH, memory, slot_bytes, settings.kv, predictor, count)
 
-        norms = self._floats(name("attn_norm")), self._floats(name("ffn_norm"))
-        router = self._floats(name("ffn_gate_inp"))
-        q, k, v = self._query_key_value(layer)
-        self.engine.weights.set_layer(layer, *norms, router, q, k, v, self._matrix(name("attn_output")))
-        if self.paged:
-            return
-        roles = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-        self.engine.weights.set_experts(layer, *(self._matrix(name(role)) for role in roles))
+        if experts and settings.memory is None:  # nothing to divide: they can be read while Python builds the tokenizer
+            experts.start_paging(engine, plan(None))
+        tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
+        grammars = Grammars(tokenizer) if settings.structured else None
+        made = plan(settings.memory)  # with all of Python's part in memory, so that it counts
+        if experts and experts.sums is not None:
+            experts.file.check_dense(experts.sums)
+        Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load()
+        if experts and settings.memory is not None:
+            experts.start_paging(engine, made)
+            file.forget()  # what was read until now is in the page cache, which a memory limit counts
+            drop_library_cache()
+        engine.keep_to(made.sessions, made.most_sessions, context, made.kv)
+        return OpenedModel(file, config, context, threshold, engine, tokenizer, grammars, made)
+    except BaseException:
+        gguf.close()
+        if engine is not None:
+            engine.close()
+        raise
 
-    def _matrix(self, name: str) -> tuple[int, StoredBytes]:
-        return TYPES[self.gguf.tensors[name].type].number, self.gguf.stored(name)
 
-    def _floats(self, name: str) -> np.ndarray:
-        """A norm or router, which ModelConfig has checked to be F32, as one flat array."""
-        return self.gguf.data(name).view(np.float32)
+def _head_threshold(given: float | str | None, config: ModelConfig) -> float | None:
+    """The threshold to use, None where the head is to be computed whole."""
+    threshold = config.lm_head_threshold if given == "auto" else given
+    if threshold is not None and (not isinstance(threshold, int | float) or math.isnan(threshold)):
+        raise ValueError(f'head_threshold must be a number, "auto" or None, not {given!r}')
+    return threshold if config.lm_head_predictor_size else None
 
-    def _query_key_value(self, layer: int) -> Sequence[Matrix]:
-        """q, k and v, cut out of the fused tensor where the file has that."""
-        fused = tensor_name("attn_qkv", layer)
-        if fused not in self.gguf.tensors:
-            return [self._matrix(tensor_name(role, layer)) for role in ("attn_q", "attn_k", "attn_v")]
-        number, data = self._matrix(fused)
-        config = self.config
-        row = data.size // self.gguf.tensors[fused].shape[1]
-        cuts = np.cumsum([config.n_heads, config.n_kv_heads, config.n_kv_heads]) * config.head_dim * row
-        starts = (0, cuts[0], cuts[1])
-        return [(number, data[a:b]) for a, b in zip(starts, cuts, strict=True)]
+
+def _make_engine(config: ModelConfig, settings: Settings, predictor: bool) -> Engine:
+    """An engine whose threads are on the CPUs that they should be on."""
+    automatic = settings.threads is None or settings.threads == "auto"
+    kernels = os.environ.get("SMALLTHINKER_CPU") or None
+    usable = cpus.big_cpus() if automatic else cpus.allowed_cpus()
+    with cpus.started_on(usable):
+        places = cpus.places(settings.thread_count, usable) if settings.pin else None
+        return Engine(config, settings.thread_count, kernels, BATCH, cpus=places, predictor=predictor)
+
+
+class Experts:
+    """The experts of a packed file, which stay there until they are needed."""
+
+    def __init__(self, file: PackedFile, config: ModelConfig, settings: Settings) -> None:
+        self.file, self.config = file, config
+        self.offsets, self.size = file.experts(config)
+        self.sums: npt.NDArray[np.uint32] | None = file.checksums(config) if settings.verify else None
+        self.profile = settings.profile
+
+    def start_paging(self, engine: Engine, plan: Plan) -> None:
+        """Has the engine take them from the file, and reads those ahead that will be needed first."""
+        layers = (expert_infos(self.file, layer) for layer in range(self.config.n_layers))
+        types = [(TYPES[g.type].number, TYPES[u.type].number, TYPES[d.type].number) for g, u, d in layers]
+        free = plan.limit is None  # then the page cache may help
+        paging = ExpertPaging(
+            self.config,
+            self.file.path,
+            self.offsets,
+            self.size,
+            plan.slots,
+            sessions=None if free else plan.sessions,
+            # The rows of an untied embedding come through the page cache, which grows by what the system reads around
+            # them: with 8 GiB for the 21B the memory of an empty KV cache was needed for that.
+            lend=self.config.tied,
+            sums=None if self.sums is None else self.sums[-len(self.offsets) :],
+            cached=free,
+        )
+        engine.page_experts(paging, types)
+        absent = self.file.absent(self.config)
+        for layer in np.flatnonzero(absent.any(1)).tolist():
+            engine.weights.set_absent(layer, absent[layer])
+        path = profile_path(self.file.path) if self.profile is None else self.profile
+        uses = load_profile(path, len(self.offsets)) if self.profile is not None or os.path.isfile(path) else None
+        every = free and plan.slots >= (~absent).sum() and plan.total < available_memory()
+        if uses is not None or every:
+            warm_up(paging, np.zeros(len(self.offsets)) if uses is None else uses, every, absent.ravel())
+
+
+def plan_memory(
+    path: str | os.PathLike[str],
+    memory: int | str | None = None,
+    context: int = DEFAULT_CONTEXT,
+    kv: str = "f16",
+    *,
+    packed: bool = False,
+) -> Plan:
+    """How SmallThinker(path, memory, context=context, kv=kv) would divide its memory; loads no weights.
+
+    packed: of a GGUF, how the packed file made of it would.
+
+    Raises as SmallThinker() does.
+    """
+    with GGUFFile(path) as gguf:
+        file = as_model(gguf)
+        config = ModelConfig.from_gguf(file)
+        tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
+        slot_bytes = blob_bytes(gguf, config) if packed and not isinstance(file, PackedFile) else 0
+        if isinstance(file, PackedFile):
+            slot_bytes = file.experts(config)[1]
+        positions = min(context, config.context_length)
+        plan = make_plan(file, config, positions, BATCH, memory, slot_bytes, kv, threads=cpus.auto_threads())
+        del tokenizer  # it was built so that its memory counts
+        return plan

@@ -1,6 +1,6 @@
 """What a model needs of memory, before anything is allocated.
 
-Called by model.py, with the user's `memory=` and for `smallthinker-edge plan`. It allocates nothing.
+Called by opening.py, with the user's `memory=` and for `smallthinker-edge plan`. It allocates nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The engine: owns the weights, buffers, paging and thread team of one model, and hands them over to the forward pass.
 
-Made by model.py, filled by opening.py, run by session.py. It never opens files and never sees text. One Engine serves
+Made by opening.py, filled by loading.py, run by session.py. It never opens files and never sees text. One Engine serves
 one decode at a time: session.py takes a turn (locks.pyx) for each. A KVCache belongs to one session.
 """
 cimport cython

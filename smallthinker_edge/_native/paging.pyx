@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Experts that live in a packed file: slots, the pager over them, and what it counts.
 
-Made by model.py, used by engine.pyx and session_memory.pyx; hot_experts.py saves and restores the counts of uses.
+Made by opening.py, used by engine.pyx and session_memory.pyx; hot_experts.py saves and restores the counts of uses.
 """
 cimport cython
 from libc.errno cimport ENOMEM, errno

@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The weights of one model in the kernels' layouts. Filled by opening.py, read by the forward pass."""
+"""The weights of one model in the kernels' layouts. Filled by loading.py, read by the forward pass."""
 cimport cython
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free

@@ -220,7 +220,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.cli.hub import plan_remote
-    from smallthinker_edge.model import plan_memory
+    from smallthinker_edge.opening import plan_memory
 
     if arguments.file.startswith("hf:"):
         return plan_remote(arguments)

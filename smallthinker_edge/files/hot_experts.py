@@ -1,6 +1,7 @@
 """Which experts a packed model uses most, kept beside it (`model.stpk.hot`) so that the next start reads them first.
 
-Called by model.py. A profile changes what is in memory at the start, never a result; a damaged one is ignored.
+Called by opening.py and model.py. A profile changes what is in memory at the start, never a result; a damaged one is
+ignored.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The packed model file (.stpk): a GGUF container whose experts are laid out for reading one at a time.
 
-Called by model.py to open one and by `smallthinker-edge verify`; pack.py writes them. It is a valid GGUF: the
+Called by opening.py to open one and by `smallthinker-edge verify`; pack.py writes them. It is a valid GGUF: the
 source's own metadata entries, copied as they are; its dense tensors, unchanged; and per layer one tensor
 `blk.N.experts.weight`, F32 in name only, of one 4096-aligned blob per expert (gate, up, down in the kernels' order:
 see expert.h). Keys `stpk.*` hold the layout's name, the source's tensor table and checksums. So one reader and one set

@@ -1,6 +1,6 @@
 """Which CPUs compute: affinity, cgroup quota, and the big cores of a big.LITTLE chip.
 
-Called by model.py (`threads=`), doctor.py and measure/bench.py. It reads /proc and /sys only; `root` is there for the
+Called by opening.py (`threads=`), doctor.py and measure/bench.py. It reads /proc and /sys only; `root` is there for the
 tests.
 """
 

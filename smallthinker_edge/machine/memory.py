@@ -1,6 +1,6 @@
 """Memory of this process and this machine: what is used, what may be used, sizes as people write them.
 
-Called by plan.py, model.py and the command line. It reads /proc and asks psutil; it allocates nothing.
+Called by plan.py, opening.py, model.py and the command line. It reads /proc and asks psutil; it allocates nothing.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ from smallthinker_edge.measure.losses import (
     first_counted,
     losses,
 )
-from smallthinker_edge.model import DEFAULT_CONTEXT, SmallThinker, plan_memory
+from smallthinker_edge.model import SmallThinker
+from smallthinker_edge.opening import DEFAULT_CONTEXT, plan_memory
 
 logger = logging.getLogger(__name__)
 

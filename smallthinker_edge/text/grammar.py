@@ -1,6 +1,7 @@
 """Grammars over a vocabulary, through llguidance: which tokens may come next, and which must.
 
-Made by model.py once per model; a Grammar serves one generation, as its `constraint`. Knows nothing of requests.
+Made by opening.py or model.py, once per model; a Grammar serves one generation, as its `constraint`. Knows nothing of
+requests.
 """
 
 from __future__ import annotations

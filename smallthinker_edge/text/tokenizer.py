@@ -1,6 +1,6 @@
 """Text to token ids and back, from the vocabulary and merges in the GGUF file, through the `tokenizers` library.
 
-Called by model.py and chat.py. Text is taken as it is: no Unicode normalisation, so that any bytes survive the
+Called by opening.py, model.py and chat.py. Text is taken as it is: no Unicode normalisation, so any bytes survive the
 round trip. llama.cpp does the same; Hugging Face's Qwen2 tokenizer normalises to NFC, so text that is not in NFC
 gets other ids there. This room never reads files.
 """

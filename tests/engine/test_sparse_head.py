@@ -20,8 +20,8 @@ from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.generation.speculation import BatchCosts
-from smallthinker_edge.model import plan_memory
-from smallthinker_edge.opening import Loader
+from smallthinker_edge.loading import Loader
+from smallthinker_edge.opening import plan_memory
 from smallthinker_edge.session import Session
 
 INNER = 64

@@ -70,18 +70,18 @@ def test_unpacking_gives_the_source_back(tmp_path: Path, options: dict[str, Any]
 def set_slots(monkeypatch: pytest.MonkeyPatch, slots: int, **paging: Any) -> None:
     """Opens packed files with that many slots, and other options of ExpertPaging where given."""
     monkeypatch.setattr(
-        "smallthinker_edge.model.make_plan", lambda *a, **options: replace(make_plan(*a, **options), slots=slots)
+        "smallthinker_edge.opening.make_plan", lambda *a, **options: replace(make_plan(*a, **options), slots=slots)
     )
 
     def with_options(*arguments: Any, **options: Any) -> ExpertPaging:
         return ExpertPaging(*arguments, **options | {"sessions": None} | paging)
 
-    monkeypatch.setattr("smallthinker_edge.model.ExpertPaging", with_options)
+    monkeypatch.setattr("smallthinker_edge.opening.ExpertPaging", with_options)
 
 
 def read_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps experts from being read at the opening, as they are where all have room."""
-    monkeypatch.setattr("smallthinker_edge.model.warm_up", lambda *_: None)
+    monkeypatch.setattr("smallthinker_edge.opening.warm_up", lambda *_: None)
 
 
 def test_files_of_an_earlier_layout_are_refused(tmp_path: Path, stpk: str) -> None:

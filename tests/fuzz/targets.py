@@ -22,7 +22,7 @@ from smallthinker_edge.files.convert import convert
 from smallthinker_edge.files.hot_experts import load_profile
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.files.packed import verify
-from smallthinker_edge.model import plan_memory
+from smallthinker_edge.opening import plan_memory
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FINDINGS = FIXTURES / "fuzz"  # a folder a target

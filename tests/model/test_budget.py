@@ -37,7 +37,7 @@ def opened(path: str, monkeypatch: pytest.MonkeyPatch, spare: int, **options: An
         limit = plan.fixed + plan.least_slots * plan.slot_bytes + spare
         return replace(plan, limit=limit, slots=plan.least_slots + (spare // plan.slot_bytes if plan.slot_bytes else 0))
 
-    monkeypatch.setattr("smallthinker_edge.model.make_plan", planned)
+    monkeypatch.setattr("smallthinker_edge.opening.make_plan", planned)
     with SmallThinker(path, memory="64GiB", context=1024, **options) as model:
         yield model
 
@@ -138,7 +138,7 @@ def test_an_idle_session_makes_room(stpk: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_longer_context_counts_the_buffers_it_needs(stpk: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smallthinker_edge.model.DEFAULT_CONTEXT", 256)
+    monkeypatch.setattr("smallthinker_edge.opening.DEFAULT_CONTEXT", 256)
     with opened(stpk, monkeypatch, 64 << 20) as model:
         with model.session(256) as session:
             session.decode([1])

@@ -32,7 +32,7 @@ from small_model import SHAPE
 from smallthinker_edge import OutOfMemoryError, SmallThinker, SmallThinkerError
 from smallthinker_edge.files.convert import convert
 from smallthinker_edge.files.pack import pack, unpack
-from smallthinker_edge.model import plan_memory
+from smallthinker_edge.opening import plan_memory
 
 KINDS = ("OPEN", "DIRECT", "READ", "WRITE", "RESERVE", "TRUNCATE", "SYNC", "RENAME", "ALLOC", "MAP", "THREAD")
 # By name, the kinds that it must have met.

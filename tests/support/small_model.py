@@ -10,7 +10,7 @@ from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile
-from smallthinker_edge.opening import Loader
+from smallthinker_edge.loading import Loader
 from smallthinker_edge.session import Session
 
 SHAPE: dict[str, Any] = {

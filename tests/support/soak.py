@@ -21,7 +21,7 @@ from typing import Any
 
 from smallthinker_edge import ContextFull, MemoryBudgetError, Session, SmallThinker
 from smallthinker_edge.machine.memory import parse_memory, process_memory
-from smallthinker_edge.model import plan_memory
+from smallthinker_edge.opening import plan_memory
 
 SESSIONS = 3  # open at once, besides the one that generate() keeps
 PLACES = 20  # where memory and logits are looked at
