@@ -9,12 +9,14 @@ import os
 import platform
 import re
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CORE = sorted(glob("src/*/*.c"))  # kernels of instruction sets lie a folder deeper
 X86 = {
@@ -31,19 +33,24 @@ ARM64 = {
     "src/kernels/arm/i8mm.c": ["-march=armv8.2-a+dotprod+i8mm"],
 }
 KERNEL_FLAGS = {**X86, **ARM64}
+# Those that GCC before 11 (or 8, 10) does not know: the build goes on without such a table (src/system/cpu.c).
+OPTIONAL = ("src/kernels/x86/avx512vnni.c", "src/kernels/x86/avxvnni.c", "src/kernels/arm/i8mm.c")
 # One binary for every later Python (3.11 and up: the first stable ABI with the buffer protocol); see docs/arm.md.
 ABI3 = os.environ.get("SMALLTHINKER_ABI3") == "1"
 # -ffp-contract=off: the plain-C kernels are the definition, so the compiler must not fuse their roundings.
 FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
+FLAGS += ["-D_FILE_OFFSET_BITS=64"]  # models beyond 2 GiB on 32-bit systems
+
+
+TARGET = os.environ.get("_PYTHON_HOST_PLATFORM") or platform.machine()  # which cross builds set
 
 
 def kernel_sources() -> list[str]:
-    """The kernels of the target (not of the building machine: cross builds set _PYTHON_HOST_PLATFORM)."""
-    target = os.environ.get("_PYTHON_HOST_PLATFORM") or platform.machine()
-    if re.search(r"x86_64|amd64", target, re.IGNORECASE):
+    """The kernels of the target, not of the building machine."""
+    if re.search(r"x86_64|amd64", TARGET, re.IGNORECASE):
         return list(X86)
     # A 32-bit Python on a 64-bit kernel is told by its pointers.
-    if re.search(r"aarch64|arm64", target, re.IGNORECASE) and (target != platform.machine() or sys.maxsize > 2**32):
+    if re.search(r"aarch64|arm64", TARGET, re.IGNORECASE) and (platform.machine() != TARGET or sys.maxsize > 2**32):
         return list(ARM64)
     return []
 
@@ -69,6 +76,12 @@ class BuildExt(build_ext):
             self.build_temp += "-abi3"
 
     def build_extension(self, ext: Extension) -> None:
+        for source in [source for source in OPTIONAL if source in ext.sources]:
+            if not self.compiles_with(KERNEL_FLAGS[source]):
+                name = os.path.splitext(os.path.basename(source))[0]
+                self.warn(f"this compiler has no {' '.join(KERNEL_FLAGS[source])}: the kernel table {name} is left out")
+                ext.sources.remove(source)
+                ext.define_macros.append((f"ST_WITHOUT_{name.upper()}", None))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: self.compile_source(source, ext), ext.sources))
         self.compiler.link_shared_object(
@@ -78,6 +91,18 @@ class BuildExt(build_ext):
             build_temp=self.build_temp,
             target_lang="c",
         )
+
+    def compiles_with(self, flags: list[str]) -> bool:
+        """Whether the compiler knows the flags."""
+        with tempfile.TemporaryDirectory() as folder:
+            probe = os.path.join(folder, "probe.c")
+            with open(probe, "w") as file:
+                file.write("int probe;\n")
+            try:
+                self.compiler.compile([probe], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
 
     def compile_source(self, source: str, ext: Extension) -> str:
         """The object of a source, made anew where that, a header or this file has changed."""
@@ -112,7 +137,8 @@ setup(
             include_dirs=["include"],
             depends=["setup.py", *glob("include/*/*.h"), *glob("src/**/*.h", recursive=True)],
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread", "-lm"],
+            # ARM before version 7 has no atomic operations on 64 bits.
+            extra_link_args=["-pthread", "-lm", *(["-latomic"] if "armv6" in TARGET else [])],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if ABI3 else [],
             py_limited_api=ABI3,
         )

@@ -33,9 +33,9 @@ static int has_avx2(void) {
            cpuid_has(7, 0, EBX, 1u << 5);
 }
 
-static int has_avxvnni(void) { return has_avx2() && cpuid_has(7, 1, EAX, 1u << 4); }
+static inline int has_avxvnni(void) { return has_avx2() && cpuid_has(7, 1, EAX, 1u << 4); }
 
-static int has_avx512vnni(void) {
+static inline int has_avx512vnni(void) {
     return has_avx2() && system_saves(0xe6) &&
            cpuid_has(7, 0, EBX, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && /* F, DQ, BW, VL */
            cpuid_has(7, 0, ECX, 1u << 11);
@@ -46,8 +46,8 @@ static int has_avx512vnni(void) {
 #include <sys/auxv.h>
 
 /* Bits of the kernel's interface (asm/hwcap.h), which older headers lack. */
-static int has_dotprod(void) { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }
-static int has_i8mm(void) { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }
+static inline int has_dotprod(void) { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }
+static inline int has_i8mm(void) { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 
@@ -56,28 +56,37 @@ static int feature(const char *name) {
     size_t size = sizeof value;
     return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value != 0;
 }
-static int has_dotprod(void) { return feature("hw.optional.arm.FEAT_DotProd"); }
-static int has_i8mm(void) { return has_dotprod() && feature("hw.optional.arm.FEAT_I8MM"); }
+static inline int has_dotprod(void) { return feature("hw.optional.arm.FEAT_DotProd"); }
+static inline int has_i8mm(void) { return has_dotprod() && feature("hw.optional.arm.FEAT_I8MM"); }
 #elif defined(__aarch64__)
-static int has_dotprod(void) { return 0; }
-static int has_i8mm(void) { return 0; }
+static inline int has_dotprod(void) { return 0; }
+static inline int has_i8mm(void) { return 0; }
 #endif
 
 static int always(void) { return 1; }
 
+/* Tables for instructions that older compilers do not know: setup.py says which it has to leave out. */
+#if defined(ST_WITHOUT_AVX512VNNI)
+#define AVX512VNNI(X)
+#else
+#define AVX512VNNI(X) X(avx512vnni, avx2, has_avx512vnni)
+#endif
+#if defined(ST_WITHOUT_AVXVNNI)
+#define AVXVNNI(X)
+#else
+#define AVXVNNI(X) X(avxvnni, avx2, has_avxvnni)
+#endif
+#if defined(ST_WITHOUT_I8MM)
+#define I8MM(X)
+#else
+#define I8MM(X) X(i8mm, dotprod, has_i8mm)
+#endif
+
 /* The tables, best first: X(name, the table that it begins as, whether this CPU can run it). */
 #if defined(__x86_64__)
-#define TABLES(X)                                                                                                      \
-    X(avx512vnni, avx2, has_avx512vnni)                                                                                \
-    X(avxvnni, avx2, has_avxvnni)                                                                                      \
-    X(avx2, ref, has_avx2)                                                                                             \
-    X(ref, NONE, always)
+#define TABLES(X) AVX512VNNI(X) AVXVNNI(X) X(avx2, ref, has_avx2) X(ref, NONE, always)
 #elif defined(__aarch64__)
-#define TABLES(X)                                                                                                      \
-    X(i8mm, dotprod, has_i8mm)                                                                                         \
-    X(dotprod, neon, has_dotprod)                                                                                      \
-    X(neon, ref, always)                                                                                               \
-    X(ref, NONE, always)
+#define TABLES(X) I8MM(X) X(dotprod, neon, has_dotprod) X(neon, ref, always) X(ref, NONE, always)
 #else
 #define TABLES(X) X(ref, NONE, always)
 #endif

@@ -13,7 +13,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define ST_PAUSE() _mm_pause()
-#elif defined(__aarch64__) || defined(__arm__)
+#elif defined(__aarch64__) || (defined(__ARM_ARCH) && __ARM_ARCH >= 7)
 #define ST_PAUSE() __asm__ __volatile__("yield" ::: "memory")
 #else
 #define ST_PAUSE() ((void)0)
