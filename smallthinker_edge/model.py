@@ -189,7 +189,8 @@ class SmallThinker(CompletionCalls):
 
         Args:
             context: positions (default: the model's `context`). kv: type of its KV cache, "f16", "q8_0" or "q8_0-all"
-                (default: the model's). The memory plan counts one session with the defaults.
+                (default: the model's). The memory plan sets one session with the defaults aside; what
+                others take counts in the budget too, and expert slots make room.
 
         Raises ValueError for a context or type that the model does not have.
         """
