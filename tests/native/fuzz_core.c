@@ -42,7 +42,7 @@ static void expert(input *in) {
     st_expert e;
     if (st_expert_init(&e, d, f, gate, up, down, transposed, take(in) % 2) < 0)
         return;
-    CHECK(e.up_at >= e.rows[0] && e.down_at >= e.up_at + e.rows[1] && e.bytes >= e.down_at + e.rows[2]);
+    CHECK(e.up_at >= e.rows[0] && e.down_at >= e.rows[0] && e.bytes >= e.rows[0] + e.rows[1] + e.rows[2]);
     uint8_t *source[3], *back[3], *blob = malloc(e.bytes);
     CHECK(blob);
     for (int i = 0; i < 3; i++) {
