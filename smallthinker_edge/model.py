@@ -473,4 +473,4 @@ def stall_share(decode: float, stall: float, disk: float, threads: int, tail: fl
     if decode <= 0:
         return 0.0
     computing = decode - stall / threads
-    return max(0.0, 1 - (max(computing - tail, disk) + tail) / decode)
+    return max(0.0, 1 - max(computing, disk + tail) / decode)
