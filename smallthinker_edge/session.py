@@ -227,8 +227,7 @@ class Session:
                 raise ContextFull(
                     f"{ids.size} tokens at position {cache.position} do not fit a context of {cache.context}"
                 )
-            with self._turns.wait(cancel):
-                logits = new_logits(self._engine.memory, rows, self._vocab_size)
+            logits: npt.NDArray[np.float32] | None = None
             start = 0
             while start < ids.size:
                 if cancel is not None and cancel.is_set():
@@ -236,9 +235,11 @@ class Session:
                 chunk = ids[start : start + cache.room()]
                 last = start + chunk.size == ids.size
                 each = rows == ids.size
-                out = logits[start : start + chunk.size] if each else logits if rows and last else None
                 try:
                     with self._turns.wait(cancel):
+                        if logits is None:
+                            logits = new_logits(self._engine.memory, rows, self._vocab_size)
+                        out = logits[start : start + chunk.size] if each else logits if rows and last else None
                         self._engine.decode(cache, chunk, out, head_threshold, cancel)
                         if states is not None:
                             self._engine.final_states(states[start : start + chunk.size])
@@ -246,6 +247,7 @@ class Session:
                     cancelled.done = start
                     raise
                 start += chunk.size
+            assert logits is not None  # there is a token
             return logits
 
     def _holder(self, position: int) -> KVCache | None:

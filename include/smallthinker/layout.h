@@ -84,6 +84,9 @@ typedef struct st_fired {
     int32_t quads; /* used entries / 4, rounded up */
 } st_fired;
 
+/* Tiles that `rows` rows take. */
+static inline int64_t st_tiles(int64_t rows) { return (rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS; }
+
 /* Bytes of a matrix in Tile16; 0 where the type has none (types.h) or the shape does not fit. */
 size_t st_tile16_bytes(int type, int64_t rows, int64_t cols);
 /* Bytes of one neuron's line of Down, and of what is between two groups' scales, or transposed two neurons'; 0

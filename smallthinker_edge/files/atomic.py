@@ -92,11 +92,11 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[PartialFile]:
     _sync_folder(folder)
 
 
-def forget(descriptor: int) -> None:
-    """Takes a file's pages that are on disk out of the system's cache; a hint."""
+def forget(descriptor: int, offset: int = 0, size: int = 0) -> None:
+    """Takes pages that are on disk out of the system's cache: `size` bytes of a file, 0 for all that follow; a hint."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _mode(target: str) -> int | None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.gguf_reader import Part
 from smallthinker_edge._native.source import SourceFile
 from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.files.atomic import forget
 
 MoreTypes = dict[int, tuple[str, int, int]]
 SLICE = 1 << 20  # bytes of one read
@@ -225,16 +226,13 @@ class GGUFFile:
     def forget(self, name: str | None = None) -> None:
         """Takes the pages of tensor `name`, or of all files, out of the system's cache, which counts towards a memory
         limit; a hint. Raises KeyError for a name that is not in `tensors`, ValueError after close()."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         if name is None:
             places = [(file, 0, 0) for file in self._files]
         else:
             info = self.tensors[name]
             places = [(self._files[info.part], info.offset, info.nbytes)]
         for file, offset, size in places:
-            with suppress(OSError):
-                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
+            forget(file.fileno(), offset, size)
 
     def expect_rows(self, name: str) -> None:
         """Tells the system that from now on single rows of tensor `name` will be read here and there, so that it reads

@@ -28,7 +28,13 @@ static void make_sparse(st_expert *e) {
 
 int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack) {
     size_t in = st_row_bytes(gate, d), out = transposed ? st_row_bytes(down, d) : st_row_bytes(down, f);
-    *e = (st_expert){.d = d, .f = f, .gate = gate, .up = up, .down = down, .transposed = transposed};
+    *e = (st_expert){.d = d,
+                     .f = f,
+                     .gate = gate,
+                     .up = up,
+                     .down = down,
+                     .transposed = transposed,
+                     .tiled = {st_tiled(gate), st_tiled(up), st_tiled(down)}};
     if (f <= 0 || !in || !st_row_bytes(up, d) || !out)
         return -1;
     e->rows[0] = in * (size_t)f;
@@ -37,17 +43,12 @@ int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int dow
     e->up_at = e->rows[0];
     e->down_at = e->up_at + e->rows[1];
     e->bytes = e->down_at + e->rows[2];
-    for (int i = 0; i < 3; i++)
-        e->tiled[i] = st_tiled(i == 0 ? gate : i == 1 ? up : down);
     if (pack && gate == up && up == down && st_sparse(gate) && f % ST_BLOCK == 0)
         make_sparse(e);
     else if (pack && !transposed && e->tiled[0] >= 0 && e->tiled[1] >= 0 && e->tiled[2] >= 0)
         make_tiles(e);
     return 0;
 }
-
-/* Tiles that `rows` rows take. */
-static int64_t tiles(int64_t rows) { return (rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS; }
 
 void st_expert_pack(const st_expert *e, const uint8_t *gate, const uint8_t *up, const uint8_t *down, uint8_t *blob) {
     uint8_t *up_to = blob + e->up_at, *down_to = blob + e->down_at;
@@ -57,10 +58,10 @@ void st_expert_pack(const st_expert *e, const uint8_t *gate, const uint8_t *up, 
         memcpy(down_to, down, e->rows[2]);
         return;
     }
-    st_pack_tile16(e->gate, gate, e->f, e->d, blob, 0, tiles(e->f));
+    st_pack_tile16(e->gate, gate, e->f, e->d, blob, 0, st_tiles(e->f));
     if (e->layout == ST_EXPERT_TILES) {
-        st_pack_tile16(e->up, up, e->f, e->d, up_to, 0, tiles(e->f));
-        st_pack_tile16(e->down, down, e->d, e->f, down_to, 0, tiles(e->d));
+        st_pack_tile16(e->up, up, e->f, e->d, up_to, 0, st_tiles(e->f));
+        st_pack_tile16(e->down, down, e->d, e->f, down_to, 0, st_tiles(e->d));
     } else {
         st_down_view view = st_expert_down(e, blob);
         size_t used = st_row_bytes(e->up, e->d) + e->up_at - e->down_at;

@@ -168,13 +168,10 @@ union block {
     ST_TYPES(BLOCK_MEMBER)
 };
 
-/* Tiles that `rows` rows take. */
-static int64_t tiles(int64_t rows) { return (rows + ST_TILE_ROWS - 1) / ST_TILE_ROWS; }
-
 size_t st_tile16_bytes(int type, int64_t rows, int64_t cols) {
     if (rows <= 0 || st_tiled(type) < 0)
         return 0;
-    return (size_t)tiles(rows) * ST_TILE_ROWS * st_row_bytes(type, cols);
+    return (size_t)st_tiles(rows) * ST_TILE_ROWS * st_row_bytes(type, cols);
 }
 
 void st_pack_tile16(int type, const uint8_t *src, int64_t rows, int64_t cols, uint8_t *dst, int64_t t0, int64_t t1) {
