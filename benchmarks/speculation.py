@@ -21,7 +21,7 @@ from report import publish
 from tokenizers import ByteLevelBPETokenizer
 
 from smallthinker_edge import SmallThinker, Timings
-from smallthinker_edge.cli.demo import SENTENCES, load_commands
+from smallthinker_edge.cli.demo import SENTENCES, load_sentences
 from smallthinker_edge.measure.limits import OtherProcesses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def warm_up(model: SmallThinker) -> None:
 
 
 def commands(model: SmallThinker) -> Callable[[int], list[Timings]]:
-    chats = [[{"role": "user", "content": entry.command}] for entry in load_commands(SENTENCES)]
+    chats = [[{"role": "user", "content": entry.sentence}] for entry in load_sentences(SENTENCES)]
     return lambda speculate: [model.chat(chat, speculate=speculate).timings for chat in chats]
 
 

@@ -1,4 +1,4 @@
-"""`demo`: home commands that the embedded model was not trained on, each with the JSON it makes of them.
+"""`demo`: sentences that people said, each with the commands that the embedded model makes of them.
 
 It works the same with output to a file. Shows, and judges nothing else.
 """
@@ -9,113 +9,82 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from smallthinker_edge.cli.arguments import OK, Command, positive_int, show_text
-from smallthinker_edge.errors import ContextFull
-from smallthinker_edge.generation.stream import GenerationResult
-from smallthinker_edge.model import SmallThinker
+from smallthinker_edge.home.understand import Command as HomeCommand
+from smallthinker_edge.home.understand import HomeModel, open_home_model
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-MODEL = DATA / "demo.gguf"
-SENTENCES = DATA / "demo_commands.json"
-# The longest answers of the demo's grammar, several commands in one sentence, have about half as many tokens.
-MAX_TOKENS = 256
+SENTENCES = Path(__file__).resolve().parents[1] / "data" / "demo_commands.json"
 
 
 @dataclass(frozen=True)
-class DemoCommand:
-    """A sentence that was held out from training, and the JSON value that is right for it."""
+class DemoSentence:
+    """A sentence, and the commands that are right for it."""
 
-    command: str
-    expected: Any
+    sentence: str
+    expected: list[HomeCommand]
 
 
-def load_commands(path: Path) -> list[DemoCommand]:
+def load_sentences(path: Path) -> list[DemoSentence]:
     """The sentences that the demo shows. Raises OSError where the file cannot be read."""
     entries = json.loads(path.read_text(encoding="utf-8"))
-    return [DemoCommand(entry["command"], entry["expected"]) for entry in entries]
-
-
-def answer(model: SmallThinker, command: str) -> GenerationResult:
-    """The model's JSON for one command, greedy."""
-    return model.chat([{"role": "user", "content": command}], max_tokens=MAX_TOKENS)
-
-
-def parse(text: str) -> tuple[bool, Any]:
-    """(whether the text is JSON, its value)."""
-    try:
-        return True, json.loads(text)
-    except ValueError:
-        return False, None
-
-
-def verdict(text: str, expected: Any) -> str:
-    """What the demo says about an answer."""
-    valid, value = parse(text)
-    if not valid:
-        return "not JSON"
-    if value == expected:
-        return "valid JSON, right"
-    return "valid JSON, but expected " + json.dumps(expected, separators=(",", ":"), ensure_ascii=False)
+    return [DemoSentence(entry["sentence"], entry["expected"]) for entry in entries]
 
 
 def run_demo(*, interactive: bool = False, threads: int | None = None) -> None:
-    """Shows the held-out commands, then speed and memory; with `interactive`, reads more from the user.
+    """Shows the sentences, then speed and memory; with `interactive`, reads more from the user.
 
-    Raises FileNotFoundError where this installation lacks the embedded model or its commands.
+    Raises FileNotFoundError where this installation lacks the embedded model or its sentences.
     """
-    for path in (MODEL, SENTENCES):
-        if not path.is_file():
-            raise FileNotFoundError(f"the embedded demo model is not part of this installation ({path} is missing)")
-    commands = load_commands(SENTENCES)
-    with SmallThinker(MODEL, threads=threads) as model:
+    if not SENTENCES.is_file():
+        raise FileNotFoundError(f"the demo's sentences are not part of this installation ({SENTENCES} is missing)")
+    sentences = load_sentences(SENTENCES)
+    with open_home_model(threads=threads) as model:
         config = model.config
         print(
             f"Embedded model: {config.n_layers} layers, {config.n_experts} experts each, "
-            f"{config.n_experts_used} a token, {MODEL.stat().st_size / 1e6:.1f} MB. "
-            "None of these sentences was in its training data.\n"
+            f"{config.n_experts_used} a token. Right and wrong are marked.\n"
         )
-        results = [show_command(model, command) for command in commands]
-        print_summary(model, commands, results)
+        home_model = HomeModel(model)
+        start = time.perf_counter()
+        right = sum(show_sentence(home_model, sentence) for sentence in sentences)
+        seconds = time.perf_counter() - start
+        print(
+            f"{right} of {len(sentences)} right; {1000 * seconds / len(sentences):.0f} ms a sentence, "
+            f"{psutil.Process().memory_info().rss / 2**20:.0f} MiB resident"
+        )
         if interactive:
-            converse(model)
-    print(f"\nA real SmallThinker model: {program()} chat -m SmallThinker-4B-A0.6B.gguf")
+            converse(home_model)
+    if not interactive:
+        print(f"\nSentences of your own: {program()} demo --interactive")
+    print(f"A real SmallThinker model: {program()} chat -m SmallThinker-4B-A0.6B.gguf")
 
 
-def show_command(model: SmallThinker, command: DemoCommand) -> GenerationResult:
-    result = answer(model, command.command)
-    print(f"> {command.command}\n  ", end="")
-    show_text(result.text)
-    print(f"\n  ({verdict(result.text, command.expected)})\n", flush=True)
-    return result
+def show_sentence(home_model: HomeModel, sentence: DemoSentence) -> bool:
+    """Prints a sentence with its commands; whether they are right."""
+    commands = home_model.understand(sentence.sentence)
+    right = commands == sentence.expected
+    print(f"> {sentence.sentence}\n  ", end="")
+    show_text(written(commands))
+    print("\n  (right)\n" if right else f"\n  (wrong: {written(sentence.expected)})\n", flush=True)
+    return right
 
 
-def print_summary(model: SmallThinker, commands: list[DemoCommand], results: list[GenerationResult]) -> None:
-    right = sum(
-        parse(result.text) == (True, command.expected) for command, result in zip(commands, results, strict=True)
-    )
-    valid = sum(parse(result.text)[0] for result in results)
-    prompt_tokens = sum(result.timings.prompt_tokens for result in results)
-    prompt_seconds = sum(result.timings.prompt_seconds for result in results)
-    decode_tokens = sum(result.timings.decode_tokens for result in results)
-    decode_seconds = sum(result.timings.decode_seconds for result in results)
-    print(f"{len(results)} commands: {valid} valid JSON, {right} right")
-    print(
-        f"{decode_tokens / max(decode_seconds, 1e-9):.0f} tokens/s decode, "
-        f"{prompt_tokens / max(prompt_seconds, 1e-9):.0f} tokens/s prompt, "
-        f"{psutil.Process().memory_info().rss / 2**20:.0f} MiB resident"
-    )
+def written(commands: list[HomeCommand]) -> str:
+    """Commands as JSON, one alone without its list."""
+    return json.dumps(commands[0] if len(commands) == 1 else commands, ensure_ascii=False)
 
 
-def converse(model: SmallThinker) -> None:
-    """Answers lines from stdin until it ends."""
+def converse(home_model: HomeModel) -> None:
+    """Answers lines from stdin until it ends; what was understood last is known to the next line."""
     print("\nType a command; an empty line or Ctrl-D ends.")
     prompt = "> " if sys.stdin.isatty() else ""
+    previous: list[HomeCommand] = []
     while True:
         try:
             line = input(prompt).strip()
@@ -123,14 +92,10 @@ def converse(model: SmallThinker) -> None:
             return
         if not line:
             return
-        try:
-            text = answer(model, line).text
-        except ContextFull as error:
-            print(f"  {error}")
-            continue
+        previous = home_model.understand(line, previous)
         print("  ", end="")
-        show_text(text)
-        print("" if parse(text)[0] else "\n  (not JSON)", flush=True)
+        show_text(written(previous))
+        print(flush=True)
 
 
 def program() -> str:

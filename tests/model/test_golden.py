@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
-import demo_grammar
+import annotated
 import numpy as np
 import pytest
 from reference import Reference
@@ -18,6 +19,14 @@ from smallthinker_edge.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 DEMO = Path(__file__).parents[2] / "smallthinker_edge" / "data" / "demo.gguf"
+
+
+def chats(count: int) -> list[str]:
+    """Conversations with the embedded model, with their right answers."""
+    drawn = random.Random(5).sample(annotated.own_sentences(), count)
+    return [
+        f"<|im_start|>user\n{one.text}<|im_end|>\n<|im_start|>assistant\n{one.answer}<|im_end|>" for one in drawn
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("table", kernels.tables())
@@ -44,10 +53,9 @@ def test_the_demo_model_agrees_with_the_reference(table: str) -> None:
     # 30 sentences: a near-tie of a router, about one in a hundred positions, then weighs what it weighs in use.
     reference = Reference.from_gguf(DEMO)
     agree, kls = [], []
-    for sentence, answer in demo_grammar.held_out_set(30, seed=5):
-        ids = np.array(
-            Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata).encode(demo_grammar.chat(sentence, answer))
-        )
+    tokenizer = Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata)
+    for chat in chats(30):
+        ids = np.array(tokenizer.encode(chat))
         expected = reference.logits(ids.tolist())
         got = open_session(str(DEMO), table=table, context=len(ids)).decode(ids, all_logits=True)
         agree.append(expected.argmax(1) == got.argmax(1))
@@ -60,8 +68,8 @@ def test_the_demo_model_is_exact_with_exact_activations() -> None:
     reference = Reference.from_gguf(DEMO)
     tokenizer = Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata)
     errors = []
-    for sentence, answer in demo_grammar.held_out_set(6, seed=5):
-        ids = np.array(tokenizer.encode(demo_grammar.chat(sentence, answer)))
+    for chat in chats(6):
+        ids = np.array(tokenizer.encode(chat))
         expected = reference.logits(ids.tolist(), kv="f16")
         got = open_session(str(DEMO), table="ref", exact=True, context=len(ids)).decode(ids, all_logits=True)
         errors.append(np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1))

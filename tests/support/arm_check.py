@@ -101,13 +101,13 @@ def compare(folder: Path, table: str) -> None:
 
 
 def demo_answers() -> str:
-    """What the embedded model makes of its first two sentences, greedy."""
-    from smallthinker_edge import SmallThinker
+    """What the embedded model makes of the demo's first two sentences, greedy."""
     from smallthinker_edge.cli import demo
+    from smallthinker_edge.home.understand import HomeModel, open_home_model
 
-    commands = demo.load_commands(demo.SENTENCES)[:2]
-    with SmallThinker(demo.MODEL, threads=2) as model:
-        return "\n".join(demo.answer(model, command.command).text for command in commands)
+    with open_home_model(threads=2) as model:
+        home_model = HomeModel(model, constrained=False)
+        return "\n".join(str(home_model.answer(one.sentence)) for one in demo.load_sentences(demo.SENTENCES)[:2])
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The demo model in PyTorch: the forward pass of SmallThinker, pretended Q4_0, and the checkpoint folder.
+"""The home model in PyTorch: the forward pass of SmallThinker, pretended Q4_0, and the checkpoint folder.
 
-Called by train_demo.py. Knows nothing of the task or of how it is trained; the engine never imports it.
+Called by train.py. Knows nothing of the task or of how it is trained; the engine never imports it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import nn
 WINDOW, CONTEXT, THETA, EPS = 4096, 2048, 10000.0, 1e-6
 PERIOD = 4  # layers 0, 4, ... see everything and have no positions, the others have RoPE and a window
 SMALLEST_SUM = 6.103515625e-5  # of expert weights, as the released models clamp it
+ROWS = 128  # products of a size that was there before need no code made anew (oneDNN makes it for every size)
 # Beyond about 16 a float32 sigmoid is 1, and a program that ranks experts by it (llama.cpp) finds only ties.
 CALM_LOGIT = 8.0
 
@@ -28,14 +29,15 @@ class Shape:
     """Sizes of the network."""
 
     layers: int = 6
-    d_model: int = 192
-    heads: int = 6
+    d_model: int = 256
+    heads: int = 8
     kv_heads: int = 2
     head_dim: int = 32
     experts: int = 8
     used: int = 2
-    d_ffn: int = 96
-    vocab: int = 1024
+    d_ffn: int = 128
+    vocab: int = 4096
+    dropout: float = 0.1  # of embeddings and of what every block adds, in training
 
 
 def fake_q4_0(w: torch.Tensor) -> torch.Tensor:
@@ -49,16 +51,33 @@ def fake_q4_0(w: torch.Tensor) -> torch.Tensor:
 
 
 class Matrix(nn.Module):
-    """Weights [..., out, in] that can pretend to be Q4_0."""
+    """Weights [..., out, in] that can pretend to be Q4_0, and compute in another type."""
 
     quantised = False
+    compute = torch.float32  # bfloat16 is five times as fast where the CPU has AMX, and slower than float32 elsewhere
 
     def __init__(self, *shape: int, std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(*shape) * std)
 
     def forward(self) -> torch.Tensor:
-        return fake_q4_0(self.weight) if Matrix.quantised else self.weight
+        return (fake_q4_0(self.weight) if Matrix.quantised else self.weight).to(Matrix.compute)
+
+
+class Mask:
+    """Dropout from one long random mask, read from a random place: a new one each time takes longer than a layer."""
+
+    SIZE = 1 << 23
+    masks: ClassVar[dict[tuple[float, torch.dtype], torch.Tensor]] = {}
+
+    @staticmethod
+    def dropped(x: torch.Tensor, p: float) -> torch.Tensor:
+        if p == 0:
+            return x
+        if (p, x.dtype) not in Mask.masks:
+            Mask.masks[p, x.dtype] = (torch.rand(Mask.SIZE) >= p).to(x.dtype) / (1 - p)
+        start = int(torch.randint(Mask.SIZE - x.numel(), ()))
+        return x * Mask.masks[p, x.dtype][start : start + x.numel()].view(x.shape)
 
 
 class Permute(torch.autograd.Function):
@@ -90,7 +109,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        y = torch.empty(x.shape)
+        y = torch.empty(x.shape, dtype=x.dtype)
         (a, b), (u, v) = x.chunk(2, -1), y.chunk(2, -1)
         torch.mul(a, cos, out=u).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=v).addcmul_(a, sin)
@@ -105,11 +124,12 @@ class RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = (length.square_() / x.shape[-1] + EPS).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (x * scale).mul_(weight).to(Matrix.compute)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
+        grad = grad.float()
         unit = x * scale
         product = grad * unit
         projection = (product @ weight)[..., None] / -x.shape[-1]
@@ -153,10 +173,13 @@ class Layer(nn.Module):
         top, chosen = logits.topk(self.shape.used)
         weight = top.sigmoid()
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=SMALLEST_SUM)
-        x = x + self.attention(RMSNorm.apply(x, self.attn_norm), tables)
+        x = x + self.dropped(self.attention(RMSNorm.apply(x, self.attn_norm), tables))
         h = RMSNorm.apply(x, self.ffn_norm).view(-1, d)
-        x = x + self.mixture(h, chosen, weight, usage).view(b, t, d)
+        x = x + self.dropped(self.mixture(h, chosen, weight.to(h.dtype), usage).view(b, t, d))
         return x, self.balance(logits, chosen, b) + 0.1 * F.relu(logits.abs() - CALM_LOGIT).square().mean()
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        return Mask.dropped(x, self.shape.dropout) if self.training else x
 
     def attention(self, h: torch.Tensor, tables: Any) -> torch.Tensor:
         """h: [B, T, D]. Written out: for short sequences this is faster on a CPU than the fused kernel."""
@@ -177,24 +200,33 @@ class Layer(nn.Module):
     def mixture(
         self, h: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor, usage: list[Usage] | None
     ) -> torch.Tensor:
-        """h: [N, D]; chosen, weight: [N, K]. Tokens are sorted by expert, so every expert is three dense products."""
+        """h: [N, D]; chosen, weight: [N, K]. Tokens are sorted by expert, so every expert is three dense products.
+
+        An expert's rows are padded to a multiple of ROWS with rows that weigh nothing.
+        """
         n, used = chosen.shape
         order = chosen.reshape(-1).argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(n * used))
-        counts = torch.bincount(chosen.reshape(-1), minlength=self.shape.experts).tolist()
-        inputs = Permute.apply(h[:, None].expand(n, used, -1).reshape(n * used, -1), order, inverse)
-        share = Permute.apply(weight.view(-1, 1), order, inverse).split(counts)
+        counts = torch.bincount(chosen.reshape(-1), minlength=self.shape.experts)
+        padded = (counts + ROWS - 1) // ROWS * ROWS
+        shift = (padded - counts).cumsum(0) - (padded - counts)  # of an expert's rows, by the padding before them
+        place = torch.arange(n * used) + shift.repeat_interleave(counts)
+        total = int(padded.sum())
+        source = torch.zeros(total, dtype=torch.long).scatter_(0, place, order)
+        real = torch.zeros(total, 1, dtype=h.dtype).index_fill_(0, place, 1.0)
+        inverse = torch.empty_like(order).scatter_(0, order, place)
+        inputs = Permute.apply(h[:, None].expand(n, used, -1).reshape(n * used, -1), source, inverse)
+        share = (Permute.apply(weight.view(-1, 1), source, inverse) * real).split(padded.tolist())
         gate_up, down = torch.cat([self.gate(), self.up()], 1).unbind(), self.down().unbind()
         outputs, silent = [], 0.0
-        for e, rows in enumerate(inputs.split(counts)):
+        for e, rows in enumerate(inputs.split(padded.tolist())):
             gate, up = F.linear(rows, gate_up[e]).chunk(2, -1)
             gate = F.relu(gate)
             if usage is not None:
-                silent += float((gate == 0).float().mean(-1).sum()) / (n * used)
+                silent += float((gate[: int(counts[e])] == 0).float().mean(-1).sum()) / (n * used)
             outputs.append(F.linear(gate * up * share[e], down[e]))
         if usage is not None:
-            usage.append(Usage(silent, torch.tensor(counts) / n))
-        return Permute.apply(torch.cat(outputs), inverse, order).view(n, used, -1).sum(1)
+            usage.append(Usage(silent, counts / n))
+        return Permute.apply(torch.cat(outputs), inverse, source).view(n, used, -1).sum(1)
 
     def balance(self, logits: torch.Tensor, chosen: torch.Tensor, sequences: int) -> torch.Tensor:
         """Load balance in groups of eight sequences: a topic may have its own experts, the mixture may not."""
@@ -224,15 +256,19 @@ class Model(nn.Module):
         t = ids.shape[1]
         if t not in self.tables:
             mask = torch.full((t, t), -math.inf).triu(1)
-            self.tables[t] = (*rope_tables(t, self.shape.head_dim), mask)
+            tables = (*rope_tables(t, self.shape.head_dim), mask)
+            self.tables[t] = tuple(table.to(Matrix.compute) for table in tables)
         matrix = self.embed()
-        x = F.embedding(ids, matrix)
+        x = F.embedding(ids, matrix).float()
+        if self.training:
+            x = Mask.dropped(x, self.shape.dropout)
         balance = torch.zeros(())
         for layer in self.layers:
             x, loss = layer(x, self.tables[t], usage)
             balance = balance + loss / len(self.layers)
-        x = RMSNorm.apply(x[rows], self.norm)
-        return F.linear(x, matrix), balance
+        wanted = int(rows.sum())
+        x = F.pad(x[rows], (0, 0, 0, -wanted % ROWS))
+        return F.linear(RMSNorm.apply(x, self.norm), matrix)[:wanted].float(), balance
 
 
 def named_tensors(model: Model) -> dict[str, torch.Tensor]:

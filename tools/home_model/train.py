@@ -1,8 +1,8 @@
-"""Trains the embedded demo model (docs/demo-model.md) and writes it as a Hugging Face checkpoint folder.
+"""Trains the embedded home model (docs/home-model.md) and writes it as a Hugging Face checkpoint folder.
 
-    python tools/demo_model/train_demo.py --out DIR [--minutes 60] [--workers 2] [--resume]
+    python tools/home_model/train.py --out DIR --slurp devel.jsonl [--minutes 60] [--workers 2] [--resume]
 
-Needs the [train] extra. Data comes from demo_grammar.py; `smallthinker-edge convert` makes the GGUF that ships.
+Needs the [train] extra. Data comes from mixture.py; `smallthinker-edge convert` makes the GGUF that ships.
 Workers are processes of one thread each that average their gradients: on small matrices that is twice as fast as one
 process of two threads, which would wait for each other at every operation.
 """
@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
-import demo_grammar
 import numpy as np
+import slurp
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from demo_network import Matrix, Model, Shape, Usage, write_checkpoint
+from augment import Example
+from mixture import Mixture
+from network import Matrix, Model, Shape, Usage, write_checkpoint
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
@@ -37,8 +40,8 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
-    """Byte-level BPE over sentences and answers of the grammar.
+def train_tokenizer(vocab_size: int, mixture: Mixture) -> Tokenizer:
+    """Byte-level BPE over sentences and answers.
 
     It is trained on words without the space or quote before them, so that no merge joins the two, and used with
     Qwen2's pre-tokeniser: a name then has the same tokens in the sentence, after a space, and in the JSON, after a
@@ -50,9 +53,8 @@ def train_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
         [pre_tokenizers.Split(Regex(WORDS_ALONE), "isolated"), byte_level]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    rng = random.Random(f"tokenizer {seed}")
-    text = (demo_grammar.chat(*demo_grammar.example(rng)) for _ in range(30000))
-    tokenizer.train_from_iterator((t for line in text for t in line.split("<|im_end|>")), trainers.BpeTrainer(
+    text = (content for example in islice(mixture, 60000) for _, content in (*example.turns, ("", example.answer)))
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     ))  # fmt: skip
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,25 +67,36 @@ def train_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
 Row = tuple[list[int], int]  # token ids of prompt and answer, and how many belong to the prompt
 
 
-def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Row]:
-    prompts = tokenizer.encode_batch([demo_grammar.chat(sentence) for sentence, _ in pairs])
-    answers = tokenizer.encode_batch([answer + "<|im_end|>" for _, answer in pairs])
+def prompt(example: Example) -> str:
+    """As TEMPLATE renders the conversation."""
+    turns = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in example.turns)
+    return turns + "<|im_start|>assistant\n"
+
+
+def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[Row]:
+    prompts = tokenizer.encode_batch([prompt(example) for example in examples])
+    answers = tokenizer.encode_batch([example.answer + "<|im_end|>" for example in examples])
     return [(p.ids + a.ids, len(p.ids)) for p, a in zip(prompts, answers, strict=True)]
 
 
 def batches_of(rows: list[Row], tokens: int) -> list[list[Row]]:
     """Rows of like length together, at most `tokens` a batch with padding, so that little of it is padding."""
     batches: list[list[Row]] = [[]]
-    for row in sorted(rows, key=lambda row: len(row[0])):
-        if len(row[0]) * (len(batches[-1]) + 1) > tokens:
+    for row in sorted(rows, key=lambda row: -len(row[0])):
+        if batches[-1] and padded_length(batches[-1][0]) * (len(batches[-1]) + 1) > tokens:
             batches.append([])
         batches[-1].append(row)
-    return [batch for batch in batches if batch]
+    return batches
+
+
+def padded_length(row: Row) -> int:
+    """In steps, so that batches have few different sizes (see network.ROWS)."""
+    return -(-len(row[0]) // 4) * 4
 
 
 def tensors(batch: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(ids [B, T], rows that predict a token of an answer bool [B, T], those tokens [n])."""
-    longest = max(len(ids) for ids, _ in batch)
+    longest = padded_length(max(batch, key=lambda row: len(row[0])))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in batch])
     position = torch.arange(longest)
     starts, ends = (torch.tensor(x)[:, None] for x in zip(*((n - 1, len(row) - 1) for row, n in batch), strict=True))
@@ -91,27 +104,29 @@ def tensors(batch: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return ids, mask, ids.roll(-1, 1)[mask]
 
 
-def training_batches(tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Iterator[list[Row]]:
+def training_batches(tokenizer: Tokenizer, mixture: Mixture, tokens: int) -> Iterator[list[Row]]:
     """Endless batches."""
+    examples = iter(mixture)
     while True:
-        rows = encode(tokenizer, [demo_grammar.example(rng) for _ in range(2048)])
-        batches = batches_of(rows, tokens)
-        rng.shuffle(batches)
+        batches = batches_of(encode(tokenizer, list(islice(examples, 4096))), tokens)
+        mixture.rng.shuffle(batches)
         yield from batches
 
 
 @torch.no_grad()
-def exact_match(model: Model, tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> float:
-    """Share of pairs that greedy decoding answers to the letter. Teacher forcing decides the same: an answer is
+def exact_match(model: Model, tokenizer: Tokenizer, examples: list[Example]) -> float:
+    """Share of examples that greedy decoding answers to the letter. Teacher forcing decides the same: an answer is
     exact if and only if every next token of the right answer is the most likely one."""
     right = 0
-    for batch in batches_of(encode(tokenizer, pairs), 8192):
+    model.eval()
+    for batch in batches_of(encode(tokenizer, examples), 8192):
         ids, mask, targets = tensors(batch)
         logits, _ = model(ids, mask)
         wrong = torch.zeros(ids.shape, dtype=torch.bool)
         wrong[mask] = logits.argmax(-1) != targets
         right += int((~wrong.any(1)).sum())
-    return right / len(pairs)
+    model.train()
+    return right / len(examples)
 
 
 def orthogonalised(m: torch.Tensor) -> torch.Tensor:
@@ -121,11 +136,11 @@ def orthogonalised(m: torch.Tensor) -> torch.Tensor:
     """
     tall = m.shape[1] > m.shape[2]
     x = m.transpose(1, 2) if tall else m
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(Matrix.compute)
     for _ in range(5):
         a = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.transpose(1, 2) if tall else x
+    return (x.transpose(1, 2) if tall else x).to(m.dtype)
 
 
 class Muon:
@@ -180,9 +195,11 @@ class Training:
     def __init__(self, args: argparse.Namespace, rank: int) -> None:
         torch.manual_seed(args.seed)
         torch.set_num_threads(1)
+        Matrix.compute = torch.bfloat16 if args.bf16 else torch.float32
         self.args, self.rank = args, rank
         self.tokenizer = Tokenizer.from_file(os.path.join(args.out, "tokenizer.json"))
-        shape = Shape(layers=args.layers, d_model=args.width, heads=args.width // 32, d_ffn=args.ffn, vocab=args.vocab)
+        shape = Shape(layers=args.layers, d_model=args.width, heads=args.width // 32, d_ffn=args.ffn,
+                      vocab=args.vocab, dropout=args.dropout)  # fmt: skip
         self.model = Model(shape)
         matrices = [p for name, p in self.model.named_parameters() if p.ndim > 1 and name.startswith("layers.")]
         matrices = [p for p in matrices if p.shape[-2] != shape.experts]
@@ -193,7 +210,7 @@ class Training:
         if args.resume:
             self.load()
         self.start = time.monotonic()
-        self.rng = random.Random(f"train {args.seed} {rank} {self.step}")
+        self.mixture = Mixture(f"{args.seed} {rank} {self.step}", args.slurp, args.held_out)
 
     def elapsed(self) -> float:
         """Seconds of training, those before --resume included."""
@@ -236,12 +253,17 @@ class Training:
         self.tokens += ids.numel() * self.args.workers
         return float(loss.detach()), done
 
+    def held_out(self) -> list[Example]:
+        """People's sentences that training does not see, as they are."""
+        spoken = slurp.read_slurp(self.args.slurp) if self.args.slurp else []
+        kept = [s.sentence for s in spoken if slurp.is_held_out(s.sentence.kind, 20)]
+        return [Example((("user", sentence.text),), sentence.answer, sentence) for sentence in kept]
+
     def run(self) -> None:
-        held_out = demo_grammar.held_out_set(1000)
-        known = random.Random("known")
-        seen = [demo_grammar.example(known) for _ in range(400)]
+        seen = list(islice(Mixture("seen", self.args.slurp, self.args.held_out), 400))
+        held_out = self.held_out()
         done, saved, losses = 0.0, self.elapsed(), []
-        for batch in training_batches(self.tokenizer, self.rng, self.args.tokens):
+        for batch in training_batches(self.tokenizer, self.mixture, self.args.tokens):
             done = self.elapsed() / (60 * self.args.minutes)
             Matrix.quantised = self.step > 0 and done > 1 - self.args.quantised
             loss, done = self.update(batch, min(done, 1.0))
@@ -252,7 +274,7 @@ class Training:
             if self.rank == 0 and self.elapsed() - saved > self.args.save_every:
                 saved = self.elapsed()
                 self.save()
-                now = [exact_match(self.model, self.tokenizer, some) for some in (seen, held_out[:400])]
+                now = [exact_match(self.model, self.tokenizer, some) for some in (seen, held_out)]
                 print(f"  {saved:.0f} s: seen {now[0]:.3f} held out {now[1]:.3f}", flush=True)
             if done >= 1:
                 break
@@ -260,7 +282,7 @@ class Training:
             self.save()
             self.report(seen, held_out)
 
-    def report(self, seen: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> None:
+    def report(self, seen: list[Example], held_out: list[Example]) -> None:
         for Matrix.quantised in (False, True):
             name = "Q4_0" if Matrix.quantised else "float"
             print(f"{name}: seen {exact_match(self.model, self.tokenizer, seen):.4f} "
@@ -285,14 +307,22 @@ def worker(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", required=True, help="folder of the checkpoint")
+    parser.add_argument(
+        "--slurp", type=Path, help="SLURP's devel.jsonl; without it, only our and Home Assistant's sentences"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=20, help="percent of SLURP's wordings that training does not see"
+    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: for CPUs with AMX")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out; time counts on")
     parser.add_argument("--minutes", type=float, default=60, help="wall time of training (default 60)")
     parser.add_argument("--decay", type=float, default=0.4, help="last share of the time, with a falling rate")
     parser.add_argument("--quantised", type=float, default=0.2, help="last share of the time that pretends Q4_0")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--ffn", type=int, default=96)
-    parser.add_argument("--vocab", type=int, default=1024, help="tokens, special ones included")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--ffn", type=int, default=128)
+    parser.add_argument("--vocab", type=int, default=4096, help="tokens, special ones included")
     parser.add_argument("--tokens", type=int, default=5000, help="tokens a step and worker")
     parser.add_argument("--rate", type=float, default=0.02, help="peak learning rate of the matrices (Muon)")
     parser.add_argument("--adam-rate", type=float, default=3e-3, help="of embedding, routers and norms (AdamW)")
@@ -303,7 +333,9 @@ def main() -> None:
     args = parser.parse_args()
     os.makedirs(args.out, exist_ok=True)
     if not args.resume:
-        train_tokenizer(args.vocab, args.seed).save(os.path.join(args.out, "tokenizer.json"))
+        train_tokenizer(args.vocab, Mixture(f"tokenizer {args.seed}", args.slurp, args.held_out)).save(
+            os.path.join(args.out, "tokenizer.json")
+        )
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
         if args.workers == 1:

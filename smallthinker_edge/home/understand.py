@@ -1,0 +1,174 @@
+"""A sentence becomes commands: the prompt, the constraint on the answer, and what its words mean as values.
+
+Sits on a SmallThinker with the embedded model (docs/home-model.md). The services and the demo call it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from smallthinker_edge.errors import ContextFull, MissingExtra
+from smallthinker_edge.home import spoken
+from smallthinker_edge.home.names import Home
+from smallthinker_edge.home.schema import UNKNOWN, Spoken, answer_grammar, answer_json, command_json, read_answer
+from smallthinker_edge.home.text_form import model_form
+from smallthinker_edge.model import SmallThinker
+
+# A command with its values: {"action": "alarm_set", "time": "06:30", "date": "tomorrow"}.
+Command: TypeAlias = dict[str, Any]
+EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "demo.gguf"
+MAX_TOKENS = 256
+_ALL = re.compile(r"(?:all|every|each|both)\b(?: (?:one|of|and|each|every|single|the|my|our))*\s*")
+_EVERYWHERE = re.compile(
+    r"\b(?:everywhere|(?:whole|entire|all over the) (?:house|home|apartment|flat|place)|every room|all rooms)\b"
+)
+_VALUES: dict[str, Callable[[str], Any]] = {
+    "level": spoken.percent, "degrees": spoken.degrees, "duration": spoken.seconds, "time": spoken.clock,
+}  # fmt: skip
+_NAMES = {"device": "devices", "area": "areas", "floor": "floors", "scene": "scenes", "list": "lists"}
+
+
+def open_home_model(**settings: Any) -> SmallThinker:
+    """The embedded model. settings: as of SmallThinker, such as threads.
+
+    Raises FileNotFoundError where it is not installed.
+    """
+    if not EMBEDDED.is_file():
+        raise FileNotFoundError(f"the embedded model is not part of this installation ({EMBEDDED} is missing)")
+    return SmallThinker(EMBEDDED, **settings)
+
+
+class HomeModel:
+    """Understands home commands with an opened model. For one thread at a time, as the model's calls are.
+
+    model: the embedded model (open_home_model()) or one trained like it. home: names of the user's own home.
+    constrained: keep answers to the grammar by llguidance (extra `structured`); None does where it is installed.
+    Without it an answer that is no valid document counts as unknown.
+    """
+
+    def __init__(self, model: SmallThinker, home: Home | None = None, *, constrained: bool | None = None) -> None:
+        self.model, self.home = model, home or Home()
+        if constrained is None:
+            constrained = _has_grammars(model)
+        self._grammars = model.grammars() if constrained else None
+
+    def understand(self, text: str, previous: Iterable[Command] = ()) -> list[Command]:
+        """The commands in a sentence; [{"action": "unknown"}] where there is none.
+
+        text: what was said or typed,
+        at most text_form.MOST_CHARACTERS of it count. previous: the commands understood just
+        before, for sentences like "and the kitchen too".
+        """
+        sentence = model_form(text)
+        if not sentence:
+            return [{"action": UNKNOWN}]
+        earlier = [_spoken_again(command) for command in previous if command.get("action") != UNKNOWN]
+        answer = self.answer(sentence, earlier)
+        commands = read_answer(answer) if answer is not None else None
+        if commands is None:
+            return [{"action": UNKNOWN}]
+        allowed = " ".join((sentence, *(value for command in earlier for value in _all_values(command))))
+        return [self._command(command, sentence, allowed) for command in commands]
+
+    def answer(self, sentence: str, earlier: list[Spoken] | None = None) -> str | None:
+        """The model's own words for a sentence in its form: JSON as in schema.py; None where they came to no end."""
+        messages, before = self._messages(sentence, earlier or [])
+        constraint = self._grammars.lark(answer_grammar(before)) if self._grammars else None
+        try:
+            result = self.model.chat(messages, max_tokens=MAX_TOKENS, constraint=constraint)
+        except ContextFull:
+            return None
+        return result.text if result.finish_reason == "stop" else None
+
+    def _messages(self, sentence: str, earlier: list[Spoken]) -> tuple[list[dict[str, str]], str]:
+        """(the conversation, the words that an answer may copy)."""
+        messages, words = [], [sentence]
+        shown = self.home.shown(sentence)
+        if shown:
+            messages.append({"role": "system", "content": shown})
+        if earlier:
+            answer = answer_json([_answer_of(command) for command in earlier])
+            said = " ".join(value for command in earlier for value in _all_values(command))
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+            words += [value for command in earlier for value in _all_values(command)]
+        messages.append({"role": "user", "content": sentence})
+        return messages, " \n ".join(words)
+
+    def _command(self, said: Spoken, sentence: str, allowed: str) -> Command:
+        """A command's words as values; words that nobody said are left out."""
+        command: Command = {"action": said["action"]}
+        for slot, values in said.items():
+            kept = [
+                value
+                for value in values
+                if slot != "action" and f" {value}".replace(",", "") in f" {allowed}".replace(",", "")
+            ]
+            if not kept:
+                continue
+            if slot == "item":
+                command["items"] = kept
+                continue
+            words = " ".join(kept) if slot in ("time", "date", "duration") else kept[0]
+            if slot == "device":
+                words = self._without_all(words, command)
+            command[slot] = self._value(slot, words)
+        if _EVERYWHERE.search(sentence) and "area" not in command:
+            command["all"] = True
+        return command
+
+    @staticmethod
+    def _without_all(words: str, command: Command) -> str:
+        """ "all the lights" is "lights", and all of them."""
+        found = _ALL.match(words)
+        if found and found.end() < len(words):
+            command["all"] = True
+            return words[found.end() :]
+        return words
+
+    def _value(self, slot: str, words: str) -> Any:
+        if slot in _NAMES:
+            return self.home.own_name(_NAMES[slot], words) or words
+        value = _VALUES[slot](words) if slot in _VALUES else None
+        return words if value is None else value
+
+
+def _has_grammars(model: SmallThinker) -> bool:
+    try:
+        model.grammars()
+    except MissingExtra:
+        return False
+    return True
+
+
+def _all_values(command: Spoken) -> list[str]:
+    return [value for slot, values in command.items() if slot != "action" for value in values]
+
+
+def _answer_of(command: Spoken) -> str:
+    pairs = [(slot, value) for slot, values in command.items() if slot != "action" for value in values]
+    return command_json(command["action"], pairs)
+
+
+def _spoken_again(command: Mapping[str, Any]) -> Spoken:
+    """A command with values as the model would have said it."""
+    said: Spoken = {"action": command["action"]}
+    for slot, value in command.items():
+        if slot not in ("action", "all"):
+            values = value if isinstance(value, list) else [value]
+            said["item" if slot == "items" else slot] = [model_form(_words(slot, v)) for v in values]
+    return said
+
+
+def _words(slot: str, value: Any) -> str:
+    if slot == "level" and isinstance(value, int):
+        return f"{value} percent"
+    if slot == "duration" and isinstance(value, int):
+        return " ".join(
+            f"{n} {unit}"
+            for n, unit in ((value // 3600, "hours"), (value % 3600 // 60, "minutes"), (value % 60, "seconds"))
+            if n
+        )
+    return f"{value:g}" if isinstance(value, float) else str(value)

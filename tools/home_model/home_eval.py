@@ -1,0 +1,176 @@
+"""Scores the home model on sentences that nobody here wrote: files of SLURP's form, and Home Assistant's own templates.
+
+    python tools/home_model/home_eval.py devel.jsonl [--held-out] [--json scores.json]
+    python tools/home_model/home_eval.py --hass 1000 [--seen]
+
+A file of SLURP's form has one JSON object a line with sentence, sentence_annotation, intent, scenario and action.
+slurp.py says which of our actions are right for an intent and which slot an entity's type is. Answers are taken as the
+model gives them, greedily, unless --constrained keeps them to the grammar; one that is no valid document is wrong
+whatever the sentence is.
+
+home_action_accuracy  share of the sentences of home scenarios (slurp.HOME) whose commands all have a right action
+unknown_recall        share of all others that are answered as unknown
+entity_f1             micro-averaged F1 of the entities of home sentences, slot and words both right
+invalid_json          answers that are no valid document
+intent_accuracy       share of Home Assistant's sentences whose action is right
+area_accuracy         share of those with an area whose areas are right
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import slurp
+import words
+from hass_sentences import Hass
+
+from smallthinker_edge import SmallThinker
+from smallthinker_edge.home.names import Device, Home
+from smallthinker_edge.home.schema import UNKNOWN, Spoken, read_answer
+from smallthinker_edge.home.text_form import model_form
+from smallthinker_edge.home.understand import HomeModel, open_home_model
+
+Entities = Counter[tuple[str, str]]
+# SLURP's intent says it, so it marks no entity: what the volume and the lights are of, and things on lists.
+UNMARKED = {"light", "lights", "lighting", "lamp", "lamps", "volume", "sound", "audio", "music", "alarm", "alarms"}
+UNCOUNTED_SLOTS = {"message", "degrees", "scene"}  # which SLURP has no type for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, help="JSON lines of SLURP's form")
+    parser.add_argument("--hass", type=int, metavar="N", help="N sentences of held-out templates with unseen names")
+    parser.add_argument("--seen", action="store_true", help="of --hass: templates and names of training instead")
+    parser.add_argument(
+        "--held-out", action="store_true", help="only the wordings that training left out (slurp.is_held_out)"
+    )
+    parser.add_argument("--model", help="GGUF file (default: the embedded model)")
+    parser.add_argument("--constrained", action="store_true", help="keep answers to the grammar (extra `structured`)")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--wrong", action="store_true", help="print what is answered wrong")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+    args = parser.parse_args()
+    if args.file is None and not args.hass:
+        parser.error("a file, or --hass N")
+    opened = SmallThinker(args.model, threads=args.threads) if args.model else open_home_model(threads=args.threads)
+    scores: dict[str, Any] = {}
+    with opened as model:
+        if args.file is not None:
+            spoken = [s for s in slurp.read_slurp(args.file) if not args.held_out or slurp.is_held_out(s.sentence.kind)]
+            scores |= slurp_scores(HomeModel(model, constrained=args.constrained), spoken, args.wrong)
+        if args.hass:
+            scores |= hass_scores(model, args.hass, not args.seen, args.constrained, args.wrong)
+    for name, value in scores.items():
+        print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+    if args.json:
+        args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+def slurp_scores(home_model: HomeModel, spoken: list[slurp.Spoken], show: bool = False) -> dict[str, Any]:
+    """The scores on sentences of SLURP's form. Raises ValueError for none."""
+    if not spoken:
+        raise ValueError("no sentences")
+    right_home = home = right_unknown = unknown = invalid = 0
+    found: Counter[str] = Counter()
+    for one in spoken:
+        answer = home_model.answer(model_form(one.text))
+        commands = read_answer(answer) if answer is not None else None
+        invalid += commands is None
+        right = commands is not None and all(command["action"] in one.accepted for command in commands)
+        if show and not right:
+            print(f"{one.intent} | {one.text} | {answer}")
+        if one.accepted == (UNKNOWN,):
+            unknown += 1
+            right_unknown += right
+        else:
+            home += 1
+            right_home += right
+            found += entity_counts(one, commands or [])
+    precision = found["both"] / max(found["both"] + found["only ours"], 1)
+    recall = found["both"] / max(found["both"] + found["only theirs"], 1)
+    return {
+        "home_sentences": home, "home_action_accuracy": right_home / max(home, 1), "other_sentences": unknown,
+        "unknown_recall": right_unknown / max(unknown, 1), "entities": found["both"] + found["only theirs"],
+        "entity_f1": 2 * precision * recall / max(precision + recall, 1e-9), "entity_precision": precision,
+        "entity_recall": recall, "invalid_json": invalid,
+    }  # fmt: skip
+
+
+def entity_counts(one: slurp.Spoken, commands: list[Spoken]) -> Counter[str]:
+    """How many entities both have, only the answer, only the annotation."""
+    theirs = _entities(one.entities)
+    ours = _entities(
+        (slot, value)
+        for command in commands
+        for slot, values in command.items()
+        if slot != "action"
+        for value in values
+    )
+    marked = {slot for slot, _ in theirs}
+    for slot, value in list(ours):
+        if slot in UNCOUNTED_SLOTS or (slot not in marked and (value in UNMARKED or slot == "item")):
+            del ours[slot, value]
+    both = (ours & theirs).total()
+    return Counter({"both": both, "only ours": ours.total() - both, "only theirs": theirs.total() - both})
+
+
+def _entities(pairs: Iterable[tuple[str, str]]) -> Entities:
+    # SLURP has one type for times of day and durations.
+    return Counter(("time" if slot == "duration" else slot, _plain(value)) for slot, value in pairs)
+
+
+def _plain(value: str) -> str:
+    return re.sub(r"^(?:the|a|an|my|to|all|by|in|at) ", "", model_form(value))
+
+
+def hass_scores(
+    model: SmallThinker, count: int, held_out: bool, constrained: bool, show: bool = False
+) -> dict[str, Any]:
+    """The scores on Home Assistant's sentences, in a home whose names are in the prompt."""
+    rng = random.Random(f"hass {count} {held_out}")
+    source = Hass(rng, held_out)
+    home = _home_of(source)
+    home_model = HomeModel(model, home, constrained=constrained)
+    right = area_right = with_area = invalid = 0
+    for _ in range(count):
+        drawn = source.draw()
+        answer = home_model.answer(drawn.sentence.text)
+        commands = read_answer(answer) if answer is not None else None
+        invalid += commands is None
+        action_right = [command["action"] for command in commands or []] == [drawn.sentence.action]
+        right += action_right
+        areas = [value for command in commands or [] for value in command.get("area", [])]
+        same = sorted(areas) == sorted(model_form(area) for area in drawn.areas)
+        if drawn.areas:
+            with_area += 1
+            area_right += same
+        if show and not (action_right and same):
+            print(f"{drawn.intent} | {drawn.sentence.text} | {drawn.sentence.answer} | {answer}")
+    return {
+        "hass_sentences": count, "intent_accuracy": right / count, "hass_with_area": with_area,
+        "area_accuracy": area_right / max(with_area, 1), "hass_invalid_json": invalid,
+    }  # fmt: skip
+
+
+def _home_of(source: Hass) -> Home:
+    """A home that has every name the sentences may use."""
+    devices = [
+        Device(name, domain=domain) for domain, listed in words.DEVICES.items() if domain not in ("scene", "todo",
+        "weather")
+        for name in source.names(listed)
+    ]  # fmt: skip
+    return Home(
+        areas=tuple(source.names(words.AREAS)), floors=tuple(source.names(words.FLOORS)), devices=tuple(devices),
+        scenes=tuple(source.names(words.DEVICES["scene"])), lists=tuple(source.names(words.DEVICES["todo"])),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
