@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import demo_grammar
 import numpy as np
 import pytest
 from gguf_files import write_model
+from home_chats import home_chats
 from reference import Reference, kl_divergence, top1_agreement
 from small_model import SHAPE, divergence, open_session, tokens
 
@@ -98,11 +97,8 @@ def test_q8_agrees_with_a_reference_that_rounds_like_it(head_dim: int, kv: str, 
 def test_q8_is_close_to_f16_on_text(demo_model: Path) -> None:
     # The mean is that of the few positions where the rounding makes the router choose another expert; the median is
     # that of the rounding itself. docs/notes/2026-11-25-kv-rounding.md has the figures.
-    rng = random.Random(0)
     with SmallThinker(demo_model) as exact, SmallThinker(demo_model, kv="q8_0") as small:
-        ids: list[int] = []
-        while len(ids) < 1000:
-            ids += exact.tokenize(demo_grammar.chat(*demo_grammar.example(rng)) + "\n")
+        ids = exact.tokenize("\n".join(home_chats(60)))[:1000]
         a, b = (m.session(2048).decode(ids, all_logits=True) for m in (exact, small))
     loss = divergence(a, b)
     assert np.median(loss) < 5e-4

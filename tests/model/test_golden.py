@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from pathlib import Path
 
-import annotated
 import numpy as np
 import pytest
+from home_chats import home_chats
 from reference import Reference
 from small_model import divergence, open_session
 
@@ -19,14 +18,6 @@ from smallthinker_edge.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 DEMO = Path(__file__).parents[2] / "smallthinker_edge" / "data" / "demo.gguf"
-
-
-def chats(count: int) -> list[str]:
-    """Conversations with the embedded model, with their right answers."""
-    drawn = random.Random(5).sample(annotated.own_sentences(), count)
-    return [
-        f"<|im_start|>user\n{one.text}<|im_end|>\n<|im_start|>assistant\n{one.answer}<|im_end|>" for one in drawn
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("table", kernels.tables())
@@ -54,7 +45,7 @@ def test_the_demo_model_agrees_with_the_reference(table: str) -> None:
     reference = Reference.from_gguf(DEMO)
     agree, kls = [], []
     tokenizer = Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata)
-    for chat in chats(30):
+    for chat in home_chats(30):
         ids = np.array(tokenizer.encode(chat))
         expected = reference.logits(ids.tolist())
         got = open_session(str(DEMO), table=table, context=len(ids)).decode(ids, all_logits=True)
@@ -68,7 +59,7 @@ def test_the_demo_model_is_exact_with_exact_activations() -> None:
     reference = Reference.from_gguf(DEMO)
     tokenizer = Tokenizer.from_gguf_metadata(GGUFFile(DEMO).metadata)
     errors = []
-    for chat in chats(6):
+    for chat in home_chats(6):
         ids = np.array(tokenizer.encode(chat))
         expected = reference.logits(ids.tolist(), kv="f16")
         got = open_session(str(DEMO), table="ref", exact=True, context=len(ids)).decode(ids, all_logits=True)

@@ -159,7 +159,7 @@ class Augment:
         return pieces
 
     def _other_value(self, action: str, piece: Piece) -> str:
-        if piece.slot in _FREE and self.rng.random() < 0.2:
+        if piece.slot in _FREE and self.rng.random() < 0.5:
             return words.invented_name(self.rng, self.vocabulary)
         return self.rng.choice(self.pools.get(self._pool(action, piece.slot)) or [piece.words])
 

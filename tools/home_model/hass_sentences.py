@@ -255,7 +255,7 @@ class Hass:
         return f"[{slot} : {name}]"
 
     def _name(self, kind: str, listed: list[str]) -> str:
-        invented = self.rng.random() < (0.15 if kind == "area" else 0.25) and not self.held_out
+        invented = self.rng.random() < 0.45 and not self.held_out
         name = words.invented_name(self.rng, listed) if invented else self.rng.choice(listed)
         self.named.append((kind, name))
         return name

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/support"))
 
 import reference  # noqa: E402
+from home_chats import home_chats  # noqa: E402
 
 from smallthinker_edge import SmallThinker  # noqa: E402
 from smallthinker_edge.home.schema import read_answer  # noqa: E402
@@ -84,11 +85,7 @@ def main() -> None:
     spoken = [one for one in slurp.read_slurp(args.file) if slurp.is_held_out(one.sentence.kind)]
     with SmallThinker(args.model) as model:
         print(confusion(HomeModel(model, constrained=False), spoken), end="\n\n")
-        texts = [
-            f"<|im_start|>user\n{one.sentence.text}<|im_end|>\n<|im_start|>assistant\n{one.sentence.answer}<|im_end|>"
-            for one in spoken[:60]
-        ]
-        print(expert_use(args.model, model, texts))
+        print(expert_use(args.model, model, home_chats(60)))
 
 
 if __name__ == "__main__":
