@@ -32,6 +32,7 @@ LAYERS = {
     "model": {"_native", "text", "files", "machine", "session", "generation", "completions", "plan", "opening"},
     "measure": {"_native", "files", "machine", "session", "opening", "model", "__init__"},
     "server": {"completions", "model"},
+    "home": {"completions", "model"},
     "cli": {
         "_native",
         "text",
@@ -44,6 +45,7 @@ LAYERS = {
         "model",
         "measure",
         "server",
+        "home",
         "__init__",
     },
     "__main__": {"cli"},
