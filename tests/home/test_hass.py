@@ -1,0 +1,184 @@
+"""Commands as Home Assistant's intents: names and slots against Home Assistant's own list of them."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+
+from smallthinker_edge.home.hass import NONE, ROWS, HassIntent, NoIntent, hass_intents
+from smallthinker_edge.home.names import Device, Home
+from smallthinker_edge.home.schema import ACTIONS
+
+HOME = Home(
+    areas=("Kitchen", "Living Room"),
+    devices=(
+        Device("Reading Lamp", "Living Room", "light", ("the bright one",)),
+        Device("Front Door", "Hall", "lock"),
+        Device("Big Blind", "Living Room", "cover"),
+        Device("Fountain", "Garden", "valve"),
+    ),
+)
+# Slots that components/*/intent.py take beyond those of the sentences, and handlers that no sentence names.
+CLASSED = {"domain", "device_class"}
+MORE: dict[str, set[str]] = {
+    "HassToggle": {"name", "area", "floor", *CLASSED},
+    "HassStopMoving": {"name", "area", "floor", *CLASSED},
+    "HassShoppingListLastItems": set(),
+    **{f"HassMedia{what}": {"floor", *CLASSED} for what in ("Pause", "Unpause", "Next", "Previous")},
+    **{f"Hass{what}": {"floor", *CLASSED} for what in ("SetVolume", "MediaPlayerMute", "MediaPlayerUnmute")},
+    "HassMediaSearchAndPlay": {"floor"},
+    "HassVacuumReturnToBase": {"floor"},
+}
+EXAMPLES: dict[str, Any] = {
+    "level": 30, "color": "blue", "scene": "movie night", "degrees": 21.5, "item": "espresso", "media": "jazz radio",
+    "artist": "nina simone", "genre": "jazz", "duration": 3725, "name": "pasta", "items": ["milk", "eggs"],
+    "list": "shopping", "message": "dinner",
+}  # fmt: skip
+
+
+def one(command: dict[str, Any], text: str = "") -> tuple[str, dict[str, Any]]:
+    (intent,) = hass_intents([command], HOME, text)
+    return intent.name, intent.slots
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, set[str]]:
+    """Slots by intent, of the package home-assistant-intents and MORE."""
+    package = pytest.importorskip("home_assistant_intents")
+    intents = json.loads(resources.files(package).joinpath("intents.json").read_text(encoding="utf-8"))
+    slots = {name: set(entry.get("slots", {})) for name, entry in intents.items()}
+    return {name: slots.get(name, set()) | MORE.get(name, set()) for name in slots | MORE}
+
+
+def test_every_action_has_an_intent_or_says_why_not() -> None:
+    assert set(ROWS) | set(NONE) == set(ACTIONS)
+    assert not set(ROWS) & set(NONE)
+
+
+@pytest.mark.parametrize("action", ROWS)
+@pytest.mark.parametrize("device", ["lights", "blinds", "tv", "music", "reading lamp", "thing"])
+def test_intents_and_slots_are_home_assistants(action: str, device: str, known: dict[str, set[str]]) -> None:
+    command = {"action": action, "device": device, "area": "kitchen", "floor": "upstairs"}
+    command |= {slot: EXAMPLES[slot] for slot in ACTIONS[action] if slot in EXAMPLES}
+    for intent in hass_intents([command], HOME):
+        assert set(intent.slots) <= known[intent.name]
+
+
+@pytest.mark.parametrize("action", NONE)
+def test_what_has_no_intent_says_so(action: str) -> None:
+    with pytest.raises(NoIntent, match=r"\w+ \w+"):
+        hass_intents([{"action": action, "device": "lights", "level": 10}])
+
+
+def test_a_kind_is_a_domain_and_a_name_of_the_home_a_name() -> None:
+    kitchen = {"action": "on", "device": "lights", "area": "Kitchen"}
+    assert one(kitchen) == ("HassTurnOn", {"domain": ["light"], "area": "Kitchen"})
+    named = {"action": "off", "device": "THE bright one"}
+    assert one(named) == ("HassTurnOff", {"name": "Reading Lamp", "domain": ["light"]})
+    assert one({"action": "brightness_set", "device": "lights", "level": 40, "all": True}) == (
+        "HassLightSet",
+        {"domain": ["light"], "brightness": 40},
+    )
+    assert one({"action": "pause", "device": "tv"}) == ("HassMediaPause", {"device_class": ["tv"]})
+    assert one({"action": "volume_down", "device": "tv"}) == (
+        "HassSetVolumeRelative",
+        {"name": "tv", "volume_step": "down"},
+    )
+
+
+def test_off_unlocks_and_opens_nothing() -> None:
+    for action in ("on", "off", "toggle"):
+        for device in ("front door", "big blind", "fountain", "something"):
+            _, slots = one({"action": action, "device": device})
+            assert slots["domain"]
+            assert not {"lock", "cover", "valve", "alarm_control_panel"} & set(slots["domain"]), (action, device)
+    _, slots = one({"action": "off", "area": "Kitchen"})
+    assert slots["domain"] == ["light"]
+    with pytest.raises(NoIntent):
+        one({"action": "off"})
+
+
+def test_doors_open_as_covers_and_lock_as_locks() -> None:
+    assert one({"action": "open", "device": "garage door"}) == (
+        "HassTurnOn",
+        {"domain": ["cover"], "device_class": ["garage"]},
+    )
+    assert one({"action": "close", "device": "front door"}) == (
+        "HassTurnOff",
+        {"name": "Front Door", "domain": ["cover", "valve"]},
+    )
+    assert one({"action": "lock", "device": "front door"}) == ("HassTurnOn", {"name": "Front Door", "domain": ["lock"]})
+    assert one({"action": "unlock", "device": "doors"}) == ("HassTurnOff", {"domain": ["lock"]})
+
+
+def test_durations_are_hours_minutes_and_seconds() -> None:
+    assert one({"action": "timer_set", "duration": 3725, "name": "pasta"}) == (
+        "HassStartTimer",
+        {"hours": 1, "minutes": 2, "seconds": 5, "name": "pasta"},
+    )
+    assert one({"action": "timer_cancel", "duration": 300}) == ("HassCancelTimer", {"start_minutes": 5})
+    assert one({"action": "timer_cancel", "all": True}) == ("HassCancelAllTimers", {})
+    assert one({"action": "timer_query"}) == ("HassTimerStatus", {})
+    with pytest.raises(NoIntent):
+        one({"action": "timer_set", "duration": 0})
+
+
+def test_an_item_is_an_intent() -> None:
+    items = {"action": "list_add", "items": ["milk", "eggs"], "list": "shopping"}
+    assert [(i.name, i.slots) for i in hass_intents([items])] == [
+        ("HassShoppingListAddItem", {"item": "milk"}),
+        ("HassShoppingListAddItem", {"item": "eggs"}),
+    ]
+    assert one({"action": "list_remove", "items": ["call mum"], "list": "to do"}) == (
+        "HassListRemoveItem",
+        {"item": "call mum", "name": "to do"},
+    )
+
+
+def test_the_sentence_says_which_state_and_whether_the_date() -> None:
+    lights = {"action": "state", "device": "lights", "area": "Kitchen"}
+    assert one(lights, "which lights are on in the kitchen") == (
+        "HassGetState",
+        {"domain": ["light"], "area": "Kitchen", "state": ["on"]},
+    )
+    assert one({"action": "state", "device": "doors"}, "are the doors locked")[1]["domain"] == ["lock"]
+    assert one({"action": "state", "area": "Kitchen"}, "how warm is it there")[0] == "HassClimateGetTemperature"
+    assert one({"action": "clock"}, "what day is it")[0] == "HassGetCurrentDate"
+    assert one({"action": "clock"}, "what time is it")[0] == "HassGetCurrentTime"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"action": "on", "device": "lights", "time": "19:00"},
+        {"action": "off", "device": "lights", "duration": 600},
+        {"action": "weather", "date": "tomorrow"},
+        {"action": "clock", "place": "tokyo"},
+        {"action": "brightness_set", "device": "lights"},
+        {"action": "list_add", "items": []},
+    ],
+)
+def test_what_would_be_done_wrongly_is_refused(command: dict[str, Any]) -> None:
+    with pytest.raises(NoIntent):
+        hass_intents([command])
+
+
+def test_half_a_sentence_is_not_done() -> None:
+    with pytest.raises(NoIntent):
+        hass_intents([{"action": "on", "device": "lights"}, {"action": "coffee"}])
+
+
+def test_no_text_holds_what_was_said() -> None:
+    """Home Assistant renders it as a template of its own."""
+    said = "{{ states }}"
+    for action, slots in ACTIONS.items():
+        if action in ROWS:
+            command: dict[str, Any] = {"action": action, "device": said, "area": said, "items": [said]}
+            free = set(slots) - {"all", "items", "list", "date", "time", "event", "duration", "level"}
+            command |= {slot: said for slot in free if (action, slot) != ("clock", "place")}
+            command |= {slot: 60 for slot in ("duration", "level") if slot in slots}
+            intents: list[HassIntent] = hass_intents([command], text=said)
+            assert all(said not in (intent.text or "") for intent in intents)
