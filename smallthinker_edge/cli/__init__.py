@@ -14,7 +14,19 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from smallthinker_edge import __version__
-from smallthinker_edge.cli import chat, complete, demo, evaluate, files, generate, hub, machine, measure, serve
+from smallthinker_edge.cli import (
+    chat,
+    complete,
+    demo,
+    evaluate,
+    files,
+    generate,
+    hub,
+    machine,
+    measure,
+    serve,
+    wyoming,
+)
 from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError, one_line
 from smallthinker_edge.errors import SmallThinkerError
 
@@ -22,6 +34,7 @@ COMMANDS = (
     *generate.COMMANDS,
     *chat.COMMANDS,
     *serve.COMMANDS,
+    *wyoming.COMMANDS,
     *files.COMMANDS,
     *hub.COMMANDS,
     *demo.COMMANDS,

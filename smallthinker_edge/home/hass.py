@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -291,8 +291,10 @@ def on_list(shopping: str, other: str, text: str) -> Callable[[Spoken], list[Has
     def make(spoken: Spoken) -> list[HassIntent]:
         items, target = spoken.need("items", "Say which item"), spoken.get("list") or ""
         if target.casefold() in SHOPPING:
-            return [HassIntent(shopping, {"item": item}, text) for item in items]
-        return [HassIntent(other, {"item": item, "name": target}, text) for item in items]
+            found = [HassIntent(shopping, {"item": item}) for item in items]
+        else:
+            found = [HassIntent(other, {"item": item, "name": target}) for item in items]
+        return [replace(found[0], text=text), *found[1:]]  # said once
 
     return make
 
