@@ -24,6 +24,7 @@ from smallthinker_edge.cli import (
     hub,
     machine,
     measure,
+    mqtt,
     serve,
     wyoming,
 )
@@ -35,6 +36,7 @@ COMMANDS = (
     *chat.COMMANDS,
     *serve.COMMANDS,
     *wyoming.COMMANDS,
+    *mqtt.COMMANDS,
     *files.COMMANDS,
     *hub.COMMANDS,
     *demo.COMMANDS,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
+
+from smallthinker_edge.home.schema import Command
 
 MOST = 256
 SECONDS = 300.0  # as long as Home Assistant keeps a conversation
@@ -35,3 +37,13 @@ class Conversations(Generic[T]):
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)
+
+
+def remember(conversations: Conversations[list[Command]], name: str, commands: Sequence[Command]) -> None:
+    """Puts a sentence's commands in place of those before. What was not understood changes nothing; "nevermind"
+    forgets."""
+    actions = {command["action"] for command in commands}
+    if "nevermind" in actions:
+        conversations.forget(name)
+    elif "unknown" not in actions:
+        conversations.put(name, list(commands))

@@ -41,7 +41,7 @@ from wyoming.ping import Ping, Pong
 
 from smallthinker_edge.completions.compute import ComputeThread
 from smallthinker_edge.errors import SmallThinkerError
-from smallthinker_edge.home.conversations import Conversations
+from smallthinker_edge.home.conversations import Conversations, remember
 from smallthinker_edge.home.hass import HassIntent, NoIntent, hass_intents
 from smallthinker_edge.home.names import Home
 from smallthinker_edge.home.schema import Command
@@ -267,15 +267,12 @@ class WyomingService:
             await self._handle(self._model, client, text, context, conversation)
             return
         commands = await self._compute(text, self._commands.get(conversation, []))
-        actions = {command["action"] for command in commands}
-        if "nevermind" in actions:
-            self._commands.forget(conversation)
-        elif "unknown" not in actions:
-            self._commands.put(conversation, commands)
+        remember(self._commands, conversation, commands)
         try:
             intents = hass_intents(commands, self._home, text)
         except NoIntent as reason:
-            if self._model is not None and actions == {"unknown"} and not intents_only and not client.program:
+            unknown = all(command["action"] == "unknown" for command in commands)
+            if self._model is not None and unknown and not intents_only and not client.program:
                 await self._handle(self._model, client, text, context, conversation)
             else:
                 await client.send(NotRecognized(str(reason), context))
