@@ -70,7 +70,7 @@ def mqtt(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     with (
         checking_arguments(),
-        SmallThinker(arguments.model, threads=arguments.threads or "auto") as model,
+        SmallThinker(arguments.model, threads=arguments.threads) as model,
         MqttService(HomeModel(model, home).understand, settings),
     ):
         stop.wait()

@@ -29,7 +29,8 @@ def add_home_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=str(MODEL), metavar="FILE", help="model of home commands (default: the embedded one)"
     )
     parser.add_argument("--home", metavar="FILE", help="names of the home's areas and devices, as docs/home.md says")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
+    # A second thread costs a model of a few megabytes more in waiting than it gives, above all beside whisper.
+    parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="of this model (default: 1)")
 
 
 def load_home(path: str | None) -> Home:
@@ -49,6 +50,9 @@ def wyoming_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "-m", "--answers", metavar="FILE", help="large model that answers, in text, what is no command (default: none)"
+    )
+    parser.add_argument(
+        "--answer-threads", type=positive_int, metavar="N", help="of the large model (default: usable CPUs)"
     )
     parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the process with a large model")
     parser.add_argument("--context", type=positive_int, metavar="N", help="positions of the large model")
@@ -77,11 +81,11 @@ def wyoming(arguments: argparse.Namespace) -> int:
     settings = Settings(
         answer_seconds=arguments.seconds, most_tokens=arguments.max_tokens, system=arguments.system or SYSTEM
     )
-    threads: int | Literal["auto"] = arguments.threads or "auto"
     with ExitStack() as stack, checking_arguments():
-        small = stack.enter_context(SmallThinker(arguments.model, threads=threads))
+        small = stack.enter_context(SmallThinker(arguments.model, threads=arguments.threads))
         large = None
         if arguments.answers is not None:
+            threads: int | Literal["auto"] = arguments.answer_threads or "auto"
             large = SmallThinker(arguments.answers, arguments.memory, threads, arguments.context)
             stack.enter_context(large)
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+import wave
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -22,13 +22,15 @@ import pytest
 
 pytest.importorskip("wyoming")
 from wyoming.asr import Transcript
+from wyoming.audio import AudioChunk, AudioStart, AudioStop
 from wyoming.client import AsyncTcpClient, AsyncUnixClient
 from wyoming.error import Error
-from wyoming.event import Event
+from wyoming.event import Event, async_read_event, async_write_event
 from wyoming.handle import Handled, HandledChunk, HandledStart, HandledStop
 from wyoming.info import Describe, Info, SelectProgram
 from wyoming.intent import Intent, IntentsStart, IntentsStop, NotRecognized, Recognize
 from wyoming.ping import Ping, Pong
+from wyoming.tts import Synthesize
 
 from smallthinker_edge import SmallThinker
 from smallthinker_edge.home.conversations import MOST, SECONDS, Conversations
@@ -36,6 +38,7 @@ from smallthinker_edge.home.names import Device, Home
 from smallthinker_edge.home.schema import Command
 from smallthinker_edge.home.wyoming import HANDLE_PROGRAM, INTENT_PROGRAM, Settings, WyomingService, run
 
+VOICE = Path(__file__).resolve().parents[2] / "examples" / "home" / "voice.py"
 HOME = Home(areas=("Kitchen",), devices=(Device("Desk Lamp", "Office", "light"),))
 ON: Command = {"action": "on", "device": "lights", "area": "Kitchen"}
 SENTENCES: dict[str, list[Command]] = {
@@ -276,9 +279,7 @@ def test_clients_that_leave_in_the_middle_harm_nobody() -> None:
 
 def test_who_stalls_in_an_event_is_sent_away() -> None:
     async def test(served: Served) -> None:
-        start = time.monotonic()
         assert await served.raw(b'{"type": "transcri') == b""
-        assert 0.2 < time.monotonic() - start < 5
         assert await served.raw(b'{"type": "transcript", "data_length": 100}\n{') == b""
 
     serving(test, event_seconds=0.3)
@@ -404,7 +405,7 @@ def test_who_leaves_ends_the_answer_of_the_large_model(tiny_model: Path) -> None
 @contextmanager
 def process(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`smallthinker-edge wyoming`, and where it listens; ended with SIGTERM, which it must obey."""
-    command = [sys.executable, "-m", "smallthinker_edge", "wyoming", "--threads", "1", *options]
+    command = [sys.executable, "-m", "smallthinker_edge", "wyoming", *options]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stderr is not None
@@ -435,8 +436,57 @@ def test_a_real_process_turns_sentences_into_intents_and_ends_on_sigterm(demo_mo
         port = int(uri.rpartition(":")[2])
         asyncio.run(test(port))
         idle = socket.create_connection(("127.0.0.1", port))  # holds up no end
-        print(f"{psutil.Process(child.pid).memory_info().rss / 2**20:.1f} MiB resident")
+        assert psutil.Process(child.pid).memory_info().rss < 70 << 20
     idle.close()
+
+
+class Neighbour:
+    """Stands in for whisper (hears what it is told it heard) or piper (answers with a little noise)."""
+
+    def __init__(self, hears: str = "") -> None:
+        self.hears, self.audio, self.texts = hears, b"", list[str]()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (event := await async_read_event(reader)) is not None:
+            if AudioChunk.is_type(event.type):
+                self.audio += AudioChunk.from_event(event).audio
+            elif AudioStop.is_type(event.type):
+                await async_write_event(Transcript(self.hears).event(), writer)
+            elif Synthesize.is_type(event.type):
+                self.texts.append(Synthesize.from_event(event).text)
+                for answer in (AudioStart(22050, 2, 1), AudioChunk(22050, 2, 1, bytes(200)), AudioStop()):
+                    await async_write_event(answer.event(), writer)
+        writer.close()
+
+
+def test_the_example_goes_from_a_recording_to_a_spoken_answer(tmp_path: Path) -> None:
+    def listening(server: asyncio.Server) -> str:
+        return f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    async def test(served: Served) -> None:
+        whisper, piper = Neighbour("both"), Neighbour()
+        with wave.open(str(tmp_path / "in.wav"), "wb") as recording:
+            recording.setparams((1, 2, 16000, 0, "NONE", ""))
+            recording.writeframes(bytes(range(250)) * 40)
+        async with (
+            await asyncio.start_server(whisper.serve, "127.0.0.1", 0) as first,
+            await asyncio.start_server(piper.serve, "127.0.0.1", 0) as last,
+        ):
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, str(VOICE), str(tmp_path / "in.wav"), str(tmp_path / "out.wav"),
+                "--whisper", listening(first), "--smallthinker", f"tcp://127.0.0.1:{served.port}",
+                "--piper", listening(last), stdout=subprocess.PIPE,
+            )  # fmt: skip
+            output, _ = await child.communicate()
+        assert child.returncode == 0
+        assert b"HassTurnOn" in output
+        assert b"HassTurnOff" in output
+        assert whisper.audio == bytes(range(250)) * 40
+        assert piper.texts == ["Turned on. Turned off"]
+        with wave.open(str(tmp_path / "out.wav")) as answer:
+            assert (answer.getframerate(), answer.readframes(1000)) == (22050, bytes(200))
+
+    serving(test)
 
 
 def test_a_unix_socket_is_served_and_removed(tmp_path: Path) -> None:
@@ -466,7 +516,7 @@ def test_standard_streams_are_served_until_they_end() -> None:
 
 def test_an_address_that_makes_no_sense_is_one_line(tmp_path: Path) -> None:
     for uri, code in (("http://x", 2), ("tcp://127.0.0.1", 2), ("tcp://192.0.2.1:1", 1)):
-        command = [sys.executable, "-m", "smallthinker_edge", "wyoming", "--threads", "1", "--uri", uri]
+        command = [sys.executable, "-m", "smallthinker_edge", "wyoming", "--uri", uri]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
