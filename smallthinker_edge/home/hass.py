@@ -426,11 +426,13 @@ def hass_intents(commands: Sequence[Command], home: Home | None = None, text: st
         home: whose names are names, and not words for a kind. text: the sentence, which tells which state or whether
             time or date is asked for.
 
-    Raises NoIntent where one of them has none, since half a sentence is not what was asked for.
+    Raises NoIntent where one of them has none, since half a sentence is not what was asked for, or there are none.
     """
     found: list[HassIntent] = []
     for command in commands:
         found += _intents(Spoken(command, home or Home(), text))
+    if not found:
+        raise NoIntent(NONE["unknown"])
     return found
 
 

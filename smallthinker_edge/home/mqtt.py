@@ -157,7 +157,9 @@ class MqttService:
         self._requests.put(None)
         self._worker.join(timeout=5)
         if self._client.is_connected():
-            self._client.publish(self._topic("status"), OFFLINE, QOS, retain=True).wait_for_publish(2)
+            goodbye = self._client.publish(self._topic("status"), OFFLINE, QOS, retain=True)
+            with suppress(RuntimeError):  # the connection ended meanwhile: the broker publishes the will
+                goodbye.wait_for_publish(2)
         self._client.disconnect()
         self._client.loop_stop()
 

@@ -424,14 +424,18 @@ class _Announcement:
     """The service as zeroconf tells the local network of it, which is how Home Assistant finds it."""
 
     def __init__(self, name: str, host: str, port: int) -> None:
+        from zeroconf import InterfaceChoice
         from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
-        address = own_address() if host in ("0.0.0.0", "::") else host
+        anywhere = host in ("0.0.0.0", "::")
         self._info = AsyncServiceInfo(
-            SERVICE_TYPE, f"{name}.{SERVICE_TYPE}", parsed_addresses=[address], port=port,
+            SERVICE_TYPE,
+            f"{name}.{SERVICE_TYPE}",
+            parsed_addresses=[own_address() if anywhere else host],
+            port=port,
             server=f"{socket.gethostname().partition('.')[0]}.local.",
-        )  # fmt: skip
-        self._zeroconf = AsyncZeroconf()
+        )
+        self._zeroconf = AsyncZeroconf(interfaces=InterfaceChoice.All if anywhere else [host])
 
     async def __aenter__(self) -> None:
         await self._zeroconf.async_register_service(self._info)

@@ -169,6 +169,8 @@ def test_what_would_be_done_wrongly_is_refused(command: dict[str, Any]) -> None:
 def test_half_a_sentence_is_not_done() -> None:
     with pytest.raises(NoIntent):
         hass_intents([{"action": "on", "device": "lights"}, {"action": "coffee"}])
+    with pytest.raises(NoIntent):
+        hass_intents([])
 
 
 def test_no_text_holds_what_was_said() -> None:

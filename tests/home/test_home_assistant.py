@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("wyoming")
+from smallthinker_edge import SmallThinker
 from smallthinker_edge.home.names import Device, Home
 from smallthinker_edge.home.schema import Command
-from smallthinker_edge.home.wyoming import WyomingService
+from smallthinker_edge.home.wyoming import Settings, WyomingService
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "hass_home.py"
 PYTHON = os.environ.get("HASS_PYTHON", "")
@@ -86,13 +87,13 @@ CASES: list[tuple[str, list[Command], list[Any], str]] = [
 
 
 @contextmanager
-def service() -> Iterator[int]:
+def service(model: SmallThinker | None = None) -> Iterator[int]:
     """A service in a thread; gives its port."""
     known = {sentence: commands for sentence, commands, _, _ in CASES}
     started, port, loops = threading.Event(), [0], list[asyncio.AbstractEventLoop]()
 
     async def main() -> None:
-        wyoming = WyomingService(lambda text, previous: known[text], HOME)
+        wyoming = WyomingService(lambda text, previous: known[text], HOME, model, Settings(most_tokens=8))
         async with await asyncio.start_server(wyoming.serve, "127.0.0.1", 0) as server:
             port[0], stop = server.sockets[0].getsockname()[1], asyncio.Event()
             loops.append(asyncio.get_running_loop())
@@ -112,18 +113,22 @@ def service() -> Iterator[int]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def answers() -> dict[str, dict[str, Any]]:
+def answered(sentences: list[str], model: SmallThinker | None = None) -> list[dict[str, Any]]:
     """What Home Assistant did and said to each sentence."""
     if not PYTHON or subprocess.run([PYTHON, "-c", "import homeassistant"], capture_output=True).returncode:
         pytest.skip("Home Assistant is not there: HASS_PYTHON names a Python that has it")
-    sentences = [sentence for sentence, *_ in CASES]
-    with service() as port:
+    with service(model) as port:
         command = [PYTHON, "-c", SCRIPT.read_text(encoding="utf-8"), "127.0.0.1", str(port), json.dumps(sentences)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == len(sentences), done.stderr[-3000:]
-    return dict(zip(sentences, lines, strict=True))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, dict[str, Any]]:
+    sentences = [sentence for sentence, *_ in CASES]
+    return dict(zip(sentences, answered(sentences), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
@@ -135,3 +140,11 @@ def test_home_assistant_does_and_says_it(
     assert sorted(answer["calls"], key=str) == sorted(calls, key=str), answer
     assert said in answer["said"], answer
     assert "{" not in answer["said"]
+
+
+def test_home_assistant_speaks_what_the_large_model_says(tiny_model: Path) -> None:
+    with SmallThinker(tiny_model, threads=1) as model:
+        lamp, other = answered(["lamp to forty", "gibberish"], model)
+    assert lamp["calls"]
+    assert (other["error"], other["calls"]) == (None, [])
+    assert other["said"]

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("wyoming")
 from wyoming.asr import Transcript
@@ -36,7 +38,16 @@ from smallthinker_edge import SmallThinker
 from smallthinker_edge.home.conversations import MOST, SECONDS, Conversations
 from smallthinker_edge.home.names import Device, Home
 from smallthinker_edge.home.schema import Command
-from smallthinker_edge.home.wyoming import HANDLE_PROGRAM, INTENT_PROGRAM, Settings, WyomingService, run
+from smallthinker_edge.home.wyoming import (
+    HANDLE_PROGRAM,
+    INTENT_PROGRAM,
+    SERVICE_TYPE,
+    BadEvent,
+    Settings,
+    WyomingService,
+    read_event,
+    run,
+)
 
 VOICE = Path(__file__).resolve().parents[2] / "examples" / "home" / "voice.py"
 HOME = Home(areas=("Kitchen",), devices=(Device("Desk Lamp", "Office", "light"),))
@@ -261,6 +272,25 @@ def test_garbage_gets_an_error_and_others_their_answers(name: str) -> None:
             assert Intent.is_type((await ask(client, "lights"))[0].type)
 
     serving(test)
+
+
+@given(st.one_of(
+    st.binary(max_size=200),
+    st.recursive(st.none() | st.integers() | st.text() | st.floats(), lambda inner: st.lists(inner) | st.dictionaries(
+        st.sampled_from(["type", "data", "data_length", "payload_length", "text"]), inner)).map(
+            lambda value: json.dumps(value).encode() + b"\n{}"),
+))  # fmt: skip
+def test_any_bytes_are_an_event_or_refused(data: bytes) -> None:
+    async def main() -> None:
+        reader = asyncio.StreamReader(Settings().most_bytes)
+        reader.feed_data(data)
+        reader.feed_eof()
+        with suppress(BadEvent, EOFError):
+            while (event := await read_event(reader, Settings())) is not None:
+                assert isinstance(event.type, str)
+                assert isinstance(event.data, dict)
+
+    asyncio.run(main())
 
 
 def test_clients_that_leave_in_the_middle_harm_nobody() -> None:
@@ -489,6 +519,19 @@ def test_the_example_goes_from_a_recording_to_a_spoken_answer(tmp_path: Path) ->
     serving(test)
 
 
+def test_a_real_process_holds_two_models(demo_model: Path, tiny_model: Path) -> None:
+    async def test(port: int) -> None:
+        async with AsyncTcpClient("127.0.0.1", port) as client:
+            await client.write_event(SelectProgram(HANDLE_PROGRAM).event())
+            assert HandledStop.is_type((await ask(client, "why is the sky blue"))[-1].type)
+            await client.write_event(SelectProgram(INTENT_PROGRAM).event())
+            assert Intent.is_type((await ask(client, "turn on the kitchen light"))[0].type)
+
+    options = ("-m", str(tiny_model), "--memory", "1GiB", "--max-tokens", "8", "--answer-threads", "1")
+    with process("--model", str(demo_model), "--uri", "tcp://127.0.0.1:0", *options) as (_, uri):
+        asyncio.run(test(int(uri.rpartition(":")[2])))
+
+
 def test_a_unix_socket_is_served_and_removed(tmp_path: Path) -> None:
     path = tmp_path / "home.sock"
 
@@ -520,6 +563,20 @@ def test_an_address_that_makes_no_sense_is_one_line(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_zeroconf_tells_where_it_is() -> None:
+    zeroconf = pytest.importorskip("zeroconf.asyncio")
+
+    async def find(port: int) -> None:
+        async with zeroconf.AsyncZeroconf(interfaces=["127.0.0.1"]) as network:
+            info = await network.async_get_service_info(SERVICE_TYPE, f"parlour.{SERVICE_TYPE}", 10_000)
+            if info is None:
+                pytest.skip("this machine passes no multicast on to itself")
+            assert (info.port, info.parsed_addresses()) == (port, ["127.0.0.1"])
+
+    with process("--uri", "tcp://127.0.0.1:0", "--zeroconf", "parlour") as (_, uri):
+        asyncio.run(find(int(uri.rpartition(":")[2])))
 
 
 def test_run_ends_on_a_signal() -> None:
