@@ -171,17 +171,27 @@ def switch(name: str, text: str) -> Callable[[Spoken], list[HassIntent]]:
     return make
 
 
+def moved(spoken: Spoken) -> Slots:
+    return some_things(spoken, MOVED if spoken.get("device") else ("cover",))  # water runs only where it is named
+
+
 def move(name: str, text: str) -> Callable[[Spoken], list[HassIntent]]:
-    return lambda spoken: [HassIntent(name, some_things(spoken, MOVED), text)]
+    return lambda spoken: [HassIntent(name, moved(spoken), text)]
 
 
 def lock(name: str, text: str) -> Callable[[Spoken], list[HassIntent]]:
     """Locks are turned on and off in Home Assistant, on being locked. "The doors" are their locks."""
 
     def make(spoken: Spoken) -> list[HassIntent]:
-        doors = (spoken.get("device") or "").casefold() in ("door", "doors")
-        slots = {"domain": ["lock"], **place(spoken)} if doors else some_things(spoken, ("lock",))
-        return [HassIntent(name, slots, text)]
+        word, where = (spoken.get("device") or "").casefold(), place(spoken)
+        if word in ("door", "lock") and name == "HassTurnOff" and not where and not spoken.get("all"):
+            locks = [device.name for device in spoken.home.devices if device.domain == "lock"]
+            if len(locks) != 1:
+                raise NoIntent("Say which door")  # and not all of them
+            return [HassIntent(name, {"name": locks[0], "domain": ["lock"]}, text)]
+        if word in ("door", "doors"):
+            return [HassIntent(name, {"domain": ["lock"], **where}, text)]
+        return [HassIntent(name, some_things(spoken, ("lock",)), text)]
 
     return make
 
@@ -227,7 +237,7 @@ def light(spoken: Spoken) -> Slots:
 
 def position(spoken: Spoken) -> list[HassIntent]:
     level = spoken.need("level", "Say how far, in percent")
-    return [HassIntent("HassSetPosition", {**some_things(spoken, MOVED), "position": level}, "Position set")]
+    return [HassIntent("HassSetPosition", {**moved(spoken), "position": level}, "Position set")]
 
 
 def scene(spoken: Spoken) -> list[HassIntent]:

@@ -112,6 +112,10 @@ def test_doors_open_as_covers_and_lock_as_locks() -> None:
     )
     assert one({"action": "lock", "device": "front door"}) == ("HassTurnOn", {"name": "Front Door", "domain": ["lock"]})
     assert one({"action": "unlock", "device": "doors"}) == ("HassTurnOff", {"domain": ["lock"]})
+    assert one({"action": "unlock", "device": "door"}) == ("HassTurnOff", {"name": "Front Door", "domain": ["lock"]})
+    with pytest.raises(NoIntent):  # not every door of a home that is not known
+        hass_intents([{"action": "unlock", "device": "door"}])
+    assert one({"action": "open", "area": "garden"})[1]["domain"] == ["cover"]
 
 
 def test_durations_are_hours_minutes_and_seconds() -> None:

@@ -15,7 +15,9 @@ import homeassistant  # noqa: F401  # before anything that brings voluptuous, wh
 import pytest_homeassistant_custom_component.common as ha
 from homeassistant.components import conversation
 from homeassistant.components.homeassistant.exposed_entities import async_expose_entity
-from homeassistant.core import Context, HomeAssistant
+from homeassistant.components.intent import async_register_timer_handler
+from homeassistant.components.media_player import BrowseMedia, SearchMedia
+from homeassistant.core import Context, HomeAssistant, ServiceCall, SupportsResponse
 from homeassistant.helpers import area_registry, entity_registry
 from homeassistant.setup import async_setup_component
 
@@ -34,8 +36,9 @@ ENTITIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # id: name, area,
 SERVICES = {
     "light": ("turn_on", "turn_off", "toggle"), "fan": ("turn_on", "turn_off"), "lock": ("lock", "unlock"),
     "cover": ("open_cover", "close_cover", "set_cover_position", "stop_cover"), "scene": ("turn_on",),
-    "climate": ("set_temperature",), "vacuum": ("start", "return_to_base"), "homeassistant": ("turn_on", "turn_off"),
-    "media_player": ("media_pause", "media_play", "media_next_track", "volume_set", "volume_mute"),
+    "climate": ("set_temperature",), "vacuum": ("start", "return_to_base", "clean_area"),
+    "homeassistant": ("turn_on", "turn_off"),
+    "media_player": ("media_pause", "media_play", "media_next_track", "volume_set", "volume_mute", "play_media"),
 }  # fmt: skip
 PLATFORMS = ("light", "fan", "cover", "climate", "media_player", "weather", "vacuum", "shopping_list", "todo")
 
@@ -59,20 +62,34 @@ async def set_up(hass: HomeAssistant, host: str, port: int) -> list[Any]:
         entities.async_update_entity(key, area_id=found.id, name=name)
         hass.states.async_set(key, state, {"friendly_name": name, **attributes})
         async_expose_entity(hass, "conversation", key, True)
+    shopping = ha.MockConfigEntry(domain="shopping_list")
+    shopping.add_to_hass(hass)
+    assert await hass.config_entries.async_setup(shopping.entry_id)
+
+    async def search(call: ServiceCall) -> Any:
+        found = BrowseMedia(media_class="track", media_content_id=call.data["search_query"], media_content_type="music",
+                            title="found", can_play=True, can_expand=False)  # fmt: skip
+        return {"media_player.kitchen": SearchMedia(result=[found])}
+
+    hass.services.async_register("media_player", "search_media", search, supports_response=SupportsResponse.ONLY)
     entry = ha.MockConfigEntry(domain="wyoming", data={"host": host, "port": port}, title="smallthinker")
     entry.add_to_hass(hass)
     assert await hass.config_entries.async_setup(entry.entry_id)
     await hass.async_block_till_done()
+    async_register_timer_handler(hass, "satellite", lambda *_: None)
     return calls
 
 
 async def main(host: str, port: int, sentences: list[str]) -> None:
     async with ha.async_test_home_assistant() as hass:
         calls = await set_up(hass, host, port)
+        device = "satellite"
         (agent,) = [s for s in hass.states.async_entity_ids("conversation") if s != "conversation.home_assistant"]
         for sentence in sentences:
             calls.clear()
-            result = await conversation.async_converse(hass, sentence, "test", Context(), "en", agent_id=agent)
+            result = await conversation.async_converse(
+                hass, sentence, "test", Context(), "en", agent_id=agent, device_id=device
+            )
             await hass.async_block_till_done()
             response = result.response
             print(json.dumps({
