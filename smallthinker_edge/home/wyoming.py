@@ -181,7 +181,7 @@ class WyomingService:
     ) -> None:
         self.settings = settings or Settings()
         self._understand, self._home, self._model = understand, home or Home(), model
-        self._thread, self._pending = ComputeThread(), 0
+        self._thread, self._pending, self._ending = ComputeThread(), 0, False
         self._commands: Conversations[list[Command]] = Conversations()
         self._messages: Conversations[list[Message]] = Conversations()
         self._clients: dict[asyncio.Task[Any], Client] = {}
@@ -196,7 +196,7 @@ class WyomingService:
                 await client.send(Error("too many clients", "busy"))
                 return
             self._clients[task] = client
-            while (event := await read_event(reader, self.settings)) is not None:
+            while not self._ending and (event := await read_event(reader, self.settings)) is not None:
                 client.busy = True
                 await self._answer(client, event)
                 client.busy = False
@@ -219,6 +219,7 @@ class WyomingService:
 
     async def end(self) -> None:
         """Sends the clients away: idle ones now, the others once they are answered or the grace is over."""
+        self._ending = True
         for task, client in self._clients.items():
             if not client.busy:
                 task.cancel()

@@ -379,6 +379,23 @@ def test_the_idlest_client_makes_room() -> None:
     serving(test, most_clients=2)
 
 
+def test_who_is_being_answered_at_the_end_gets_the_answer() -> None:
+    async def test(served: Served) -> None:
+        async with served.client() as idle, served.client() as busy:
+            await ask(idle, "lights")
+            served.fake.gate.clear()
+            answer = asyncio.create_task(ask(busy, "lights"))
+            await asyncio.sleep(0.2)
+            end = asyncio.create_task(served.service.end())
+            with suppress(OSError):
+                assert await idle.read_event() is None
+            served.fake.gate.set()
+            assert Intent.is_type((await answer)[0].type)
+            await asyncio.wait_for(end, 20)  # long before the grace is over
+
+    serving(test, grace_seconds=600.0)
+
+
 def test_a_failure_of_ours_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def test(served: Served) -> None:
         served.fake.error = ZeroDivisionError("ours")
