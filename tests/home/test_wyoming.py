@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("wyoming")
@@ -94,6 +94,11 @@ class Served:
         async with self.client() as client:
             return await ask(client, text, conversation)
 
+    async def pending(self, number: int) -> None:
+        """Waits until so many requests are pending; whoever never sees it fails."""
+        while self.service._pending != number:
+            await asyncio.sleep(0.02)
+
     async def raw(self, *data: bytes, read: bool = True) -> bytes:
         """What comes back for bytes, until the service hangs up."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -135,7 +140,7 @@ def serving(
         service = WyomingService(fake.understand, HOME, model, Settings(**settings))
         server = await asyncio.start_server(service.serve, "127.0.0.1", 0, limit=service.settings.most_bytes)
         try:
-            await asyncio.wait_for(test(Served(service, fake, server.sockets[0].getsockname()[1])), 60)
+            await asyncio.wait_for(test(Served(service, fake, server.sockets[0].getsockname()[1])), 120)
         finally:
             fake.gate.set()
             server.close()
@@ -280,6 +285,7 @@ def test_garbage_gets_an_error_and_others_their_answers(name: str) -> None:
         st.sampled_from(["type", "data", "data_length", "payload_length", "text"]), inner)).map(
             lambda value: json.dumps(value).encode() + b"\n{}"),
 ))  # fmt: skip
+@settings(deadline=None)
 def test_any_bytes_are_an_event_or_refused(data: bytes) -> None:
     async def main() -> None:
         reader = asyncio.StreamReader(Settings().most_bytes)
@@ -325,7 +331,7 @@ def test_a_flood_that_is_never_read_ends_and_holds_up_nobody() -> None:
         await asyncio.wait_for(task, 30)
 
     before = psutil.Process().memory_info().rss
-    serving(test, event_seconds=1.0)
+    serving(test, event_seconds=3.0)
     assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
@@ -340,14 +346,14 @@ def test_a_slow_answer_is_refused_and_the_next_one_is_not() -> None:
         served.fake.gate.set()
         assert Intent.is_type((await served.ask("lights"))[0].type)
 
-    serving(test, answer_seconds=0.3)
+    serving(test, answer_seconds=2.0)
 
 
 def test_too_many_requests_are_refused() -> None:
     async def test(served: Served) -> None:
         served.fake.gate.clear()
         waiting = [asyncio.create_task(served.ask("lights")) for _ in range(3)]
-        await asyncio.sleep(0.2)
+        await served.pending(3)
         (event,) = await served.ask("lights")
         assert Error.from_event(event).code == "busy"
         (event,) = await served.ask("x" * 2000)
@@ -369,7 +375,7 @@ def test_the_idlest_client_makes_room() -> None:
             assert Intent.is_type((await ask(newer, "lights"))[0].type)
             served.fake.gate.clear()
             busy = [asyncio.create_task(served.ask("lights")), asyncio.create_task(ask(newer, "lights"))]
-            await asyncio.sleep(0.2)
+            await served.pending(2)
             async with served.client() as third:
                 (event,) = await answers(third)
                 assert Error.from_event(event).code == "busy"
@@ -385,7 +391,7 @@ def test_who_is_being_answered_at_the_end_gets_the_answer() -> None:
             await ask(idle, "lights")
             served.fake.gate.clear()
             answer = asyncio.create_task(ask(busy, "lights"))
-            await asyncio.sleep(0.2)
+            await served.pending(1)
             end = asyncio.create_task(served.service.end())
             with suppress(OSError):
                 assert await idle.read_event() is None
@@ -436,11 +442,7 @@ def test_who_leaves_ends_the_answer_of_the_large_model(tiny_model: Path) -> None
         async with served.client() as client:
             await client.write_event(Transcript("tell me a story").event())
             assert await client.read_event() is not None
-        for _ in range(200):
-            if served.service._pending == 0:
-                return
-            await asyncio.sleep(0.05)
-        raise AssertionError("it goes on")
+        await served.pending(0)
 
     with SmallThinker(tiny_model, threads=1) as model:
         serving(test, model, most_tokens=100_000)
