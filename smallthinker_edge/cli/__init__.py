@@ -14,7 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from smallthinker_edge import __version__
-from smallthinker_edge.cli import chat, complete, demo, evaluate, files, generate, hub, machine, measure, serve
+from smallthinker_edge.cli import (
+    chat,
+    complete,
+    demo,
+    evaluate,
+    files,
+    generate,
+    hub,
+    machine,
+    measure,
+    mqtt,
+    serve,
+    wyoming,
+)
 from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError, one_line
 from smallthinker_edge.errors import SmallThinkerError
 
@@ -22,6 +35,8 @@ COMMANDS = (
     *generate.COMMANDS,
     *chat.COMMANDS,
     *serve.COMMANDS,
+    *wyoming.COMMANDS,
+    *mqtt.COMMANDS,
     *files.COMMANDS,
     *hub.COMMANDS,
     *demo.COMMANDS,

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from smallthinker_edge.cli.arguments import OK, Command, positive_int, show_text
-from smallthinker_edge.home.understand import Command as HomeCommand
+from smallthinker_edge.home.schema import Command as HomeCommand
 from smallthinker_edge.home.understand import HomeModel, open_home_model
 
 SENTENCES = Path(__file__).resolve().parents[1] / "data" / "demo_commands.json"

@@ -44,6 +44,8 @@ MOST_COMMANDS = 8  # in one sentence
 
 # One command as the model says it: its action, and the words of each slot.
 Spoken: TypeAlias = dict[str, Any]
+# One with its values: {"action": "alarm_set", "time": "06:30", "date": "tomorrow"}.
+Command: TypeAlias = dict[str, Any]
 
 
 def command_json(action: str, slots: Iterable[tuple[str, str]]) -> str:

@@ -8,23 +8,31 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from smallthinker_edge.errors import ContextFull, MissingExtra
 from smallthinker_edge.home import spoken
 from smallthinker_edge.home.names import Home
-from smallthinker_edge.home.schema import UNKNOWN, Spoken, answer_grammar, answer_json, command_json, read_answer
+from smallthinker_edge.home.schema import (
+    UNKNOWN,
+    Command,
+    Spoken,
+    answer_grammar,
+    answer_json,
+    command_json,
+    read_answer,
+)
 from smallthinker_edge.home.text_form import model_form
 from smallthinker_edge.model import SmallThinker
 
-# A command with its values: {"action": "alarm_set", "time": "06:30", "date": "tomorrow"}.
-Command: TypeAlias = dict[str, Any]
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "demo.gguf"
 MAX_TOKENS = 256
 _ALL = re.compile(r"(?:all|every|each|both)\b(?: (?:one|of|and|each|every|single|the|my|our))*\s*")
 _EVERYWHERE = re.compile(
     r"\b(?:everywhere|(?:whole|entire|all over the) (?:house|home|apartment|flat|place)|every room|all rooms)\b"
 )
+_EVERY = re.compile(r"\b(?:all|every|each)\b")
+_SEVERAL = ("timer_cancel", "alarm_cancel")  # of which there may be several, without a word for the device
 _VALUES: dict[str, Callable[[str], Any]] = {
     "level": spoken.percent, "degrees": spoken.degrees, "duration": spoken.seconds, "time": spoken.clock,
 }  # fmt: skip
@@ -115,7 +123,8 @@ class HomeModel:
             if slot == "device":
                 words = self._without_all(words, command)
             command[slot] = self._value(slot, words)
-        if _EVERYWHERE.search(sentence) and "area" not in command:
+        everything = _EVERYWHERE if command["action"] not in _SEVERAL else _EVERY
+        if everything.search(sentence) and "area" not in command:
             command["all"] = True
         return command
 

@@ -13,9 +13,8 @@ import slurp
 import words
 
 from smallthinker_edge import SmallThinker
-from smallthinker_edge.home import Device, Home, HomeModel
+from smallthinker_edge.home import Command, Device, Home, HomeModel
 from smallthinker_edge.home.schema import read_answer
-from smallthinker_edge.home.understand import Command
 
 SLURP = Path(__file__).parents[3] / "shared" / "data" / "slurp" / "devel.jsonl"
 

@@ -32,7 +32,7 @@ LAYERS = {
     "model": {"_native", "text", "files", "machine", "session", "generation", "completions", "plan", "opening"},
     "measure": {"_native", "files", "machine", "session", "opening", "model", "__init__"},
     "server": {"completions", "model"},
-    "home": {"model"},
+    "home": {"completions", "model"},
     "cli": {
         "_native",
         "text",
