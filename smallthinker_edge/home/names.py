@@ -121,6 +121,11 @@ class Home:
                 return self._device_name(kind, name)
         return None
 
+    def said(self, kind: str, sentence: str) -> list[str]:
+        """The names of a kind, in the model's form, that stand word for word in a sentence of that form."""
+        forms = (model_form(name) for name in self.names(kind))
+        return [form for form in forms if f" {form} " in f" {sentence.replace(',', '')} "]
+
     def _device_name(self, kind: str, name: str) -> str:
         """Not an alias but the name itself."""
         if kind == "devices":

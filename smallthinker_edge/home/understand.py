@@ -1,17 +1,15 @@
-"""A sentence becomes commands: the prompt, the constraint on the answer, and what its words mean as values.
+"""A sentence becomes commands: the prompt, the constraint on the answer, and (values.py) what its words mean.
 
 Sits on a SmallThinker with the embedded model (docs/home-model.md). The services and the demo call it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from smallthinker_edge.errors import ContextFull, MissingExtra
-from smallthinker_edge.home import spoken
 from smallthinker_edge.home.names import Home
 from smallthinker_edge.home.schema import (
     UNKNOWN,
@@ -23,20 +21,11 @@ from smallthinker_edge.home.schema import (
     read_answer,
 )
 from smallthinker_edge.home.text_form import model_form
+from smallthinker_edge.home.values import command_of, heard
 from smallthinker_edge.model import SmallThinker
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "demo.gguf"
 MAX_TOKENS = 256
-_ALL = re.compile(r"(?:all|every|each|both)\b(?: (?:one|of|and|each|every|single|the|my|our))*\s*")
-_EVERYWHERE = re.compile(
-    r"\b(?:everywhere|(?:whole|entire|all over the) (?:house|home|apartment|flat|place)|every room|all rooms)\b"
-)
-_EVERY = re.compile(r"\b(?:all|every|each)\b")
-_SEVERAL = ("timer_cancel", "alarm_cancel")  # of which there may be several, without a word for the device
-_VALUES: dict[str, Callable[[str], Any]] = {
-    "level": spoken.percent, "degrees": spoken.degrees, "duration": spoken.seconds, "time": spoken.clock,
-}  # fmt: skip
-_NAMES = {"device": "devices", "area": "areas", "floor": "floors", "scene": "scenes", "list": "lists"}
 
 
 def open_home_model(**settings: Any) -> SmallThinker:
@@ -66,20 +55,27 @@ class HomeModel:
     def understand(self, text: str, previous: Iterable[Command] = ()) -> list[Command]:
         """The commands in a sentence; [{"action": "unknown"}] where there is none.
 
-        text: what was said or typed,
-        at most text_form.MOST_CHARACTERS of it count. previous: the commands understood just
-        before, for sentences like "and the kitchen too".
+        text: what was said or typed, at most text_form.MOST_CHARACTERS of it count. previous: the commands understood
+        just before, for sentences like "and the kitchen too".
         """
         sentence = model_form(text)
         if not sentence:
             return [{"action": UNKNOWN}]
         earlier = [_spoken_again(command) for command in previous if command.get("action") != UNKNOWN]
-        answer = self.answer(sentence, earlier)
-        commands = read_answer(answer) if answer is not None else None
+        commands = self.said(sentence, earlier)
         if commands is None:
             return [{"action": UNKNOWN}]
-        allowed = " ".join((sentence, *(value for command in earlier for value in _all_values(command))))
-        return [self._command(command, sentence, allowed) for command in commands]
+        alone = len(commands) == 1
+        return [command_of(command, sentence, self.home, alone=alone) for command in commands]
+
+    def said(self, sentence: str, earlier: list[Spoken] | None = None) -> list[Spoken] | None:
+        """What the model understood of a sentence in its form, in words that were said; None for no valid answer."""
+        answer = self.answer(sentence, earlier)
+        commands = None if answer is None else read_answer(answer)
+        if commands is None:
+            return None
+        before = " \n ".join(value for command in earlier or [] for value in _all_values(command))
+        return [heard(command, sentence, before) for command in commands]
 
     def answer(self, sentence: str, earlier: list[Spoken] | None = None) -> str | None:
         """The model's own words for a sentence in its form: JSON as in schema.py; None where they came to no end."""
@@ -104,44 +100,6 @@ class HomeModel:
             words += [value for command in earlier for value in _all_values(command)]
         messages.append({"role": "user", "content": sentence})
         return messages, " \n ".join(words)
-
-    def _command(self, said: Spoken, sentence: str, allowed: str) -> Command:
-        """A command's words as values; words that nobody said are left out."""
-        command: Command = {"action": said["action"]}
-        for slot, values in said.items():
-            kept = [
-                value
-                for value in values
-                if slot != "action" and f" {value}".replace(",", "") in f" {allowed}".replace(",", "")
-            ]
-            if not kept:
-                continue
-            if slot == "item":
-                command["items"] = kept
-                continue
-            words = " ".join(kept) if slot in ("time", "date", "duration") else kept[0]
-            if slot == "device":
-                words = self._without_all(words, command)
-            command[slot] = self._value(slot, words)
-        everything = _EVERYWHERE if command["action"] not in _SEVERAL else _EVERY
-        if everything.search(sentence) and "area" not in command:
-            command["all"] = True
-        return command
-
-    @staticmethod
-    def _without_all(words: str, command: Command) -> str:
-        """ "all the lights" is "lights", and all of them."""
-        found = _ALL.match(words)
-        if found and found.end() < len(words):
-            command["all"] = True
-            return words[found.end() :]
-        return words
-
-    def _value(self, slot: str, words: str) -> Any:
-        if slot in _NAMES:
-            return self.home.own_name(_NAMES[slot], words) or words
-        value = _VALUES[slot](words) if slot in _VALUES else None
-        return words if value is None else value
 
 
 def _has_grammars(model: SmallThinker) -> bool:

@@ -102,7 +102,7 @@ class Augment:
             key = {"area": "areas", "scene": "scenes", "todo": "lists", "weather": ""}.get(kind, "devices")
             if key:
                 names[key].append(model_form(name))
-        shown = self._shown_names(names) if self.rng.random() < 0.7 else ""
+        shown = self._shown_names(names) if self.rng.random() < 0.85 else ""
         return self._finished([drawn.sentence], (("system", shown),) if shown else ())
 
     def joined(self, sentences: list[Sentence]) -> Example:

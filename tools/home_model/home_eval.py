@@ -33,7 +33,7 @@ from hass_sentences import Hass
 
 from smallthinker_edge import SmallThinker
 from smallthinker_edge.home.names import Device, Home
-from smallthinker_edge.home.schema import UNKNOWN, Spoken, read_answer
+from smallthinker_edge.home.schema import UNKNOWN, Spoken
 from smallthinker_edge.home.text_form import model_form
 from smallthinker_edge.home.understand import HomeModel, open_home_model
 
@@ -80,12 +80,11 @@ def slurp_scores(home_model: HomeModel, spoken: list[slurp.Spoken], show: bool =
     right_home = home = right_unknown = unknown = invalid = 0
     found: Counter[str] = Counter()
     for one in spoken:
-        answer = home_model.answer(model_form(one.text))
-        commands = read_answer(answer) if answer is not None else None
+        commands = home_model.said(model_form(one.text))
         invalid += commands is None
         right = commands is not None and all(command["action"] in one.accepted for command in commands)
         if show and not right:
-            print(f"{one.intent} | {one.text} | {answer}")
+            print(f"{one.intent} | {one.text} | {commands}")
         if one.accepted == (UNKNOWN,):
             unknown += 1
             right_unknown += right
@@ -138,24 +137,21 @@ def hass_scores(
     source = Hass(rng, held_out)
     home = _home_of(source)
     home_model = HomeModel(model, home, constrained=constrained)
-    right = area_right = with_area = invalid = 0
+    right = area_right = with_area = 0
     for _ in range(count):
         drawn = source.draw()
-        answer = home_model.answer(drawn.sentence.text)
-        commands = read_answer(answer) if answer is not None else None
-        invalid += commands is None
-        action_right = [command["action"] for command in commands or []] == [drawn.sentence.action]
+        commands = home_model.understand(drawn.sentence.text)
+        action_right = [command["action"] for command in commands] == [drawn.sentence.action]
         right += action_right
-        areas = [value for command in commands or [] for value in command.get("area", [])]
-        same = sorted(areas) == sorted(model_form(area) for area in drawn.areas)
+        same = [command["area"] for command in commands if "area" in command] == drawn.areas
         if drawn.areas:
             with_area += 1
             area_right += same
         if show and not (action_right and same):
-            print(f"{drawn.intent} | {drawn.sentence.text} | {drawn.sentence.answer} | {answer}")
+            print(f"{drawn.intent} | {drawn.sentence.text} | {drawn.sentence.answer} | {commands}")
     return {
         "hass_sentences": count, "intent_accuracy": right / count, "hass_with_area": with_area,
-        "area_accuracy": area_right / max(with_area, 1), "hass_invalid_json": invalid,
+        "area_accuracy": area_right / max(with_area, 1),
     }  # fmt: skip
 
 

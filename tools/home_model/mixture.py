@@ -14,7 +14,7 @@ from hass_sentences import Hass
 from smallthinker_edge.home.schema import UNKNOWN
 
 # Share of the examples of each source; the rest are sentences of ours.
-SHARES = {"slurp": 0.16, "hass": 0.18, "joined": 0.05, "follow_up": 0.05}
+SHARES = {"slurp": 0.14, "hass": 0.24, "joined": 0.05, "follow_up": 0.05}
 UNKNOWN_SHARE = 0.48  # of our plain sentences
 NOT_JOINED = {
     "unknown",

@@ -22,8 +22,8 @@ room, anna's room, tom's bedroom, emma's room, grandma's room, dad's office, mom
 room, deck, veranda, courtyard, barn, stable, chicken coop, dressing room, library corner,
 reading corner, hobby room, darkroom, annex, granny flat, boathouse, roof terrace, winter
 garden, bike shed, root cellar, elevator, lobby, meeting room, break room, reception"""
-FLOORS = """upstairs, downstairs, ground floor, first floor, second floor, third floor, top floor, main
-floor, lower floor, basement level, attic floor, main level, upper level, mezzanine"""
+FLOORS = """upstairs, downstairs, ground floor, first floor, second floor, third floor, top floor, main floor, lower
+floor, main level, upper level, mezzanine, fourth floor, street level"""
 # Kinds of devices by Home Assistant's domains, as people name them.
 DEVICES = {
     "light": """desk lamp, ceiling light, floor lamp, bedside lamp, night light, reading light, chandelier, led

@@ -1,0 +1,143 @@
+"""What the words of an answer mean: only what was said, in the slots whose names they are, as values.
+
+Called by understand.py with what the model said. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from smallthinker_edge.home import spoken
+from smallthinker_edge.home.names import Home
+from smallthinker_edge.home.schema import ACTIONS, Command, Spoken
+
+NAMED = {"device": "devices", "area": "areas", "floor": "floors", "scene": "scenes", "list": "lists"}
+VALUES: dict[str, Callable[[str], Any]] = {
+    "level": spoken.percent, "degrees": spoken.degrees, "duration": spoken.seconds, "time": spoken.clock,
+}  # fmt: skip
+WHOLE = ("time", "date", "duration")  # whose words belong together, wherever they stand
+_MOVED = ("device", "area", "floor", "name")  # whose words may be a name of another kind
+_ALIKE = 0.6  # similarity (difflib's ratio) from which words that nobody said are taken for a slip of what was said
+_ALL = re.compile(r"(?:all|every|each|both)\b(?: (?:one|of|and|each|every|single|the|my|our))*\s*")
+_EVERYWHERE = re.compile(
+    r"\b(?:everywhere|(?:whole|entire|all over the) (?:house|home|apartment|flat|place)|every room|all rooms)\b"
+)
+_EVERY = re.compile(r"\b(?:all|every|each)\b")
+_SEVERAL = ("timer_cancel", "alarm_cancel")  # of which there may be several, without a word for the device
+
+
+def command_of(said: Spoken, sentence: str, home: Home, *, alone: bool) -> Command:
+    """A command with its values.
+
+    said: as heard() gives it. sentence: in the model's form. alone: it is the only command of the sentence, so that a
+    name of the home in the sentence belongs to it.
+    """
+    words = {slot: list(values) for slot, values in said.items() if slot != "action"}
+    action = said["action"]
+    placed(action, words, sentence if alone else "", home)
+    command: Command = {"action": action}
+    for slot, values in words.items():
+        if slot == "item":
+            command["items"] = values
+            continue
+        text = " ".join(values) if slot in WHOLE else values[0]
+        if slot == "device":
+            text, everything = without_all(text)
+            command |= {"all": True} if everything else {}
+        command[slot] = value_of(slot, text, home)
+    everywhere = _EVERY if action in _SEVERAL else _EVERYWHERE
+    if everywhere.search(sentence) and "area" not in command and action in ACTIONS and ACTIONS[action]:
+        command["all"] = True
+    return command
+
+
+def heard(said: Spoken, sentence: str, earlier: str = "") -> Spoken:
+    """A command of schema.read_answer() with the values that were said, in the sentence or the commands before; one
+    that was nearly said becomes what was, any other is left out."""
+    words = {slot: _heard(values, sentence, earlier) for slot, values in said.items() if slot != "action"}
+    return {"action": said["action"]} | {slot: values for slot, values in words.items() if values}
+
+
+def _heard(values: list[str], sentence: str, earlier: str) -> list[str]:
+    found = []
+    for value in values:
+        if contains(sentence, value) or contains(earlier, value):
+            found.append(value)
+        elif near := _closest(value, sentence):
+            found.append(near)
+    return list(dict.fromkeys(found))
+
+
+def contains(sentence: str, words: str) -> bool:
+    """Whether words stand in a sentence, whole and in a row; commas do not count."""
+    return f" {words} ".replace(",", "") in f" {sentence} ".replace(",", "")
+
+
+def _closest(value: str, sentence: str) -> str | None:
+    """The words of a sentence that are most like a value: as many, or one more or less; None where none are alike."""
+    value = " ".join(word for word, _ in itertools.groupby(value.split()))  # "harry potter potter"
+    words, count = sentence.replace(",", "").split(), len(value.split())
+    spans = [
+        " ".join(words[start : start + size])
+        for size in (count, count - 1, count + 1) if size > 0
+        for start in range(len(words) - size + 1)
+    ]  # fmt: skip
+    near = difflib.get_close_matches(value, spans, n=1, cutoff=_ALIKE)
+    return near[0] if near else None
+
+
+def placed(action: str, words: dict[str, list[str]], sentence: str, home: Home) -> None:
+    """Moves words into the slots whose names they are, in place.
+
+    A part of a name that was said becomes the name; a name that was said and is in no slot is the area or floor.
+    """
+    allowed = ACTIONS[action]
+    for slot, kind in NAMED.items():
+        for name in _longest_first(home.said(kind, sentence)):
+            if slot in words and name not in words[slot] and contains(name, words[slot][0]):
+                words[slot][0] = name
+                break
+    for slot in [slot for slot in _MOVED if slot in words]:
+        for to in ("area", "floor", "device"):
+            own = NAMED.get(slot)
+            if to == slot or to not in allowed or to in words or len(words[slot]) != 1:
+                continue
+            text = words[slot][0]
+            if home.own_name(NAMED[to], text) and not (own and home.own_name(own, text)):
+                words[to] = words.pop(slot)
+                break
+    device = words.get("device", [""])[0]
+    if device and "area" in allowed and "area" not in words and not home.own_name("devices", device):
+        for area in _longest_first(home.said("areas", device)):
+            rest = re.sub(rf"\s*\b{re.escape(area)}\b\s*", " ", device).strip()
+            words |= {"area": [area], "device": [rest]} if rest else {}
+            break
+    for slot in ("area", "floor"):
+        if slot in allowed and slot not in words and sentence:
+            taken = [value for values in words.values() for value in values]
+            free = [
+                name for name in home.said(NAMED[slot], sentence) if not any(contains(value, name) for value in taken)
+            ]
+            words |= {slot: _longest_first(free)[:1]} if free else {}
+
+
+def _longest_first(names: list[str]) -> list[str]:
+    return sorted(names, key=len, reverse=True)
+
+
+def without_all(words: str) -> tuple[str, bool]:
+    """ "all the lights" is "lights", and all of them."""
+    found = _ALL.match(words)
+    return (words[found.end() :], True) if found and found.end() < len(words) else (words, False)
+
+
+def value_of(slot: str, words: str, home: Home) -> Any:
+    """The home's own name, or a number where the words are one, or the words."""
+    if slot in NAMED:
+        return home.own_name(NAMED[slot], words) or words
+    value = VALUES[slot](words) if slot in VALUES else None
+    return words if value is None else value
