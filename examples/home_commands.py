@@ -1,53 +1,46 @@
-"""Embed the library in an application: spoken-style home commands become JSON, and JSON becomes action.
+"""Embed the library in an application: sentences become commands, and commands become action.
 
     python examples/home_commands.py "dim the bedroom lamp to thirty percent"
 
-Uses the embedded demo model, so it runs as it stands. A real application calls `understand` for each sentence
-of its speech recogniser and sends the result to its devices.
+Uses the embedded model, so it runs as it stands. A real application calls `understand` for each sentence of its speech
+recogniser and sends the commands to its devices.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from importlib.resources import as_file, files
-from typing import Any
 
-from smallthinker_edge import ContextFull, SmallThinker
+from smallthinker_edge.home import Command, Device, Home, HomeModel, open_home_model
 
-
-def understand(model: SmallThinker, sentence: str) -> list[dict[str, Any]]:
-    """The commands in a sentence; [{"action": "unknown"}] where there is none that the model understood."""
-    unknown = [{"action": "unknown"}]
-    try:
-        text = model.chat([{"role": "user", "content": sentence}], max_tokens=200).text
-        commands = json.loads(text)
-    except (ContextFull, json.JSONDecodeError):
-        return unknown
-    commands = commands if isinstance(commands, list) else [commands]
-    # A model's output is input like any other: look at it before acting on it.
-    return [c for c in commands if isinstance(c, dict) and isinstance(c.get("action"), str)] or unknown
+HOME = Home(
+    areas=("Kitchen", "Bedroom"),
+    devices=(Device("Bedroom Lamp", area="Bedroom"), Device("Blinds", area="Kitchen", aliases=("roller shutters",))),
+)
 
 
-def carry_out(command: dict[str, Any]) -> str:
+def carry_out(command: Command) -> str:
     """What the application would do."""
     action = command["action"]
     if action == "unknown":
         return "say: I did not understand that."
     details = ", ".join(f"{key}={value}" for key, value in command.items() if key != "action")
-    return f"{action}: {details}"
+    return f"{action}: {details}" if details else action
 
 
 def main() -> None:
     sentences = sys.argv[1:] or [
-        "could you dim the bedroom lamp to thirty percent please",
+        "Could you dim the bedroom lamp to thirty percent, please?",
         "put milk on the shopping list and close the kitchen blinds",
+        "and open them again at half past seven tomorrow",
         "the sea is a strange colour today",
     ]
-    with as_file(files("smallthinker_edge") / "data" / "demo.gguf") as path, SmallThinker(path) as model:
+    previous: list[Command] = []
+    with open_home_model() as model:
+        home_model = HomeModel(model, HOME)
         for sentence in sentences:
             print(f"> {sentence}")
-            for command in understand(model, sentence):
+            previous = home_model.understand(sentence, previous)
+            for command in previous:
                 print(f"  {carry_out(command)}")
 
 
