@@ -20,6 +20,7 @@ VALUES: dict[str, Callable[[str], Any]] = {
     "level": spoken.percent, "degrees": spoken.degrees, "duration": spoken.seconds, "time": spoken.clock,
 }  # fmt: skip
 WHOLE = ("time", "date", "duration")  # whose words belong together, wherever they stand
+_PLACES = ("area", "floor")
 _MOVED = ("device", "area", "floor", "name")  # whose words may be a name of another kind
 _ALIKE = 0.6  # similarity (difflib's ratio) from which words that nobody said are taken for a slip of what was said
 _ALL = re.compile(r"(?:all|every|each|both)\b(?: (?:one|of|and|each|every|single|the|my|our))*\s*")
@@ -93,7 +94,8 @@ def _closest(value: str, sentence: str) -> str | None:
 def placed(action: str, words: dict[str, list[str]], sentence: str, home: Home) -> None:
     """Moves words into the slots whose names they are, in place.
 
-    A part of a name that was said becomes the name; a name that was said and is in no slot is the area or floor.
+    A part of a name that was said becomes the name, and words around a name leave it; a name that was said and is in no
+    slot is the area or floor.
     """
     allowed = ACTIONS[action]
     for slot, kind in NAMED.items():
@@ -102,27 +104,52 @@ def placed(action: str, words: dict[str, list[str]], sentence: str, home: Home) 
                 words[slot][0] = name
                 break
     for slot in [slot for slot in _MOVED if slot in words]:
+        own, text = NAMED.get(slot), words[slot][0]
+        if len(words[slot]) != 1 or (own and home.own_name(own, text)):
+            continue
         for to in ("area", "floor", "device"):
-            own = NAMED.get(slot)
-            if to == slot or to not in allowed or to in words or len(words[slot]) != 1:
-                continue
-            text = words[slot][0]
-            if home.own_name(NAMED[to], text) and not (own and home.own_name(own, text)):
-                words[to] = words.pop(slot)
+            found = text if home.own_name(NAMED[to], text) else None
+            if found is None and slot in _PLACES:
+                found = _within(home, to, text)
+            if found and to in allowed and (to == slot or to not in words):
+                del words[slot]
+                words[to] = [found]
                 break
-    device = words.get("device", [""])[0]
-    if device and "area" in allowed and "area" not in words and not home.own_name("devices", device):
-        for area in _longest_first(home.said("areas", device)):
-            rest = re.sub(rf"\s*\b{re.escape(area)}\b\s*", " ", device).strip()
-            words |= {"area": [area], "device": [rest]} if rest else {}
-            break
-    for slot in ("area", "floor"):
+    _part_from_device(words, home, with_area="area" in allowed)
+    for slot in _PLACES:
         if slot in allowed and slot not in words and sentence:
-            taken = [value for values in words.values() for value in values]
-            free = [
-                name for name in home.said(NAMED[slot], sentence) if not any(contains(value, name) for value in taken)
-            ]
-            words |= {slot: _longest_first(free)[:1]} if free else {}
+            taken = [v for s, values in words.items() for v in values if s not in _MOVED or _is_own(home, s, v)]
+            free = _within(home, slot, _without(sentence, taken))
+            words |= {slot: [free]} if free else {}
+
+
+def _part_from_device(words: dict[str, list[str]], home: Home, *, with_area: bool) -> None:
+    """ "bathroom fan" is the fan in the bathroom; where the home has a device of that name, it is in no area."""
+    device, area = words.get("device", [""])[0], words.get("area", [""])[0]
+    if not device:
+        return
+    if home.own_name("devices", device):
+        if area and area != device and contains(device, area):
+            del words["area"]
+    elif with_area and not area and (name := _within(home, "area", device)):
+        rest = " ".join(_without(device, [name]).split())
+        words |= {"area": [name], "device": [rest]} if rest else {}
+
+
+def _within(home: Home, slot: str, text: str) -> str | None:
+    """The longest of the home's names of a slot that stands in a text."""
+    names = _longest_first(home.said(NAMED[slot], text))
+    return names[0] if names else None
+
+
+def _is_own(home: Home, slot: str, words: str) -> bool:
+    return slot in NAMED and home.own_name(NAMED[slot], words) is not None
+
+
+def _without(text: str, pieces: list[str]) -> str:
+    for piece in pieces:
+        text = re.sub(rf"\b{re.escape(piece)}\b", " ", text)
+    return text
 
 
 def _longest_first(names: list[str]) -> list[str]:

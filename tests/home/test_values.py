@@ -55,6 +55,9 @@ def test_what_was_said_before_counts_too() -> None:
         # A device that has its area in its words, and one whose name has an area's.
         ({"action": "on", "device": ["bathroom fan"]}, "bathroom fan on", {"device": "fan", "area": "Bathroom"}),
         ({"action": "on", "device": ["zwirbel"]}, "zwirbel on", {"device": "Desk Lamp"}),
+        ({"action": "play", "device": ["kitchen speaker"], "area": ["kitchen"]}, "play on kitchen speaker in the attic",
+         {"device": "Kitchen Speaker", "area": "Attic"}),
+        ({"action": "off", "floor": ["attic lights"]}, "attic lights off", {"area": "Attic"}),
         # A name that the answer left out; not one within another's words.
         ({"action": "on", "device": ["lights"]}, "lights on in the attic", {"device": "lights", "area": "Attic"}),
         ({"action": "play", "media": ["the office"]}, "play the office", {"media": "the office"}),
