@@ -13,6 +13,8 @@ C_FILES := $(wildcard src/*/*.[ch] src/kernels/*/*.[ch] include/smallthinker/*.h
 TEST_C_FILES := $(wildcard tests/native/*.[ch] tools/*/*.c)
 NATIVE := $(C_FILES) $(wildcard $(addprefix smallthinker_edge/_native/*.,pyx pxd)) setup.py
 
+# People's own sentences, where they are at hand: the demo shows some that training did not see.
+PEOPLE ?= $(wildcard ../shared/data/slurp/devel.jsonl)
 # The benchmarks' model, and a Python that has llama-cpp-python (see benchmarks/Makefile).
 MODEL ?= smallthinker_edge/data/demo.gguf
 LLAMA_PYTHON ?= .venv-llama/bin/python
@@ -23,7 +25,8 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  More: make bench-NAME for each in benchmarks/Makefile, make test-NAME for each in tests/Makefile"
 
-demo: $(VENV)/built ## Turn home commands into JSON with the embedded model
+demo: $(VENV)/built ## Understand what people say to their home with the embedded model (PEOPLE=file of SLURP's form)
+	@$(if $(PEOPLE),$(BIN)/python tools/home_model/home_eval.py $(PEOPLE) --held-out --show 12)
 	@$(BIN)/python -m smallthinker_edge demo
 
 demo-1gib: $(VENV)/built ## Decode a 4B model inside a 1 GiB memory limit (MODEL_4B=file.gguf; default: synthetic)

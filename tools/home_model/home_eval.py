@@ -25,17 +25,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import slurp
 import words
-from hass_sentences import Hass
 
 from smallthinker_edge import SmallThinker
 from smallthinker_edge.home.names import Device, Home
 from smallthinker_edge.home.schema import UNKNOWN, Spoken
 from smallthinker_edge.home.text_form import model_form
 from smallthinker_edge.home.understand import HomeModel, open_home_model
+
+if TYPE_CHECKING:
+    from hass_sentences import Hass
 
 Entities = Counter[tuple[str, str]]
 # SLURP's intent says it, so it marks no entity: what the volume and the lights are of, and things on lists.
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--constrained", action="store_true", help="keep answers to the grammar (extra `structured`)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--wrong", action="store_true", help="print what is answered wrong")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N first, right and wrong marked")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
     args = parser.parse_args()
     if args.file is None and not args.hass:
@@ -64,7 +67,9 @@ def main() -> None:
     with opened as model:
         if args.file is not None:
             spoken = [s for s in slurp.read_slurp(args.file) if not args.held_out or slurp.is_held_out(s.sentence.kind)]
-            scores |= slurp_scores(HomeModel(model, constrained=args.constrained), spoken, args.wrong)
+            home_model = HomeModel(model, constrained=args.constrained)
+            show(home_model, random.Random("show").sample(spoken, min(args.show, len(spoken))))
+            scores |= slurp_scores(home_model, spoken, args.wrong)
         if args.hass:
             scores |= hass_scores(model, args.hass, not args.seen, args.constrained, args.wrong)
     for name, value in scores.items():
@@ -73,7 +78,16 @@ def main() -> None:
         args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
 
-def slurp_scores(home_model: HomeModel, spoken: list[slurp.Spoken], show: bool = False) -> dict[str, Any]:
+def show(home_model: HomeModel, spoken: list[slurp.Spoken]) -> None:
+    """Prints people's sentences with the commands they become."""
+    for one in spoken:
+        commands = home_model.understand(one.text)
+        right = all(command["action"] in one.accepted for command in commands)
+        verdict = "right" if right else f"wrong: {' or '.join(one.accepted)}"
+        print(f"> {one.text}\n  {json.dumps(commands, ensure_ascii=False)}\n  ({verdict})\n", flush=True)
+
+
+def slurp_scores(home_model: HomeModel, spoken: list[slurp.Spoken], wrong: bool = False) -> dict[str, Any]:
     """The scores on sentences of SLURP's form. Raises ValueError for none."""
     if not spoken:
         raise ValueError("no sentences")
@@ -83,7 +97,7 @@ def slurp_scores(home_model: HomeModel, spoken: list[slurp.Spoken], show: bool =
         commands = home_model.said(model_form(one.text))
         invalid += commands is None
         right = commands is not None and all(command["action"] in one.accepted for command in commands)
-        if show and not right:
+        if wrong and not right:
             print(f"{one.intent} | {one.text} | {commands}")
         if one.accepted == (UNKNOWN,):
             unknown += 1
@@ -130,9 +144,11 @@ def _plain(value: str) -> str:
 
 
 def hass_scores(
-    model: SmallThinker, count: int, held_out: bool, constrained: bool, show: bool = False
+    model: SmallThinker, count: int, held_out: bool, constrained: bool, wrong: bool = False
 ) -> dict[str, Any]:
-    """The scores on Home Assistant's sentences, in a home whose names are in the prompt."""
+    """The scores on Home Assistant's sentences, in a home whose names are in the prompt. Needs the extra home-data."""
+    from hass_sentences import Hass
+
     rng = random.Random(f"hass {count} {held_out}")
     source = Hass(rng, held_out)
     home = _home_of(source)
@@ -147,7 +163,7 @@ def hass_scores(
         if drawn.areas:
             with_area += 1
             area_right += same
-        if show and not (action_right and same):
+        if wrong and not (action_right and same):
             print(f"{drawn.intent} | {drawn.sentence.text} | {drawn.sentence.answer} | {commands}")
     return {
         "hass_sentences": count, "intent_accuracy": right / count, "hass_with_area": with_area,
