@@ -49,9 +49,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, help="JSON lines of SLURP's form")
     parser.add_argument("--hass", type=int, metavar="N", help="N sentences of held-out templates with unseen names")
-    parser.add_argument("--seen", action="store_true", help="of --hass: templates and names of training instead")
-    parser.add_argument(
-        "--held-out", action="store_true", help="only the wordings that training left out (slurp.is_held_out)"
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--held-out", action="store_true", help="of the file, only wordings that training left out")
+    part.add_argument(
+        "--seen", action="store_true", help="only those that it had; with --hass, its templates and names"
     )
     parser.add_argument("--model", help="GGUF file (default: the embedded model)")
     parser.add_argument("--constrained", action="store_true", help="keep answers to the grammar (extra `structured`)")
@@ -66,7 +67,9 @@ def main() -> None:
     scores: dict[str, Any] = {}
     with opened as model:
         if args.file is not None:
-            spoken = [s for s in slurp.read_slurp(args.file) if not args.held_out or slurp.is_held_out(s.sentence.kind)]
+            spoken = slurp.read_slurp(args.file)
+            if args.held_out or args.seen:
+                spoken = [one for one in spoken if slurp.is_held_out(one.sentence.kind) == args.held_out]
             home_model = HomeModel(model, constrained=args.constrained)
             show(home_model, random.Random("show").sample(spoken, min(args.show, len(spoken))))
             scores |= slurp_scores(home_model, spoken, args.wrong)
