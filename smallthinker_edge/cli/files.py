@@ -126,6 +126,9 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="GGUF file to write")
     parser.add_argument("--type", choices=("q4_0", "q8_0", "f16"), default="q4_0", help="of matrices (default: q4_0)")
+    parser.add_argument(
+        "--bundle", metavar="FILE", help="expert bundle of the authors' engine, for a GGUF without experts"
+    )
     parser.add_argument("--kl", metavar="TEXT", help="measure on this text file how far the result is from its source")
 
 
@@ -133,9 +136,11 @@ def convert(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.convert import convert as write_gguf
 
     if arguments.kl is not None:
+        if arguments.bundle is not None:
+            raise UsageError("--kl needs a source that is a model by itself, without --bundle")
         open(arguments.kl, "rb").close()  # before minutes are spent
     with showing_notes(), checking_arguments():
-        write_gguf(arguments.folder, arguments.output, arguments.type, show_progress)
+        write_gguf(arguments.folder, arguments.output, arguments.type, show_progress, bundle=arguments.bundle)
         if arguments.kl is not None:
             print_kl(arguments.folder, arguments.output, arguments.kl)
     return OK

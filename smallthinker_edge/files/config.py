@@ -176,6 +176,14 @@ class ModelConfig:
                 yield tensor_name(role, layer)
 
 
+def expert_sizes(gguf: ModelHeader) -> tuple[int, int, int, int]:
+    """(layers, experts of a layer, d_model, d_ffn), of a file whose tensors may be missing. Raises as from_gguf()."""
+    keys = _Keys(gguf)
+    _check_architecture(keys)
+    sizes = _read_sizes(keys)
+    return sizes["n_layers"], sizes["n_experts"], sizes["d_model"], sizes["d_ffn"]
+
+
 class _Keys:
     """Typed access to `smallthinker.*` metadata; every failure names the key."""
 
@@ -246,9 +254,7 @@ def _shorten(value: object) -> str:
 
 def _read_config(gguf: ModelHeader) -> ModelConfig:
     keys = _Keys(gguf)
-    architecture = gguf.metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        keys.fail("general.architecture", f"must be {ARCHITECTURE!r}, not {_shorten(architecture)}")
+    _check_architecture(keys)
     sizes = _read_sizes(keys)
     n_layers = sizes["n_layers"]
     window, window_layout, rope_layout = _read_layouts(keys, n_layers)
@@ -277,6 +283,12 @@ def _read_config(gguf: ModelHeader) -> ModelConfig:
     )
     tensors.check_all(config)
     return config
+
+
+def _check_architecture(keys: _Keys) -> None:
+    architecture = keys.metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        keys.fail("general.architecture", f"must be {ARCHITECTURE!r}, not {_shorten(architecture)}")
 
 
 def _read_sizes(keys: _Keys) -> dict[str, int]:
@@ -409,7 +421,8 @@ class _Tensors:
         name = tensor_name(role, layer)
         info = self.table.get(name)
         if info is None:
-            self.fail(name, "the tensor is missing")
+            apart = ": a file without experts becomes a model with convert --bundle" if role.endswith("_exps") else ""
+            self.fail(name, "the tensor is missing" + apart)
         return _strip(info.shape)
 
     def check(self, role: str, layer: int | None, shape: tuple[int, ...], types: frozenset[str]) -> str:

@@ -345,6 +345,8 @@ def convert(
     target: str | os.PathLike[str],
     type_: str = "q4_0",
     progress: Progress | None = None,
+    *,
+    bundle: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes the GGUF file of a Hugging Face checkpoint folder, or of a GGUF file of other types.
 
@@ -353,11 +355,15 @@ def convert(
             any part) with tensors of any type that the `gguf` package can read.
         target: the file to write; it appears under this name only when it is whole.
         type_: "q4_0", "q8_0" or "f16" for all matrices, the embedding included; norms and routers stay float32.
-        progress: called with (tensors done, all tensors, the name in work).
+        progress: called with (tensors done, all tensors, the name in work), while a bundle is checked with layers in
+            place of tensors.
+        bundle: the expert bundle of the authors' engine, for a GGUF file that was left without experts.
 
     Raises:
-        ModelFormatError: a damaged or unsupported checkpoint, naming file and field.
-        SmallThinkerError: the [convert] extra is missing. ValueError: an unknown type. OSError: such as a full disk.
+        ModelFormatError: a damaged or unsupported checkpoint, naming file and field; a bundle that fits no layout, or
+            two, naming the matrix.
+        SmallThinkerError: the [convert] extra is missing. ValueError: an unknown type; a bundle beside a checkpoint
+            folder. OSError: such as a full disk.
     """
     if type_ not in TYPES:
         raise ValueError(f"type must be one of {', '.join(TYPES)}, not {type_!r}")
@@ -365,6 +371,9 @@ def convert(
     if os.path.isfile(folder):
         from smallthinker_edge.files.requantize import requantize
 
-        requantize(os.fspath(folder), os.fspath(target), type_.upper(), progress or silent)
+        beside = None if bundle is None else os.fspath(bundle)
+        requantize(os.fspath(folder), os.fspath(target), type_.upper(), progress or silent, beside)
+    elif bundle is not None:
+        raise ValueError("a bundle goes with a GGUF file, not with a checkpoint folder")
     else:
         Converter(os.fspath(folder), type_).write(os.fspath(target), progress or silent)

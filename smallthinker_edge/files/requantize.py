@@ -11,7 +11,7 @@ import itertools
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
 from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.config import PREDICTOR_TYPES, ModelConfig, tensor_name
 from smallthinker_edge.files.convert import Progress, aligned, write_tensors
+from smallthinker_edge.files.expert_bundle import BundledModel
 from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 from smallthinker_edge.files.pack import DROPPED_KEYS, tensor_entry
 from smallthinker_edge.files.packed import is_packed
@@ -46,18 +47,16 @@ class Target:
 class _Converted:
     """A file as it will be, for ModelConfig to check before anything is written."""
 
-    def __init__(self, source: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, source: GGUFFile | BundledModel, tensors: Mapping[str, TensorInfo]) -> None:
         self.paths, self.metadata, self.tensors = source.paths, source.metadata, tensors
 
 
 class Requantizer:
     """One conversion of an open file."""
 
-    def __init__(self, gguf: Any, source: GGUFFile, type_: str) -> None:
+    def __init__(self, gguf: Any, source: GGUFFile | BundledModel, type_: str) -> None:
         self.gguf, self.source = gguf, source
         self.numbers = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
-        if is_packed(source):
-            raise ModelFormatError("is a packed file; unpack it first", path=source.path, field="stpk.layout")
         self.targets = [self._target(info, self._type(info, type_)) for info in source.tensors.values()]
         after = {target.source.name: replace(target.source, type=target.type) for target in self.targets}
         ModelConfig.from_gguf(_Converted(source, after))
@@ -145,14 +144,19 @@ def _readable(gguf: Any) -> Iterator[Any]:
                 yield kind
 
 
-def requantize(source: str, target: str, type_: str, progress: Progress) -> None:
-    """Writes a GGUF file's model with all matrices as Q4_0, Q8_0 or F16; errors as in convert.convert."""
+def requantize(source: str, target: str, type_: str, progress: Progress, bundle: str | None = None) -> None:
+    """Writes a GGUF file's model with all matrices as Q4_0, Q8_0 or F16; arguments and errors as in convert.convert."""
     try:
         import gguf
     except ImportError:
         raise SmallThinkerError("converting needs: pip install 'smallthinker_edge[convert]'") from None
     readable = {int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in _readable(gguf)}
-    with GGUFFile(source, readable) as opened:
-        if os.path.exists(target) and any(os.path.samefile(target, path) for path in opened.paths):
+    with ExitStack() as stack:
+        file: GGUFFile = stack.enter_context(GGUFFile(source, readable))
+        if is_packed(file):
+            raise ModelFormatError("is a packed file; unpack it first", path=source, field="stpk.layout")
+        paths = file.paths if bundle is None else [*file.paths, bundle]
+        if os.path.exists(target) and any(os.path.samefile(target, path) for path in paths):
             raise ValueError("the target is the file that is converted")
-        Requantizer(gguf, opened, type_).write(target, progress)
+        whole = file if bundle is None else stack.enter_context(BundledModel(file, bundle, progress))
+        Requantizer(gguf, whole, type_).write(target, progress)

@@ -145,6 +145,14 @@ def test_hybrid_untied_softmax_model(tmp_path: Path) -> None:
     assert np.isfinite(Reference.from_gguf(path).logits(list(range(80)))).all()
 
 
+def test_softmax_gating_keeps_the_statistics(tmp_path: Path) -> None:
+    options = ["--gating", "softmax", "--no-tied", "--hybrid", "--window", 48, "--layers", 4, "--sample", 128]
+    use, silent = Observer.from_gguf(make(tmp_path / "model.gguf", *SHAPE, *options)).observe()
+    assert silent == pytest.approx([0.62] * 4, abs=0.03)
+    assert use[:, :HOT].mean() == pytest.approx(0.45, abs=0.05)
+    assert use[:, HOT - 1].min() > 2 * use[:, HOT].max()
+
+
 def test_tied_q6_k_embedding_keeps_the_statistics(tmp_path: Path) -> None:
     path = make(tmp_path / "model.gguf", *SHAPE, "--head", "q6_k", "--sample", 128)
     use, silent = Observer.from_gguf(path).observe()
@@ -159,7 +167,7 @@ def test_presets_have_the_real_shapes(preset: str, tmp_path: Path) -> None:
         config = ModelConfig.from_gguf(file)
     heads = (config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_ffn)
     assert heads == {"4b": (1536, 12, 2, 128, 768), "21b": (2560, 28, 4, 128, 768)}[preset]
-    assert config.tied == (preset == "4b")
+    assert (config.tied, config.gating) == {"4b": (True, "sigmoid"), "21b": (False, "softmax")}[preset]
     assert config.context_length == {"4b": 32768, "21b": 16384}[preset]
     assert config.rope_theta == pytest.approx(1.5e6)
 

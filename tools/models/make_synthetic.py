@@ -79,7 +79,9 @@ class Shape:
 
 PRESETS = {
     "4b": Shape("synthetic 4B-A0.6B", 32, 1536, 12, 2, 128, 32, 4, 768, 151936, 32768, True, False, 0.45),
-    "21b": Shape("synthetic 21B-A3B", 52, 2560, 28, 4, 128, 64, 6, 768, 151936, 16384, False, True, 0.36),
+    "21b": Shape(
+        "synthetic 21B-A3B", 52, 2560, 28, 4, 128, 64, 6, 768, 151936, 16384, False, True, 0.36, gating="softmax"
+    ),
     "custom": Shape("synthetic", 4, 256, 4, 2, 64, 16, 4, 128, 320, 2048, True, False, 0.45),
 }
 
