@@ -84,6 +84,7 @@ class Session:
         cancel: CancelSignal | None = None,
         head_threshold: float | None = None,
         states: npt.NDArray[np.float32] | None = None,
+        allowed: npt.NDArray[np.uint32] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Appends tokens and returns logits.
 
@@ -97,6 +98,9 @@ class Session:
                 None, the default, computes all, as probabilities need it.
             states: an array float32 [n, d_model], C-contiguous, that is filled with what the LM head is applied to for
                 each token (normed), for those who train or measure a head.
+            allowed: bits uint32 [ceil(V / 32)], token t being bit t % 32 of word t // 32: only their logits are
+                computed, the same bits as without it, and the others are minus infinity. For the last token only, and
+                instead of head_threshold.
 
         Returns:
             float32 [V] of the last token, or [n, V].
@@ -112,7 +116,9 @@ class Session:
             OpenedBeforeFork: this is the child of a fork.
         """
         ids = self._checked(tokens)
-        logits = self._append(ids, ids.size if all_logits else 1, cancel, head_threshold, states)
+        if allowed is not None and all_logits and ids.size > 1:
+            raise ValueError("allowed is for the logits of the last token")
+        logits = self._append(ids, ids.size if all_logits else 1, cancel, head_threshold, states, allowed)
         return logits if all_logits else logits[0]
 
     def fork(self) -> Session:
@@ -214,6 +220,7 @@ class Session:
         cancel: CancelSignal | None,
         head_threshold: float | None = None,
         states: npt.NDArray[np.float32] | None = None,
+        allowed: npt.NDArray[np.uint32] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Decodes ids; returns the logits [rows, V] of all of them, of the last one, or of none."""
         width = self._engine.config.d_model
@@ -221,6 +228,8 @@ class Session:
             raise ValueError(f"states must be float32 [{ids.size}, {width}]")
         if states is not None and not states.flags.c_contiguous:
             raise ValueError("states must be C-contiguous")
+        if allowed is not None and (allowed.shape != ((self._vocab_size + 31) // 32,) or allowed.dtype != np.uint32):
+            raise ValueError(f"allowed must be uint32 [{(self._vocab_size + 31) // 32}]")
         with self._busy:
             cache = self._open_cache()
             if cache.position + ids.size > cache.context:
@@ -240,7 +249,7 @@ class Session:
                         if logits is None:
                             logits = new_logits(self._engine.memory, rows, self._vocab_size)
                         out = logits[start : start + chunk.size] if each else logits if rows and last else None
-                        self._engine.decode(cache, chunk, out, head_threshold, cancel)
+                        self._engine.decode(cache, chunk, out, head_threshold, cancel, None if out is None else allowed)
                         if states is not None:
                             self._engine.final_states(states[start : start + chunk.size])
                 except DecodeCancelled as cancelled:

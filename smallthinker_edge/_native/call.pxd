@@ -1,6 +1,6 @@
 # cython: cdivision=True
 # One decode call: its arguments, and how the threads of the team share its work.
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from smallthinker_edge._native.buffers cimport Buffers, Scratch
@@ -27,6 +27,7 @@ cdef struct Call:
     int all_logits
     int sparse_head        # only the rows whose score is above the threshold
     float head_threshold
+    const uint32_t *allowed  # [ceil(V / 32)] bits: the only rows that are asked for, of one token; or NULL
     int32_t *trace         # [n][L][K] that takes the chosen experts, or NULL
     int64_t undecided      # tokens that have not chosen this layer's experts yet; all threads count it down
     int failed             # set by thread 0: an expert could not be read

@@ -7,7 +7,7 @@ one decode at a time: session.py takes a turn (locks.pyx) for each. A KVCache be
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.math cimport INFINITY
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from posix.unistd cimport getpid
 
 from array import array
@@ -164,7 +164,7 @@ cdef class Engine:
         self.buffers.fit(context, ST_Q8_0 in KV_TYPES[kv], self.weights.expert_layouts)
         self.memory.aside, self.memory.limit = aside, limit
 
-    def decode(self, KVCache cache not None, tokens, logits, head_threshold=None, cancel=None):
+    def decode(self, KVCache cache not None, tokens, logits, head_threshold=None, cancel=None, allowed=None):
         """Runs at most `batch` tokens at the cache's position and advances it.
 
         Args:
@@ -174,6 +174,8 @@ cdef class Engine:
             head_threshold: with a predictor, only logits whose score is above it are computed, the others are minus
                 infinity (but all, where no score is). None, or no predictor: all.
             cancel: anything with is_set(), or None; looked at about every 50 ms, as is Ctrl-C in the main thread.
+            allowed: uint32 [ceil(V / 32)], bits of the only rows to compute for the last token; the others are minus
+                infinity. None: see head_threshold, which counts for nothing otherwise.
 
         Raises ExpertReadError when experts, or rows of an embedding, cannot be read, DecodeCancelled when cancelled,
         NotFiniteError where a value of attention or a logit is not finite: the cache's position stays, and decoding may
@@ -186,7 +188,7 @@ cdef class Engine:
         cdef bint stopped, done
         self.check_usable()
         self.check_arguments(cache, ids)
-        self.set_logits(logits, n, head_threshold)
+        self.set_logits(logits, n, head_threshold, allowed)
         self.fit_buffers(cache)
         self.buffers.fill_rope(&self.weights.weights.shape, cache.position, n)
         if self.paging is not None:
@@ -244,18 +246,24 @@ cdef class Engine:
                 raise ValueError(f"token {ids[i]} is outside the vocabulary of {vocab}")
         return 0
 
-    cdef int set_logits(self, logits, int64_t n, head_threshold) except -1:
-        """Where the call's logits go, and which of them are asked for."""
+    cdef int set_logits(self, logits, int64_t n, head_threshold, allowed) except -1:
+        """Where the call's logits go, and which of them are asked for. `logits` and `allowed` must outlive the call."""
         cdef Call *call = &self.call
         cdef float[:, ::1] out
-        call.logits, call.all_logits, call.sparse_head = NULL, 0, 0
+        cdef const uint32_t[::1] bits
+        call.logits, call.all_logits, call.sparse_head, call.allowed = NULL, 0, 0, NULL
         if logits is None:
             return 0
         out = logits
         if out.shape[1] != call.weights.shape.vocab or out.shape[0] not in (1, n):
             raise ValueError("logits has the wrong shape")
         call.logits, call.all_logits = &out[0, 0], out.shape[0] == n
-        if head_threshold is not None and call.weights.predictor_in.rows > 0:
+        if allowed is not None:
+            bits = allowed
+            if out.shape[0] != 1 or bits.shape[0] != (call.weights.shape.vocab + 31) // 32:
+                raise ValueError("allowed has the wrong shape, or there are several rows of logits")
+            call.all_logits, call.allowed = 0, &bits[0]
+        elif head_threshold is not None and call.weights.predictor_in.rows > 0:
             call.sparse_head, call.head_threshold = 1, head_threshold
         return 0
 
@@ -284,12 +292,12 @@ cdef class Engine:
         return stopped
 
     cdef void check_logits(self) noexcept nogil:
-        """Marks the call where a logit is not finite, but for the minus infinity of a sparse head."""
+        """Marks the call where a logit is not finite, but for the minus infinity of a row that was not computed."""
         cdef Call *call = &self.call
         cdef int64_t i, size = (call.n if call.all_logits else 1) * call.weights.shape.vocab
         if call.logits == NULL:
             return
-        if not call.sparse_head:
+        if not call.sparse_head and call.allowed == NULL:
             check_finite(call, call.logits, size)
             return
         for i in range(size):

@@ -1,5 +1,5 @@
 # cython: cdivision=True
-# The LM head, whole or only the rows that the file's predictor selects.
+# The LM head, whole or only some rows: those that the file's predictor selects, or those that a caller allows.
 from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t
 
@@ -38,7 +38,10 @@ cdef inline void head_phase(Call *call, int tid, Scratch *scratch) noexcept nogi
         u = next_unit(call, tid)
         if u < 0:
             break
-        head_unit(call, u, xq, xf, call.n - first, call.logits, scratch)
+        if call.allowed != NULL:
+            allowed_head_unit(call, u, xq, xf, scratch)
+        else:
+            head_unit(call, u, xq, xf, call.n - first, call.logits, scratch)
 
 
 cdef inline void head_unit(const Call *call, int64_t u, const st_q8x4 *const *xq, const float *xf, int64_t n,
@@ -46,6 +49,32 @@ cdef inline void head_unit(const Call *call, int64_t u, const st_q8x4 *const *xq
     cdef int64_t r0 = u * HEAD_ROWS, V = call.weights.shape.vocab
     multiply(call.weights.kernels, &call.weights.head, r0, min(r0 + HEAD_ROWS, V), xq, xf, call.weights.shape.d, n,
              logits + r0, V, scratch.row)
+
+
+cdef inline void allowed_head_unit(const Call *call, int64_t u, const st_q8x4 *const *xq, const float *xf,
+                                   Scratch *scratch) noexcept nogil:
+    """One token's logits of the allowed rows of a unit, minus infinity for the others."""
+    cdef int64_t r0 = u * HEAD_ROWS, r1 = min(r0 + HEAD_ROWS, call.weights.shape.vocab), r, count = 0
+    cdef int32_t index[HEAD_ROWS]
+    for r in range(r0, r1):
+        index[count] = <int32_t>r
+        count += call.allowed[r // 32] >> (r % 32) & 1
+    if count == r1 - r0:
+        head_unit(call, u, xq, xf, 1, call.logits, scratch)
+    else:
+        some_logits(call, r0, r1, index, count, xq, xf, call.logits, scratch)
+
+
+cdef inline void some_logits(const Call *call, int64_t r0, int64_t r1, const int32_t *index, int64_t count,
+                             const st_q8x4 *const *xq, const float *xf, float *logits, Scratch *scratch) noexcept nogil:
+    """One token's logits of the rows index[count], which are between r0 and r1; minus infinity for the rest there."""
+    cdef int64_t r
+    cdef float value[HEAD_ROWS]
+    multiply_some(call.weights.kernels, &call.weights.head, index, count, xq, xf, value, scratch.row)
+    for r in range(r0, r1):
+        logits[r] = -INFINITY
+    for r in range(count):
+        logits[index[r]] = value[r]
 
 
 cdef inline void sparse_head_phases(Call *call, int tid, const st_q8x4 *const *xq, const float *xf, int64_t n,
@@ -105,7 +134,6 @@ cdef inline void sparse_head_unit(const Call *call, int64_t u, const st_q8x4 *co
     cdef const st_kernels *kernels = call.weights.kernels
     cdef int64_t V = call.weights.shape.vocab, r0 = u * HEAD_ROWS, r1 = min(r0 + HEAD_ROWS, V), t, r, count
     cdef int32_t index[HEAD_ROWS]
-    cdef float value[HEAD_ROWS]
     cdef float *logits
     multiply(kernels, &call.weights.predictor_out, r0, r1, zq, call.buffers.z, call.weights.predictor_in.rows, n,
              call.logits + r0, V, scratch.row)
@@ -115,9 +143,5 @@ cdef inline void sparse_head_unit(const Call *call, int64_t u, const st_q8x4 *co
         for r in range(r0, r1):
             index[count] = <int32_t>r
             count += logits[r] > call.head_threshold
-            logits[r] = -INFINITY
         scratch.selected[t] += <int32_t>count
-        multiply_some(kernels, &call.weights.head, index, count, xq + t, xf + t * call.weights.shape.d, value,
-                      scratch.row)
-        for r in range(count):
-            logits[index[r]] = value[r]
+        some_logits(call, r0, r1, index, count, xq + t, xf + t * call.weights.shape.d, logits, scratch)

@@ -48,8 +48,16 @@ class Choice:
     def constrained(self) -> bool:
         return self._constraint is not None
 
-    def choose(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> int:
+    def allowed(self) -> npt.NDArray[np.uint32] | None:
+        """The only tokens whose logits choose() will look at next, as a Constraint tells them; None where it is all."""
+        if self._constraint is None or self._processors or self._logprobs is not None:
+            return None
+        return self._constraint.allowed()
+
+    def choose(self, logits: npt.NDArray[np.float32], history: Sequence[int], *, only_allowed: bool = False) -> int:
         """The next id, given the logits [V] of the newest of the ids so far; changes the logits.
+
+        only_allowed: all other logits are minus infinity already.
 
         Raises ValueError where a processor returns something else than logits, or leaves none.
         """
@@ -59,7 +67,7 @@ class Choice:
             if processed.shape != logits.shape or processed.dtype.kind != "f":
                 raise ValueError(f"a logits processor must return the logits, float32 [{logits.size}]")
             logits = processed.astype(np.float32, copy=False)
-        if self._constraint is not None:
+        if self._constraint is not None and not only_allowed:
             bits = np.unpackbits(self._constraint.allowed().view(np.uint8), bitorder="little", count=logits.size)
             logits = np.where(bits, logits, np.float32(-np.inf))
         token = int(self._sampler.sample(logits, history))

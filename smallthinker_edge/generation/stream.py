@@ -276,11 +276,12 @@ class Generation:
                     return
                 pending = self._shift(session, shorter)
             draft = self._draft(session, len(pending))
+            allowed = self.choice.allowed()
             started = time.perf_counter()
             try:
                 pending = self._compute_prompt(session, pending)
                 logits = session.decode(
-                    [*pending, *draft], all_logits=bool(draft), cancel=self, head_threshold=self._head_threshold
+                    [*pending, *draft], bool(draft), cancel=self, head_threshold=self._head_threshold, allowed=allowed
                 )
             except DecodeCancelled:
                 return
@@ -289,7 +290,8 @@ class Generation:
                 self._first = time.perf_counter()
                 self._tell_prompt(len(self._prompt))
             before = len(self.tokens)
-            yield from self._verified(session, np.atleast_2d(logits)[-len(draft) - 1 :], draft)
+            rows = np.atleast_2d(logits)[-len(draft) - 1 :]
+            yield from self._verified(session, rows, draft, only_allowed=allowed is not None)
             if self._lookup is not None and len(pending) == 1:
                 self._costs.measured(1 + len(draft), seconds)
                 self._drafted += len(draft)
@@ -317,10 +319,12 @@ class Generation:
         if self._options["on_prompt"] is not None:
             self._options["on_prompt"](done, len(self._prompt))
 
-    def _verified(self, session: Session, logits: npt.NDArray[np.float32], draft: list[int]) -> Iterator[int]:
+    def _verified(
+        self, session: Session, logits: npt.NDArray[np.float32], draft: list[int], *, only_allowed: bool
+    ) -> Iterator[int]:
         """Chooses row after row as plain decoding would, for as long as the draft agrees."""
         for i, row in enumerate(logits):
-            token = self.choice.choose(row, self._prompt + self.tokens)
+            token = self.choice.choose(row, self._prompt + self.tokens, only_allowed=only_allowed)
             if self._lookup is not None:
                 self._lookup.extend([token])
             agrees = i < len(draft) and token == draft[i]
