@@ -5,6 +5,7 @@ Sits on a SmallThinker with the embedded model (docs/home-model.md). The service
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from smallthinker_edge.errors import ContextFull, MissingExtra
 from smallthinker_edge.home.names import Home
 from smallthinker_edge.home.schema import (
+    MOST_COMMANDS,
     UNKNOWN,
     Command,
     Spoken,
@@ -21,11 +23,16 @@ from smallthinker_edge.home.schema import (
     read_answer,
 )
 from smallthinker_edge.home.text_form import model_form
-from smallthinker_edge.home.values import command_of, heard
+from smallthinker_edge.home.values import command_of, each, heard
 from smallthinker_edge.model import SmallThinker
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "demo.gguf"
 MAX_TOKENS = 256
+# Where a sentence goes on with another command. Each is understood by itself, where that is a command.
+_NEXT_COMMAND = re.compile(
+    r"(?:,| and| then| also)+ (?=(?:turn|switch|set|dim|open|close|shut|lock|unlock|play|pause|start|stop|mute|add|put"
+    r"|remove|wake|lower|raise|activate|cancel|brew|vacuum|announce) )"
+)
 
 
 def open_home_model(**settings: Any) -> SmallThinker:
@@ -62,8 +69,16 @@ class HomeModel:
         if not sentence:
             return [{"action": UNKNOWN}]
         earlier = [_spoken_again(command) for command in previous if command.get("action") != UNKNOWN]
-        commands = self.said(sentence, earlier)
-        if commands is None:
+        parts = _NEXT_COMMAND.split(sentence)
+        if len(parts) > 1:
+            each_part = [self._understood(part, earlier) for part in parts[:MOST_COMMANDS]]
+            if all(command["action"] != UNKNOWN for commands in each_part for command in commands):
+                return [command for commands in each_part for command in commands]
+        return self._understood(sentence, earlier)
+
+    def _understood(self, sentence: str, earlier: list[Spoken]) -> list[Command]:
+        commands = [one for command in self.said(sentence, earlier) or [] for one in each(command)]
+        if not commands:
             return [{"action": UNKNOWN}]
         alone = len(commands) == 1
         return [command_of(command, sentence, self.home, alone=alone) for command in commands]

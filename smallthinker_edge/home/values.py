@@ -22,8 +22,14 @@ VALUES: dict[str, Callable[[str], Any]] = {
 WHOLE = ("time", "date", "duration")  # whose words belong together, wherever they stand
 _PLACES = ("area", "floor")
 _MOVED = ("device", "area", "floor", "name")  # whose words may be a name of another kind
-_ALIKE = 0.6  # similarity (difflib's ratio) from which words that nobody said are taken for a slip of what was said
+_ALIKE = 0.65  # similarity (difflib's ratio) from which words that nobody said are taken for a slip of what was said
 _ALL = re.compile(r"(?:all|every|each|both)\b(?: (?:one|of|and|each|every|single|the|my|our))*\s*")
+# Words for a kind of thing belong to these actions, also where the answer left them out.
+_OF_A_KIND = {"on", "off", "toggle", "brightness_set", "brightness_up", "brightness_down", "color_set", "open", "close"}
+_KIND = re.compile(
+    rf"\b(?:{_ALL.pattern})?"
+    r"(?:lights?|lighting|lamps?|fans?|blinds?|curtains?|shutters?|shades?|windows?|doors?)\b(?! up)"
+)
 _EVERYWHERE = re.compile(
     r"\b(?:everywhere|(?:whole|entire|all over the) (?:house|home|apartment|flat|place)|every room|all rooms)\b"
 )
@@ -40,6 +46,8 @@ def command_of(said: Spoken, sentence: str, home: Home, *, alone: bool) -> Comma
     words = {slot: list(values) for slot, values in said.items() if slot != "action"}
     action = said["action"]
     placed(action, words, sentence if alone else "", home)
+    if alone and action in _OF_A_KIND and "device" not in words and (kind := _KIND.search(sentence)):
+        words["device"] = [kind[0]]
     command: Command = {"action": action}
     for slot, values in words.items():
         if slot == "item":
@@ -54,6 +62,14 @@ def command_of(said: Spoken, sentence: str, home: Home, *, alone: bool) -> Comma
     if everywhere.search(sentence) and "area" not in command and action in ACTIONS and ACTIONS[action]:
         command["all"] = True
     return command
+
+
+def each(said: Spoken) -> list[Spoken]:
+    """The commands of one with several areas, floors, devices or scenes: one for each."""
+    several = next((slot for slot in ("device", "area", "floor", "scene") if len(said.get(slot, ())) > 1), None)
+    if several is None:
+        return [said]
+    return [command for value in said[several] for command in each({**said, several: [value]})]
 
 
 def heard(said: Spoken, sentence: str, earlier: str = "") -> Spoken:
@@ -131,9 +147,9 @@ def _part_from_device(words: dict[str, list[str]], home: Home, *, with_area: boo
     if home.own_name("devices", device):
         if area and area != device and contains(device, area):
             del words["area"]
-    elif with_area and not area and (name := _within(home, "area", device)):
+    elif with_area and (name := area if area and contains(device, area) else _within(home, "area", device)):
         rest = " ".join(_without(device, [name]).split())
-        words |= {"area": [name], "device": [rest]} if rest else {}
+        words |= {"area": [name], "device": [rest]} if rest and area in ("", name) else {}
 
 
 def _within(home: Home, slot: str, text: str) -> str | None:

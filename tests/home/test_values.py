@@ -43,9 +43,9 @@ def test_what_was_said_before_counts_too() -> None:
     ("said", "sentence", "command"),
     [
         # The whole of a name whose part was copied, also where the part is a name as well.
-        ({"action": "on", "area": ["walk"]}, "lights in the walk in closet", {"area": "Walk In Closet"}),
-        ({"action": "on", "area": ["office"]}, "lights in dad's office", {"area": "Dad's Office"}),
-        ({"action": "on", "area": ["office"]}, "lights in the office", {"area": "Office"}),
+        ({"action": "state", "area": ["walk"]}, "what is on in the walk in closet", {"area": "Walk In Closet"}),
+        ({"action": "on", "area": ["office"]}, "lights in dad's office", {"device": "lights", "area": "Dad's Office"}),
+        ({"action": "on", "area": ["office"]}, "lights in the office", {"device": "lights", "area": "Office"}),
         # A name in another's slot.
         ({"action": "timer_pause", "name": ["attic"]}, "pause the attic timer", {"area": "Attic"}),
         ({"action": "timer_pause", "name": ["pasta"]}, "pause the pasta timer", {"name": "pasta"}),
@@ -57,7 +57,7 @@ def test_what_was_said_before_counts_too() -> None:
         ({"action": "on", "device": ["zwirbel"]}, "zwirbel on", {"device": "Desk Lamp"}),
         ({"action": "play", "device": ["kitchen speaker"], "area": ["kitchen"]}, "play on kitchen speaker in the attic",
          {"device": "Kitchen Speaker", "area": "Attic"}),
-        ({"action": "off", "floor": ["attic lights"]}, "attic lights off", {"area": "Attic"}),
+        ({"action": "off", "floor": ["attic lights"]}, "attic lights off", {"device": "lights", "area": "Attic"}),
         # A name that the answer left out; not one within another's words.
         ({"action": "on", "device": ["lights"]}, "lights on in the attic", {"device": "lights", "area": "Attic"}),
         ({"action": "play", "media": ["the office"]}, "play the office", {"media": "the office"}),
@@ -83,6 +83,11 @@ def test_a_name_belongs_to_nobody_where_there_are_several_commands() -> None:
         ({"action": "timer_cancel"}, "cancel the timer", {}),
         ({"action": "off", "device": ["all"]}, "all off", {"device": "all"}),
         ({"action": "unknown"}, "everywhere i go", {}),
+        # A kind that the answer left out.
+        ({"action": "off"}, "turn off all the lights", {"device": "lights", "all": True}),
+        ({"action": "close"}, "the curtains please", {"device": "curtains"}),
+        ({"action": "on"}, "light up the kitchen", {}),
+        ({"action": "off", "device": ["tv"]}, "the tv that stands by the lamp off", {"device": "tv"}),
     ],
 )  # fmt: skip
 def test_all(said: dict[str, Any], sentence: str, command: dict[str, Any]) -> None:

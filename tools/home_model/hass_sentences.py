@@ -101,10 +101,14 @@ def read_intents() -> dict[str, Any]:
 
 
 class Hass:
-    """Draws sentences from the templates; `held_out` takes only templates and names that training never sees."""
+    """Draws sentences from the templates; `held_out` takes only templates and names that training never sees.
 
-    def __init__(self, rng: random.Random, held_out: bool = False) -> None:
+    invent: names that are in no list, among them, as training has them.
+    """
+
+    def __init__(self, rng: random.Random, held_out: bool = False, *, invent: bool = True) -> None:
         self.rng, self.held_out = rng, held_out
+        self.invent = invent and not held_out
         data = read_intents()
         self.lists = data["lists"]
         self.rules = {name: parse_sentence(body).expression for name, body in data["expansion_rules"].items()}
@@ -255,7 +259,7 @@ class Hass:
         return f"[{slot} : {name}]"
 
     def _name(self, kind: str, listed: list[str]) -> str:
-        invented = self.rng.random() < 0.45 and not self.held_out
+        invented = self.rng.random() < 0.45 and self.invent
         name = words.invented_name(self.rng, listed) if invented else self.rng.choice(listed)
         self.named.append((kind, name))
         return name

@@ -153,7 +153,7 @@ def hass_scores(
     from hass_sentences import Hass
 
     rng = random.Random(f"hass {count} {held_out}")
-    source = Hass(rng, held_out)
+    source = Hass(rng, held_out, invent=False)
     home = _home_of(source)
     home_model = HomeModel(model, home, constrained=constrained)
     right = area_right = with_area = 0
