@@ -396,6 +396,9 @@ class SmallThinker(CompletionCalls):
         session_bytes: what keys, values and logits of all sessions take.
         prompt_tokens, of which reused_tokens were known from an earlier one; generated_tokens; prompt_seconds and
         generation_seconds: of the generations that have ended.
+        decode_seconds: computing, prompts included, of all sessions; it is the sum of attention_seconds (the router
+        too), expert_seconds, head_seconds, wait_seconds (for reads of experts) and other_seconds (the embedding, and
+        what is around the layers), all on the clock of the calling thread.
         hits: experts found in memory; ahead_hits: read ahead for that use; misses: read when they were needed.
         hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
         used. head_share: share of the LM head's rows that a predictor has let through so far. wasted_bytes: read
@@ -407,9 +410,9 @@ class SmallThinker(CompletionCalls):
         high-water mark. On boards that tell it, the temperature and what throttles the processor: see thermal.readings.
         """
         engine = self._open_engine()
-        paging = engine.paging_stats()
+        seconds, paging = engine.times(), engine.paging_stats()
         if paging:
-            times = paging["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"], engine.threads
+            times = seconds["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"], engine.threads
             paging["stall_share"] = stall_share(*times)
             paging["stall_share_within_tokens"] = stall_share(*times, tail=paging["tail_seconds"])
         return {
@@ -422,6 +425,7 @@ class SmallThinker(CompletionCalls):
             "kv": self.kv,
             **({} if engine.head_share is None else {"head_share": engine.head_share}),
             **self._totals.figures(),
+            **seconds,
             **paging,
             **thermal.readings(),
         }
