@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,6 +71,7 @@ class SmallThinker(CompletionCalls):
             takes. Without a budget that is done by itself when it is first asked for.
         verify: compare the checksums of a packed file: of the dense weights now, of an expert when it is first read.
             Where that is wrong, decoding raises ExpertReadError.
+        on_load: called with (layers loaded, all layers) while the file is opened.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
@@ -97,13 +98,14 @@ class SmallThinker(CompletionCalls):
         structured: bool = False,
         prefix_folder: str | os.PathLike[str] | None = None,
         prefix_bytes: int | str = "1GiB",
+        on_load: Callable[[int, int], object] | None = None,
     ) -> None:
         super().__init__()
         if keep_sessions < 0:
             raise ValueError("keep_sessions must be at least 0")
         most_saved = parse_memory(prefix_bytes)
         self._engine: Engine | None = None
-        settings = Settings(memory, threads, context, kv, head_threshold, profile, pin, verify, structured)
+        settings = Settings(memory, threads, context, kv, head_threshold, profile, pin, verify, structured, on_load)
         opened = open_model(path, settings)
         self._file, engine = opened.file, opened.engine
         self.paths = opened.file.paths  # of the file, or of all parts of a split one
