@@ -5,7 +5,7 @@ Called by opening.py. It knows tensor names and types, and nothing of what is co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -43,9 +43,9 @@ class Loader:
         self.paged = paged
         self.predictor = predictor and config.lm_head_predictor_size > 0
 
-    def load(self) -> None:
+    def load(self, progress: Callable[[int, int], object] | None = None) -> None:
         """Fills the engine. Raises OutOfMemoryError, ModelFormatError for a predictor that is not made of numbers or a
-        file that was cut short meanwhile, OSError where it cannot be read."""
+        file that was cut short meanwhile, OSError where it cannot be read. progress: called with (layers done, all)."""
         if self.predictor:
             self._load_predictor(tensor_name("lm_head_profiler"))
         embedding = tensor_name("token_embd")
@@ -59,6 +59,8 @@ class Loader:
             self.engine.weights.set_head(norm, *self._matrix(tensor_name("output")))
         for layer in range(self.config.n_layers):
             self._load_layer(layer)
+            if progress is not None:
+                progress(layer + 1, self.config.n_layers)
         if not self.config.tied:
             self.gguf.expect_rows(embedding)
             if self.paged:  # there is a budget to keep to

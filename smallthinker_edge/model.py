@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,6 +71,7 @@ class SmallThinker(CompletionCalls):
             takes. Without a budget that is done by itself when it is first asked for.
         verify: compare the checksums of a packed file: of the dense weights now, of an expert when it is first read.
             Where that is wrong, decoding raises ExpertReadError.
+        on_load: called with (layers loaded, all layers) while the file is opened.
 
     Raises:
         ModelFormatError: the file is damaged or of another kind.
@@ -97,13 +98,14 @@ class SmallThinker(CompletionCalls):
         structured: bool = False,
         prefix_folder: str | os.PathLike[str] | None = None,
         prefix_bytes: int | str = "1GiB",
+        on_load: Callable[[int, int], object] | None = None,
     ) -> None:
         super().__init__()
         if keep_sessions < 0:
             raise ValueError("keep_sessions must be at least 0")
         most_saved = parse_memory(prefix_bytes)
         self._engine: Engine | None = None
-        settings = Settings(memory, threads, context, kv, head_threshold, profile, pin, verify, structured)
+        settings = Settings(memory, threads, context, kv, head_threshold, profile, pin, verify, structured, on_load)
         opened = open_model(path, settings)
         self._file, engine = opened.file, opened.engine
         self.paths = opened.file.paths  # of the file, or of all parts of a split one
@@ -396,6 +398,9 @@ class SmallThinker(CompletionCalls):
         session_bytes: what keys, values and logits of all sessions take.
         prompt_tokens, of which reused_tokens were known from an earlier one; generated_tokens; prompt_seconds and
         generation_seconds: of the generations that have ended.
+        decode_seconds: computing, prompts included, of all sessions; it is the sum of attention_seconds (the router
+        too), expert_seconds, head_seconds, wait_seconds (for reads of experts) and other_seconds (the embedding, and
+        what is around the layers), all on the clock of the calling thread.
         hits: experts found in memory; ahead_hits: read ahead for that use; misses: read when they were needed.
         hit_rate: hits of all three. prediction_accuracy: share of the experts named by looking ahead that were then
         used. head_share: share of the LM head's rows that a predictor has let through so far. wasted_bytes: read
@@ -407,9 +412,9 @@ class SmallThinker(CompletionCalls):
         high-water mark. On boards that tell it, the temperature and what throttles the processor: see thermal.readings.
         """
         engine = self._open_engine()
-        paging = engine.paging_stats()
+        seconds, paging = engine.times(), engine.paging_stats()
         if paging:
-            times = paging["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"], engine.threads
+            times = seconds["decode_seconds"], paging["stall_seconds"], paging["disk_seconds"], engine.threads
             paging["stall_share"] = stall_share(*times)
             paging["stall_share_within_tokens"] = stall_share(*times, tail=paging["tail_seconds"])
         return {
@@ -422,6 +427,7 @@ class SmallThinker(CompletionCalls):
             "kv": self.kv,
             **({} if engine.head_share is None else {"head_share": engine.head_share}),
             **self._totals.figures(),
+            **seconds,
             **paging,
             **thermal.readings(),
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,7 @@ BATCH = 512  # most tokens computed together
 
 @dataclass(frozen=True)
 class Settings:
-    """How to open a file; the arguments of SmallThinker() that decide it, as its user gave them."""
+    """How to open a file; the arguments of SmallThinker() that decide it or watch it, as its user gave them."""
 
     memory: int | str | None
     threads: int | Literal["auto"] | None
@@ -47,6 +48,7 @@ class Settings:
     pin: bool
     verify: bool
     structured: bool
+    on_load: Callable[[int, int], object] | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.thread_count, int) or not 1 <= self.thread_count <= 256:
@@ -106,7 +108,7 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
         made = plan(settings.memory)  # with all of Python's part in memory, so that it counts
         if experts and experts.sums is not None:
             experts.file.check_dense(experts.sums)
-        Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load()
+        Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load(settings.on_load)
         if experts and settings.memory is not None:
             experts.start_paging(engine, made)
             file.forget()  # what was read until now is in the page cache, which a memory limit counts

@@ -13,6 +13,10 @@ cdef enum:
     LOOK_NS = 50000000  # between two looks for Ctrl-C and at the cancel signal
     UNITS_A_LOOK = 8    # of thread 0 in decoding, between two looks at the clock
 
+# Where the time of a call goes, on thread 0's clock. OTHER: the embedding, and what is before and after the pass.
+cdef enum:
+    TIME_ATTENTION, TIME_EXPERTS, TIME_HEAD, TIME_WAITING, TIME_OTHER, TIME_PARTS
+
 # Shared by the threads of the team. Written by the engine before they start, but for what says otherwise.
 cdef struct Call:
     const Weights *weights
@@ -37,6 +41,8 @@ cdef struct Call:
     bint (*interrupted)(void *caller) noexcept nogil
     int64_t look_at        # thread 0's: when to ask that again, on the monotonic clock
     int64_t units_taken    # thread 0's
+    int64_t time_ns[TIME_PARTS]  # thread 0's, of all calls so far
+    int64_t part_at        # thread 0's: when the part under way began, later by what it waited for reads
 
 
 cdef extern from * nogil:
@@ -58,6 +64,15 @@ cdef inline int64_t nanoseconds() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
     return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline void end_part(Call *call, int tid, int part) noexcept nogil:
+    """The time since the last part's end was this one's."""
+    cdef int64_t now
+    if tid == 0:
+        now = nanoseconds()
+        call.time_ns[part] += now - call.part_at
+        call.part_at = now
 
 
 cdef inline bint look_up(Call *call) noexcept nogil:
@@ -120,10 +135,16 @@ cdef inline const uint8_t *expert_blob(Call *call, int64_t l, int64_t e, int tid
     """The weights of an expert, waiting for them; NULL where they cannot be read, or the call was interrupted."""
     cdef int32_t id_ = <int32_t>(l * call.weights.shape.experts + e)
     cdef st_pager *pager = call.paging.pager
+    cdef int64_t began, waited
     if pager == NULL:
         return call.weights.experts[id_]
-    while tid == 0 and not st_pager_wait(pager, id_, LOOK_NS):
-        if look_up(call):
-            st_pager_interrupt(pager, 1)
-            break
+    if tid == 0 and st_pager_progress(pager, id_) < 2:
+        began = nanoseconds()
+        while not st_pager_wait(pager, id_, LOOK_NS):
+            if look_up(call):
+                st_pager_interrupt(pager, 1)
+                break
+        waited = nanoseconds() - began
+        call.time_ns[TIME_WAITING] += waited
+        call.part_at += waited
     return st_pager_take(pager, id_)

@@ -13,7 +13,9 @@ from posix.unistd cimport getpid
 from array import array
 
 from smallthinker_edge._native.buffers cimport ModelBuffers
-from smallthinker_edge._native.call cimport LOOK_NS, Call, check_finite, nanoseconds
+from smallthinker_edge._native.call cimport (
+    LOOK_NS, TIME_ATTENTION, TIME_EXPERTS, TIME_HEAD, TIME_OTHER, TIME_PARTS, TIME_WAITING, Call, check_finite,
+    end_part, nanoseconds)
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.forward cimport forward
 from smallthinker_edge._native.head cimport selected_rows
@@ -64,8 +66,7 @@ cdef class Engine:
     cdef public object forget_rows
     cdef public object routing
     cdef int64_t rows_read              # since forget_rows was called
-    cdef int64_t decode_ns              # spent in decode()
-    cdef int64_t tail_ns                # of that, after the last layer's last expert was in memory
+    cdef int64_t tail_ns                # of decode()'s time, after the last layer's last expert was in memory
     cdef int64_t head_rows, head_tokens  # computed by sparse heads
     cdef long process                   # that has the threads
     cdef bint closed
@@ -272,13 +273,15 @@ cdef class Engine:
         cdef Call *call = &self.call
         cdef Paging *paging = call.paging
         cdef bint stopped
-        cdef int64_t started = nanoseconds()
         call.failed = call.no_row = call.not_finite = 0
-        call.look_at = started + LOOK_NS
+        call.part_at = nanoseconds()
+        call.look_at = call.part_at + LOOK_NS
         if paging.pager != NULL:
             st_pager_interrupt(paging.pager, 0)
         st_team_run(call.team, forward, call, call.n)
         stopped = st_team_stopped(call.team)
+        if call.logits != NULL and not (stopped or call.failed or call.no_row):
+            end_part(call, 0, TIME_HEAD)
         if paging.pager != NULL:
             self.tail_ns += st_pager_since_arrival(paging.pager)
             st_pager_release(paging.pager, paging.held, paging.n_held)
@@ -288,7 +291,7 @@ cdef class Engine:
         if not (call.failed or call.no_row or stopped):
             paging.clock += call.n
             self.check_logits()
-        self.decode_ns += nanoseconds() - started
+        end_part(call, 0, TIME_OTHER)
         return stopped
 
     cdef void check_logits(self) noexcept nogil:
@@ -317,11 +320,24 @@ cdef class Engine:
         total = <double>self.head_tokens * self.weights.weights.shape.vocab
         return self.head_rows / total if self.head_tokens else None
 
+    def times(self):
+        """Seconds spent in decode() so far, and the parts that make them up; see SmallThinker.stats()."""
+        cdef int64_t *ns = self.call.time_ns
+        cdef int64_t total = 0
+        cdef int part
+        for part in range(TIME_PARTS):
+            total += ns[part]
+        return {
+            "decode_seconds": total / 1e9, "attention_seconds": ns[TIME_ATTENTION] / 1e9,
+            "expert_seconds": ns[TIME_EXPERTS] / 1e9, "head_seconds": ns[TIME_HEAD] / 1e9,
+            "wait_seconds": ns[TIME_WAITING] / 1e9, "other_seconds": ns[TIME_OTHER] / 1e9,
+        }
+
     def paging_stats(self):
-        """ExpertPaging.stats() and the seconds of decode() that go with them; {} where nothing is paged."""
+        """ExpertPaging.stats() and the seconds that go with them; {} where nothing is paged."""
         if self.paging is None:
             return {}
-        return self.paging.stats() | {"decode_seconds": self.decode_ns / 1e9, "tail_seconds": self.tail_ns / 1e9}
+        return self.paging.stats() | {"tail_seconds": self.tail_ns / 1e9}
 
     def final_states(self, float[:, ::1] out not None):
         """What the head was applied to in the last decode() of n tokens: float32 [n, d], filled in place."""

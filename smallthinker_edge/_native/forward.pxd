@@ -7,7 +7,8 @@ from libc.stdint cimport int64_t
 from smallthinker_edge._native.attention cimport (
     attention_phase, attention_units, output_phase, output_units, projection_phase, projection_units)
 from smallthinker_edge._native.buffers cimport Scratch
-from smallthinker_edge._native.call cimport Call, next_unit, set_flag, shared_inputs
+from smallthinker_edge._native.call cimport (
+    TIME_ATTENTION, TIME_EXPERTS, TIME_OTHER, Call, end_part, next_unit, set_flag, shared_inputs)
 from smallthinker_edge._native.core cimport st_team_barrier, st_team_stopped
 from smallthinker_edge._native.experts cimport expert_phases, neuron_units
 from smallthinker_edge._native.head cimport first_head_units, head_phase
@@ -22,6 +23,7 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
     embed(call, tid, scratch, next_units)
     if call.no_row:
         return
+    end_part(call, tid, TIME_OTHER)
     for l in range(last + 1):
         layer = call.weights.layers + l
         projection_phase(call, layer, l, tid, scratch)
@@ -36,6 +38,7 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
         st_team_barrier(call.team, shared_inputs(call, neuron_units(call, layer)))
         if st_team_stopped(call.team):
             return
+        end_part(call, tid, TIME_ATTENTION)
         if l == last:
             next_units = shared_inputs(call, first_head_units(call))
         if not expert_phases(call, layer, l, tid, scratch, next_units):
@@ -44,6 +47,7 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
             return
         if st_team_stopped(call.team):
             return
+        end_part(call, tid, TIME_EXPERTS)
     if call.logits != NULL:
         head_phase(call, tid, scratch)
 

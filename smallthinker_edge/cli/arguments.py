@@ -106,9 +106,10 @@ def checking_arguments() -> Iterator[None]:
 
 def open_model(arguments: argparse.Namespace, **more: Any) -> SmallThinker:
     """The model that was asked for; more: arguments of SmallThinker that only some commands have."""
+    from smallthinker_edge.cli.progress import progress
     from smallthinker_edge.model import SmallThinker
 
-    with checking_arguments():
+    with checking_arguments(), progress(transient=True) as show:
         return SmallThinker(
             arguments.model,
             memory=arguments.memory,
@@ -118,6 +119,7 @@ def open_model(arguments: argparse.Namespace, **more: Any) -> SmallThinker:
             kv=arguments.kv,
             head_threshold=arguments.head_threshold,
             verify=arguments.verify,
+            on_load=lambda done, total: show(done, total, "layers loaded"),
             **more,
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from smallthinker_edge.cli.arguments import (
@@ -16,6 +16,7 @@ from smallthinker_edge.cli.arguments import (
     memory_size,
     positive_int,
 )
+from smallthinker_edge.cli.progress import progress
 
 if TYPE_CHECKING:
     from smallthinker_edge.measure.evaluate import Progress, State
@@ -50,7 +51,8 @@ def perplexity(arguments: argparse.Namespace) -> int:
     text = evaluate.read_text(arguments.text)
     with checking_arguments(), SmallThinker(arguments.file, head_threshold=None, **options(arguments)) as model:
         tokens, state = evaluate.text_tokens(model, text), state_of(arguments, [model], text)
-        records = evaluate.perplexity(model, tokens, arguments.context, state, show_losses())
+        with show_losses() as show:
+            records = evaluate.perplexity(model, tokens, arguments.context, state, show)
         finish(arguments, [model], records, state)
     return OK
 
@@ -68,7 +70,8 @@ def compare(arguments: argparse.Namespace) -> int:
     text = evaluate.read_text(arguments.text)
     with checking_arguments(), evaluate.opened_pair(arguments.a, arguments.b, **options(arguments)) as (a, b):
         tokens, state = evaluate.text_tokens(a, text), state_of(arguments, [a, b], text)
-        records = evaluate.compare(a, b, tokens, arguments.context, state, show_losses())
+        with show_losses() as show:
+            records = evaluate.compare(a, b, tokens, arguments.context, state, show)
         finish(arguments, [a, b], records, state)
     return OK
 
@@ -87,23 +90,13 @@ def state_of(arguments: argparse.Namespace, models: Sequence[SmallThinker], text
     return State(f"{arguments.json_path}.state", run_key(models, text, arguments.context))
 
 
-def show_losses() -> Progress:
-    """Progress on stderr, where that is a terminal: windows, the figure so far, and how long it will still take."""
-    from smallthinker_edge.cli.files import show_progress
-
-    started, first = time.monotonic(), -1
-
-    def show(done: int, total: int, records: Records) -> None:
-        nonlocal first
-        first = done if first < 0 else first
-        text = "windows"
-        if len(records):
-            text += f", {so_far(records)} so far"
-        if first < done < total:
-            text += f", {(time.monotonic() - started) / (done - first) * (total - done):.0f} s left"
-        show_progress(done, total, text)
-
-    return show
+@contextmanager
+def show_losses() -> Iterator[Progress]:
+    """Progress of windows, with the figure so far."""
+    with progress() as show:
+        yield lambda done, total, records: show(
+            done, total, f"windows, {so_far(records)} so far" if len(records) else "windows"
+        )
 
 
 def so_far(records: Records) -> str:
@@ -152,7 +145,8 @@ def print_kl(source: str, target: str, text: str) -> None:
     from smallthinker_edge.measure.evaluate import divergence_from_source, read_text
     from smallthinker_edge.measure.losses import Divergence
 
-    records = divergence_from_source(source, target, read_text(text), show_losses())
+    with show_losses() as show:
+        records = divergence_from_source(source, target, read_text(text), show)
     print(f"A = {source}, B = {target}, on {len(records)} tokens of {text}")
     print_divergence(asdict(Divergence.of(records)))
 

@@ -25,6 +25,7 @@ from smallthinker_edge.cli.arguments import (
     positive_int,
 )
 from smallthinker_edge.cli.evaluate import print_kl
+from smallthinker_edge.cli.progress import progress, shown_name
 
 if TYPE_CHECKING:
     from smallthinker_edge.files.config import ModelConfig
@@ -59,11 +60,6 @@ def print_metadata(gguf: GGUFFile) -> None:
     width = max(map(len, names), default=0)
     for name, value in zip(names, gguf.metadata.values(), strict=True):
         print(f"  {name:<{width}}  {describe(value)}")
-
-
-def shown_name(name: str) -> str:
-    """A key or tensor's name, which may have 65535 bytes of anything, on one line."""
-    return shorten(one_line(name), VALUE_WIDTH)
 
 
 def describe(value: object) -> str:
@@ -111,13 +107,6 @@ def print_config(config: ModelConfig) -> None:
         print(f"  {field.name:<22}  {value}")
 
 
-def show_progress(done: int, total: int, name: str = "") -> None:
-    """One line on stderr that is rewritten; nothing where stderr is no terminal."""
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r\x1b[K{done}/{total} {shown_name(name)}", end=end, file=sys.stderr, flush=True)
-
-
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
@@ -140,7 +129,8 @@ def convert(arguments: argparse.Namespace) -> int:
             raise UsageError("--kl needs a source that is a model by itself, without --bundle")
         open(arguments.kl, "rb").close()  # before minutes are spent
     with showing_notes(), checking_arguments():
-        write_gguf(arguments.folder, arguments.output, arguments.type, show_progress, bundle=arguments.bundle)
+        with progress() as show:
+            write_gguf(arguments.folder, arguments.output, arguments.type, show, bundle=arguments.bundle)
         if arguments.kl is not None:
             print_kl(arguments.folder, arguments.output, arguments.kl)
     return OK
@@ -180,7 +170,8 @@ def pack(arguments: argparse.Namespace) -> int:
         open(arguments.kl, "rb").close()  # before minutes are spent
         drop = Trace.load(arguments.trace).rarely_used(arguments.drop_below)
     with checking_arguments():
-        write_packed(arguments.file, arguments.output, show_progress, drop=drop)
+        with progress() as show:
+            write_packed(arguments.file, arguments.output, show, drop=drop)
         if drop is not None:
             print(f"{drop.sum()} of {drop.size} experts dropped: {mebibytes(os.path.getsize(arguments.output))}")
             print_kl(arguments.file, arguments.output, arguments.kl)
@@ -197,7 +188,8 @@ def unpack_arguments(parser: argparse.ArgumentParser) -> None:
 def unpack(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.pack import unpack as write_source
 
-    written = write_source(arguments.file, arguments.output, show_progress)
+    with progress() as show:
+        written = write_source(arguments.file, arguments.output, show)
     if len(written) > 1:
         print("\n".join(map(one_line, written)))
     return OK
@@ -210,7 +202,9 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 def verify(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.files.packed import verify as check_packed
 
-    print(f"{check_packed(arguments.file, show_progress)} parts, every checksum matches")
+    with progress() as show:
+        parts = check_packed(arguments.file, show)
+    print(f"{parts} parts, every checksum matches")
     return OK
 
 

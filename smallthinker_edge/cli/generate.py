@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smallthinker_edge.cli.arguments import (
@@ -17,6 +18,7 @@ from smallthinker_edge.cli.arguments import (
     open_model,
     show_text,
 )
+from smallthinker_edge.cli.progress import progress
 from smallthinker_edge.options import OPTIONS, Option
 
 if TYPE_CHECKING:
@@ -94,12 +96,14 @@ def generate(arguments: argparse.Namespace) -> int:
                 "asks it that way; generate only continues the text",
                 file=sys.stderr,
             )
-        with checking_arguments():
-            stream = model.stream(prompt, **sampling_options(arguments))
-        try:
-            show(stream)
-        finally:
-            print(flush=True)
+        with progress(transient=True) as show_prompt:
+            on_prompt = partial(show_prompt, name="tokens of the prompt")
+            with checking_arguments():
+                stream = model.stream(prompt, **{**sampling_options(arguments), "on_prompt": on_prompt})
+            try:
+                show(stream)
+            finally:
+                print(flush=True)
         if arguments.stats:
             print_stats(model, stream.result)
     return OK

@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from smallthinker_edge.cli.arguments import FAILED, OK, Command, UsageError, checking_arguments
-from smallthinker_edge.cli.files import show_progress, showing_notes
+from smallthinker_edge.cli.files import showing_notes
+from smallthinker_edge.cli.progress import progress
 
 
 def pull_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,9 @@ def pull(arguments: argparse.Namespace) -> int:
     with checking_arguments(), showing_notes():
         order = prepare(arguments.repo, arguments.file, pack=not arguments.no_pack)
         print(order.describe(), file=sys.stderr)
-        print(fetch(order, show_progress))
+        with progress() as show:
+            path = fetch(order, show)
+        print(path)
     return OK
 
 

@@ -1,10 +1,11 @@
-"""`bench` and `trace`: what is measured of this machine, and of a text's way through the experts."""
+"""`bench`, `trace` and `report`: what is measured of a machine, of a text's way through the experts, and of a run."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from typing import Any
+from pathlib import Path
 
 from smallthinker_edge.cli.arguments import (
     OK,
@@ -16,6 +17,8 @@ from smallthinker_edge.cli.arguments import (
     open_model,
     positive_int,
 )
+from smallthinker_edge.cli.generate import add_sampling_arguments, sampling_options
+from smallthinker_edge.cli.progress import progress
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +36,9 @@ def bench(arguments: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command")}
     try:
         with checking_arguments():
-            print(run_bench(**options))
+            with progress() as show:
+                text = run_bench(**options, progress=show)
+            print(text)
     except ModuleNotFoundError as error:
         raise UsageError(f"--plot needs {error.name}: pip install 'smallthinker_edge[plots]'") from error
     return OK
@@ -53,7 +58,7 @@ def trace_arguments(parser: argparse.ArgumentParser) -> None:
 def trace(arguments: argparse.Namespace) -> int:
     import random
 
-    from smallthinker_edge.measure.trace import draw_heatmap, record
+    from smallthinker_edge.measure.trace import draw_heatmap, hot_share, record
 
     with open_model(arguments) as model:
         if arguments.random:
@@ -62,7 +67,8 @@ def trace(arguments: argparse.Namespace) -> int:
         else:
             tokens = model.tokenize(sys.stdin.read() if arguments.prompt == "-" else arguments.prompt)
         with checking_arguments():
-            recorded = record(model, tokens, arguments.max_tokens)
+            with progress() as show:
+                recorded = record(model, tokens, arguments.max_tokens, show)
             if arguments.save_profile:
                 print(f"hot experts: {one_line(model.save_profile())}")
     use = recorded.use()
@@ -77,13 +83,43 @@ def trace(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def hot_share(use: Any) -> float:
-    """Share of all uses that falls on the most used fifth of all experts."""
-    ranked = sorted(use.ravel().tolist(), reverse=True)
-    return float(sum(ranked[: max(1, len(ranked) // 5)]) / sum(ranked))
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "-p", "--prompt", action="append", metavar="TEXT", help="what to run; may be repeated (default: some questions)"
+    )
+    source.add_argument("--prompts", metavar="FILE", help="text file with a prompt on each line")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="HTML page to write; the JSON beside it ends in .json"
+    )
+    add_sampling_arguments(parser)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.files.atomic import atomic_file
+    from smallthinker_edge.measure.page import render
+    from smallthinker_edge.measure.report import QUESTIONS, run_report
+
+    page = Path(arguments.output)
+    beside = page.with_suffix(".json")
+    if page == beside:
+        raise UsageError("the page cannot end in .json: its figures are written there")
+    prompts = arguments.prompt or QUESTIONS
+    if arguments.prompts is not None:
+        lines = Path(arguments.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
+        prompts = [line for line in lines if line.strip()]
+    with open_model(arguments) as model, checking_arguments(), progress() as show:
+        figures = run_report(model, prompts, show, **sampling_options(arguments)).figures()
+    for path, text in ((beside, json.dumps(figures) + "\n"), (page, render(figures))):
+        with atomic_file(path) as file:
+            file.write(0, text.encode(errors="replace"))
+        print(one_line(path))
+    return OK
 
 
 COMMANDS = (
     Command("bench", "time memory and kernels of this machine", bench_arguments, bench),
     Command("trace", "record which experts a text uses", trace_arguments, trace),
+    Command("report", "run prompts, and draw where time, memory and experts went", report_arguments, report),
 )

@@ -7,14 +7,18 @@ Called by `smallthinker-edge trace`; tools/paging/replay.py replays them. A trac
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.errors import ContextFull, ModelFormatError
 from smallthinker_edge.model import SmallThinker
+
+Progress = Callable[[int, int, str], object]
+PIECE = 512  # tokens between two calls of it
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,16 @@ class Trace:
             raise ModelFormatError("is not a routing trace", path=os.fspath(path), field="routing")
         return cls(routing, experts)
 
-    def use(self) -> npt.NDArray[np.float64]:
-        """Share of tokens that use each expert, float64 [L, E]."""
-        tokens, layers, _ = self.routing.shape
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How many tokens use each expert, int64 [L, E]."""
+        layers = self.routing.shape[1]
         ids = self.routing + (np.arange(layers) * self.experts)[None, :, None]
         counts = np.bincount(ids.ravel().astype(np.int64), minlength=layers * self.experts)
-        return np.asarray(counts.reshape(layers, self.experts) / tokens, np.float64)
+        return counts.reshape(layers, self.experts)
+
+    def use(self) -> npt.NDArray[np.float64]:
+        """Share of tokens that use each expert, float64 [L, E]."""
+        return np.asarray(self.counts() / len(self.routing), np.float64)
 
     def rarely_used(self, share: float) -> npt.NDArray[np.bool_]:
         """Experts that fewer than this share of the tokens use: bool [L, E].
@@ -60,20 +68,45 @@ class Trace:
         return rare
 
 
-def record(model: SmallThinker, tokens: Sequence[int], max_tokens: int = 0) -> Trace:
+def record(model: SmallThinker, tokens: Sequence[int], max_tokens: int = 0, progress: Progress | None = None) -> Trace:
     """Decodes tokens in a session of their own, goes on for max_tokens greedy ones, and returns how they were routed.
+
+    Args:
+        progress: called with (tokens done, all of them, what is done).
 
     Raises ContextFull where the tokens do not fit the model's context, ValueError for bad ones.
     """
+    total = len(tokens) + max_tokens
+    report = progress or (lambda done, total, name: None)
     with model.recording() as chunks:
         if max_tokens:
-            model.generate(tokens, max_tokens=max_tokens)
+            stream = model.stream(
+                tokens, max_tokens=max_tokens, on_prompt=lambda done, _: report(done, total, "tokens")
+            )
+            for _ in stream:
+                report(len(tokens) + len(stream.tokens), total, "tokens")
         else:
             with model.session() as session:
-                session.decode(tokens)
-    shape = (-1, model.config.n_layers, model.config.n_experts_used)
-    routing = np.frombuffer(b"".join(chunks), np.int32).reshape(shape)
-    return Trace(routing.astype(np.uint16), model.config.n_experts)
+                if len(tokens) > session.context:
+                    raise ContextFull(f"the text has {len(tokens)} tokens, the context {session.context}")
+                for start in range(0, max(1, len(tokens)), PIECE):
+                    session.prefill(tokens[start : start + PIECE])
+                    report(session.position, total, "tokens")
+    return traced(model, chunks)
+
+
+def traced(model: SmallThinker, chunks: Sequence[bytes]) -> Trace:
+    """The trace of what recording() has collected."""
+    config, content = model.config, np.frombuffer(b"".join(chunks), np.int32)
+    each = config.n_layers * config.n_experts_used
+    routing = content.reshape(content.size // each, config.n_layers, config.n_experts_used)
+    return Trace(routing.astype(np.uint16), config.n_experts)
+
+
+def hot_share(use: npt.NDArray[Any]) -> float:
+    """Share of all uses [L, E] that falls on the most used fifth of all experts."""
+    ranked = np.sort(use, axis=None)[::-1]
+    return float(ranked[: max(1, ranked.size // 5)].sum() / ranked.sum())
 
 
 def draw_heatmap(trace: Trace, path: str | os.PathLike[str]) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from smallthinker_edge import cli
 from smallthinker_edge.cli.arguments import show_text
-from smallthinker_edge.cli.files import show_progress
 from smallthinker_edge.errors import ChatTemplateError, ModelFormatError
 from smallthinker_edge.files import hot_experts
 from smallthinker_edge.files.checkpoint import CheckpointConfig
@@ -134,11 +133,3 @@ def test_generated_text_is_escaped_on_a_terminal_only(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     show_text(said)
     assert capsys.readouterr().out == "two\n\tlines \\x1b[2J"
-
-
-def test_progress_shows_a_hostile_name_on_its_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    show_progress(1, 2, HOSTILE)
-    assert_harmless(capsys.readouterr().err.removeprefix("\r\x1b[K"))
