@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from smallthinker_edge import __version__
-from smallthinker_edge.cli import chat, complete, demo, evaluate, files, generate, hub, machine, measure, serve
+from smallthinker_edge.cli import batch, chat, complete, demo, evaluate, files, generate, hub, machine, measure, serve
 from smallthinker_edge.cli.arguments import FAILED, INTERRUPTED, USAGE, UsageError, one_line
 from smallthinker_edge.errors import SmallThinkerError
 
 COMMANDS = (
     *generate.COMMANDS,
     *chat.COMMANDS,
+    *batch.COMMANDS,
     *serve.COMMANDS,
     *files.COMMANDS,
     *hub.COMMANDS,
