@@ -221,6 +221,13 @@ class SmallThinker(CompletionCalls):
             self._hash = model_hash(self._file, self.plan.limit is not None)
         return self._hash
 
+    def fingerprint(self) -> str:
+        """64 hex digits of its weights, but for the experts'; a GGUF and the packed file made of it have the same.
+
+        The first call reads these weights.
+        """
+        return self._model_hash().hex()
+
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Continues a prompt.
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from smallthinker_edge import __version__
 from smallthinker_edge.cli import (
+    batch,
     chat,
     complete,
     demo,
@@ -34,6 +35,7 @@ from smallthinker_edge.errors import SmallThinkerError
 COMMANDS = (
     *generate.COMMANDS,
     *chat.COMMANDS,
+    *batch.COMMANDS,
     *serve.COMMANDS,
     *wyoming.COMMANDS,
     *mqtt.COMMANDS,

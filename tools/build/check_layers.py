@@ -31,6 +31,7 @@ LAYERS = {
     "opening": {"_native", "text", "files", "machine", "plan", "loading"},
     "model": {"_native", "text", "files", "machine", "session", "generation", "completions", "plan", "opening"},
     "measure": {"_native", "files", "machine", "session", "opening", "model", "__init__"},
+    "batch": {"text", "files", "machine", "completions", "model"},
     "server": {"completions", "model"},
     "home": {"completions", "model"},
     "cli": {
@@ -44,6 +45,7 @@ LAYERS = {
         "opening",
         "model",
         "measure",
+        "batch",
         "server",
         "home",
         "__init__",
