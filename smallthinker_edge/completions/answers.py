@@ -7,7 +7,6 @@ thread. Everything that can be wrong with a request is found when an answer is m
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,16 +65,19 @@ class Answering(Protocol):
 
 
 class Cancel:
-    """A signal of ours beside the caller's own, if there is one."""
+    """A signal of ours beside the caller's own, if there is one.
+
+    It has no lock, as threading.Event has: a finaliser may set it, in a thread that is just doing so.
+    """
 
     def __init__(self, other: CancelSignal | None) -> None:
-        self._own, self._other = threading.Event(), other
+        self._own, self._other = False, other
 
     def set(self) -> None:
-        self._own.set()
+        self._own = True
 
     def is_set(self) -> bool:
-        return self._own.is_set() or (self._other is not None and self._other.is_set())
+        return self._own or (self._other is not None and self._other.is_set())
 
 
 @dataclass(frozen=True)

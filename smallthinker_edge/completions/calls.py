@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, overload
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from smallthinker_edge.completions.compute import AsyncItems, ComputeThread
-
-_making = threading.Lock()
 
 
 class CompletionCalls(ABC):
@@ -37,22 +34,22 @@ class CompletionCalls(ABC):
     """
 
     def __init__(self) -> None:
-        self._thread: ComputeThread | None = None
+        self._threads: dict[str, ComputeThread] = {}
 
     @property
     def _computing(self) -> ComputeThread:
         """Made when it is first asked for: with asyncio it takes 3 MB, which a program without coroutines keeps."""
-        if self._thread is None:
+        if "compute" not in self._threads:
             from smallthinker_edge.completions.compute import ComputeThread
 
-            with _making:
-                self._thread = self._thread or ComputeThread()
-        return self._thread
+            # Without a lock, which a fork would copy as it is: one that comes second is dropped before it starts.
+            return self._threads.setdefault("compute", ComputeThread())
+        return self._threads["compute"]
 
     def _stop_computing(self) -> None:
         """What is queued never starts."""
-        if self._thread is not None:
-            self._thread.close()
+        for thread in list(self._threads.values()):
+            thread.close()
 
     @abstractmethod
     def _answering(self) -> Answering:

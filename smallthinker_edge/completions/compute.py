@@ -7,10 +7,13 @@ ms.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
+
+from smallthinker_edge.errors import OpenedBeforeFork
 
 T = TypeVar("T")
 
@@ -22,19 +25,24 @@ class Settable(Protocol):
 
 
 class ComputeThread:
-    """A queue of jobs and the thread that does them, started with the first one. Safe to use from several event
-    loops."""
+    """A queue of jobs and the thread that does them, started with the first one. Safe to use from several event loops.
+
+    In the child of a fork, which has no such thread, OpenedBeforeFork is raised instead of waiting for it.
+    """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="smallthinker-compute")
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="smallthinker-prepare")
 
     async def prepare(self, work: Callable[[], T]) -> T:
         """What work() returns or raises: something short, in another thread, that need not wait for the queue."""
+        self._check_process()
         return await asyncio.wrap_future(self._preparing.submit(work))
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Puts a job at the end of the queue. Raises RuntimeError after close()."""
+        self._check_process()
         return self._executor.submit(work)
 
     async def run(self, work: Callable[[], T], cancel: Settable) -> T:
@@ -51,8 +59,14 @@ class ComputeThread:
 
     def close(self) -> None:
         """What is queued never starts; what runs is not waited for. Safe to call twice."""
+        if self._process != os.getpid():  # a thread that is not here may have held the executors' locks
+            return
         for executor in (self._executor, self._preparing):
             executor.shutdown(wait=False, cancel_futures=True)
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise OpenedBeforeFork("the model's compute thread is in the process that this one was forked from")
 
 
 class AsyncItems(AsyncIterator[T], Generic[T]):

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from smallthinker_edge._native.gguf_reader import Part
 from smallthinker_edge.errors import HubError, ModelFormatError
+from smallthinker_edge.files.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,8 @@ def _remember(found: Listing) -> None:
     reference = repo_folder(found.repo) / "refs" / found.revision
     if found.revision != found.commit:
         reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(found.commit, encoding="ascii")
+        with atomic_file(reference) as file:
+            file.write(0, found.commit.encode("ascii"))
 
 
 def _fetch_blob(url: str, blob: Path, size: int, what: str) -> None:

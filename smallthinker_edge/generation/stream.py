@@ -6,17 +6,18 @@ of plain decoding, and where it drops turns (overflow.py) that of a conversation
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from smallthinker_edge.errors import DecodeCancelled
+from smallthinker_edge._native.locks import Busy
+from smallthinker_edge.errors import DecodeCancelled, SessionBusy
 from smallthinker_edge.generation.choice import Choice, TokenLogprobs
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore, common_prefix
@@ -58,7 +59,7 @@ class Totals:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._adding = Busy()
         self._news: deque[tuple[float, ...]] = deque()
         self._sums = dict.fromkeys(
             ("prompt_tokens", "reused_tokens", "generated_tokens", "prompt_seconds", "generation_seconds"), 0.0
@@ -69,17 +70,17 @@ class Totals:
         self._news.append(
             (timings.prompt_tokens, timings.reused_tokens, tokens, timings.prompt_seconds, timings.decode_seconds)
         )
-        if len(self._news) > MOST_NEWS and self._lock.acquire(blocking=False):
-            try:
+        if len(self._news) > MOST_NEWS:
+            with suppress(SessionBusy), self._adding:
                 self._add_up()
-            finally:
-                self._lock.release()
 
     def figures(self) -> dict[str, float]:
         """Each sum by its name; tokens as whole numbers."""
-        with self._lock:
-            self._add_up()
-            return {name: int(value) if name.endswith("tokens") else value for name, value in self._sums.items()}
+        while True:
+            with suppress(SessionBusy), self._adding:
+                self._add_up()
+                return {name: int(value) if name.endswith("tokens") else value for name, value in self._sums.items()}
+            time.sleep(0.001)
 
     def _add_up(self) -> None:
         while self._news:

@@ -28,7 +28,8 @@ def folders(root: Path, controller: str) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        for top in (base / controllers, base / controller) if controllers else (base,):
+        # Beside version 1, systemd has version 2 in `unified`.
+        for top in (base / controllers, base / controller) if controllers else (base / "unified", base):
             if not top.is_dir():
                 continue
             folder = top / path.strip("/")
@@ -42,18 +43,22 @@ def folders(root: Path, controller: str) -> Iterator[Path]:
 
 
 def memory(root: Path = Path("/")) -> list[tuple[int, int]]:
-    """(limit, use without reclaimable cache) in bytes of every memory cgroup around this process that has a limit."""
+    """(limit, use without reclaimable cache) in bytes of every memory cgroup around this process that has a limit.
+
+    Beyond memory.max a process is killed, beyond memory.high slowed down until it hardly runs: the smaller one counts.
+    """
     found = []
     for folder in folders(root, "memory"):
-        limit = read(folder / "memory.max") or read(folder / "memory.limit_in_bytes")
+        limits = [read(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         # Version 1 writes "no limit" as the largest page-aligned number.
-        if not limit.isdigit() or not 0 < int(limit) < 1 << 60:
+        limit = min((int(text) for text in limits if text.isdigit() and 0 < int(text) < 1 << 60), default=0)
+        if not limit:
             continue
         use = read(folder / "memory.current") or read(folder / "memory.usage_in_bytes")
         stat = dict(line.split(None, 1) for line in read(folder / "memory.stat").splitlines() if " " in line)
         # What version 1 calls inactive_file leaves out the groups below.
         cache = stat.get("total_inactive_file") or stat.get("inactive_file", "0")
-        found.append((int(limit), (int(use) if use.isdigit() else 0) - (int(cache) if cache.isdigit() else 0)))
+        found.append((limit, (int(use) if use.isdigit() else 0) - (int(cache) if cache.isdigit() else 0)))
     return found
 
 

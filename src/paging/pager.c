@@ -6,6 +6,7 @@
 
 #include "smallthinker/crc32.h"
 #include "smallthinker/eviction.h"
+#include "smallthinker/thread_start.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -316,7 +317,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
     pthread_cond_init(&pager->work, NULL);
     pthread_cond_init(&pager->done, NULL);
     for (; pager->started < config->io_threads; pager->started++)
-        if (pthread_create(&pager->threads[pager->started], NULL, io_main, pager) != 0)
+        if (st_thread_start(&pager->threads[pager->started], io_main, pager) != 0)
             break;
     if (pager->started == 0) {
         st_pager_destroy(pager);

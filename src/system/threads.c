@@ -3,6 +3,8 @@
 #define _GNU_SOURCE /* pthread_setaffinity_np */
 #include "smallthinker/threads.h"
 
+#include "smallthinker/thread_start.h"
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -210,7 +212,7 @@ st_team *st_team_create(int n, const int *cpus) {
     deal(team, 0);
     for (int i = 1; i < n; i++) {
         team->members[i] = (struct st_member){team, i};
-        if (pthread_create(&team->threads[i], NULL, member_main, &team->members[i]) != 0) {
+        if (st_thread_start(&team->threads[i], member_main, &team->members[i]) != 0) {
             st_team_destroy(team);
             return NULL;
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from gguf_files import write_model
 
 from smallthinker_edge import SmallThinker
+from smallthinker_edge.completions.answers import Cancel
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -181,6 +183,23 @@ def test_what_waits_for_its_turn_and_is_cancelled_is_never_computed(model: Small
         assert second.tokens == 0
 
     asyncio.run(main())
+
+
+def test_a_finaliser_may_set_the_signal_that_is_just_being_set() -> None:
+    cancel = Cancel(None)
+
+    def setting() -> None:
+        sys.setprofile(lambda *_: cancel.set())  # at every call of what set() does, as the collector may
+        try:
+            cancel.set()
+        finally:
+            sys.setprofile(None)
+
+    thread = threading.Thread(target=setting, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert cancel.is_set()
 
 
 def test_a_slow_reader_does_not_hold_the_computation(model: SmallThinker) -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Programs of tests/native/ and what they are linked with; the latter two include what they test.
 PROGRAMS = {
-    "pager_stress": ["src/paging/pager.c", "src/paging/eviction.c", "src/paging/crc32.c"],
+    "pager_stress": ["src/paging/pager.c", "src/paging/eviction.c", "src/paging/crc32.c", "src/system/thread_start.c"],
     "reader_faults": [],
     "team_stress": [],
 }

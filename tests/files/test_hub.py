@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 from hub_server import Hub
 
 from smallthinker_edge import HubError, SmallThinker
+from smallthinker_edge.files import hub as hub_module
 from smallthinker_edge.files.pack import pack
 from smallthinker_edge.files.pull import choose, type_of
 
@@ -325,6 +327,24 @@ def test_offline_takes_what_the_cache_has(hub: Hub, user: User) -> None:
     user.env["HF_ENDPOINT"] = "http://127.0.0.1:9"
     assert user.run("pull", REPO)[1] == path
     assert "it has: tiny-Q4_0.gguf" in user.fails("pull", REPO, "--file", "*F16*", HF_HUB_OFFLINE="1")
+
+
+def test_a_full_disk_leaves_the_commit_that_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "repo_folder", lambda repo: tmp_path)
+    reference = tmp_path / "refs" / "main"
+    reference.parent.mkdir()
+    reference.write_text("1" * 40)
+    found = hub_module.Listing("org/name", "main", "2" * 40, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            hub_module._remember(found)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert reference.read_text() == "1" * 40
+    hub_module._remember(found)
+    assert reference.read_text() == "2" * 40
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(hub: Hub, user: User) -> None:

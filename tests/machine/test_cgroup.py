@@ -27,6 +27,44 @@ V2 = {"sys/fs/cgroup/cgroup.controllers": "cpu memory"}
             },
             500000000,
         ),
+        # memory.high slows down what memory.max would kill.
+        (
+            {**V2, "proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "max", "sys/fs/cgroup/memory.high": "700"},
+            700,
+        ),
+        (
+            {**V2, "proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "600", "sys/fs/cgroup/memory.high": "700"},
+            600,
+        ),
+        (
+            {**V2, "proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "600", "sys/fs/cgroup/memory.high": "max"},
+            600,
+        ),
+        (  # ... at any level
+            {
+                **V2,
+                "proc/self/cgroup": "0::/a/b/c",
+                "sys/fs/cgroup/a/memory.high": "800",
+                "sys/fs/cgroup/a/memory.max": "900",
+                "sys/fs/cgroup/a/b/memory.high": "max",
+                "sys/fs/cgroup/a/b/memory.max": "850",
+                "sys/fs/cgroup/a/b/c/memory.max": "max",
+            },
+            800,
+        ),
+        (  # a namespace of cgroups whose root is below this process's own: what is seen counts
+            {**V2, "proc/self/cgroup": "0::/../../other", "sys/fs/cgroup/memory.max": "750"},
+            750,
+        ),
+        (  # both versions, the memory controller in version 2
+            {
+                "proc/self/cgroup": "5:cpu:/x\n0::/a",
+                "sys/fs/cgroup/cpu/x/tasks": "",
+                "sys/fs/cgroup/unified/cgroup.controllers": "memory",
+                "sys/fs/cgroup/unified/a/memory.max": "1000",
+            },
+            1000,
+        ),
         (
             {"proc/self/cgroup": "4:memory:/box", "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "1073741824"},
             1 << 30,

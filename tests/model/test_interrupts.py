@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import gc
 import multiprocessing
@@ -24,6 +25,7 @@ from small_model import SHAPE, tokens
 
 from smallthinker_edge import DecodeCancelled, OpenedBeforeFork, Session, SmallThinker
 from smallthinker_edge.files.pack import pack
+from smallthinker_edge.generation import stream as stream_module
 
 PROMPT = list(range(60, 100))
 
@@ -299,6 +301,19 @@ def test_a_generation_is_consistent_after_an_exception_at_any_call(model: SmallT
     assert with_injections(lambda: model.generate(PROMPT, max_tokens=3), check) > 20
 
 
+def test_totals_can_be_asked_for_after_an_exception_at_any_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "MOST_NEWS", 0)
+    totals = stream_module.Totals()
+    timings = stream_module.Timings(2, 1.0, 1, 1.0)
+
+    def check() -> None:
+        totals.figures()
+
+    assert with_injections(lambda: totals.add(timings, 1), check) >= 2
+    totals.add(timings, 1)
+    assert totals.figures()["prompt_tokens"] >= 2
+
+
 # Closing
 
 
@@ -379,6 +394,19 @@ def test_a_forked_child_gets_an_error_and_can_close(model: SmallThinker) -> None
 
     assert run_in_child(work) == 0
     assert len(model.generate("hello", max_tokens=3).tokens) > 0
+
+
+def test_a_forked_child_does_not_wait_for_the_parents_compute_thread(model: SmallThinker) -> None:
+    asyncio.run(model.acreate_completion("hello", max_tokens=1))
+
+    def work() -> None:
+        for stream in (False, True):
+            with pytest.raises(OpenedBeforeFork):
+                asyncio.run(model.acreate_completion("hello", max_tokens=1, stream=stream))
+        model.close()
+
+    assert run_in_child(work) == 0
+    asyncio.run(model.acreate_completion("hello", max_tokens=1))
 
 
 def test_a_child_may_open_its_own_model(model: SmallThinker, path: str) -> None:

@@ -21,6 +21,7 @@ static int scarce_create(pthread_t *thread, const pthread_attr_t *attributes, vo
 }
 
 #define pthread_create scarce_create
+#include "../../src/system/thread_start.c"
 #include "../../src/system/threads.c"
 #undef pthread_create
 
