@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ from smallthinker_edge.cli.arguments import (
     checking_arguments,
     positive_int,
 )
-from smallthinker_edge.cli.files import show_progress
 from smallthinker_edge.cli.generate import add_sampling_arguments, sampling_options
+from smallthinker_edge.cli.progress import Progress as Shown
+from smallthinker_edge.cli.progress import progress
 
 if TYPE_CHECKING:
     from smallthinker_edge.batch.run import Progress
@@ -74,9 +74,10 @@ def map_lines(arguments: argparse.Namespace) -> int:
             with checking_arguments():
                 workers = workers_of(arguments, task, opening, output.model)
             try:
-                run(output, workers, show_answers())
+                with progress() as shown:
+                    run(output, workers, show_answers(shown))
             except KeyboardInterrupt:
-                print(f"\nstopped at {output.done} of {output.total}; the same command goes on", file=sys.stderr)
+                print(f"stopped at {output.done} of {output.total}; the same command goes on", file=sys.stderr)
                 raise
             finally:
                 workers.close()
@@ -120,19 +121,9 @@ def quiet_dask() -> None:
         dask.config.set({"logging": {"distributed": "critical", "distributed.client": "critical"}})
 
 
-def show_answers() -> Progress:
-    """Progress on stderr, where that is a terminal: lines, errors, and how long it will still take."""
-    started, first = time.monotonic(), -1
-
-    def show(done: int, total: int, errors: int) -> None:
-        nonlocal first
-        first = done if first < 0 else first
-        text = f"lines, {errors} with an error" if errors else "lines"
-        if first < done < total:
-            text += f", {(time.monotonic() - started) / (done - first) * (total - done):.0f} s left"
-        show_progress(done, total, text)
-
-    return show
+def show_answers(shown: Shown) -> Progress:
+    """Progress in lines, and how many of them have an error."""
+    return lambda done, total, errors: shown(done, total, f"lines, {errors} with an error" if errors else "lines")
 
 
 COMMANDS = (Command("map", "ask a task about each line of a file", map_arguments, map_lines),)
