@@ -12,7 +12,7 @@ from smallthinker_edge import ContextFull, SmallThinker
 from smallthinker_edge.completions.arguments import CHAT_ARGUMENTS, TEXT_ARGUMENTS
 
 MESSAGES = [{"role": "user", "content": "turn on the kitchen light"}]
-ANSWER = '{"action":"on","device":"light","room":"kitchen"}'  # of the embedded model, which was trained for this
+ANSWER = '{"action":"on","device":"light","area":"kitchen"}'  # of the embedded model, which was trained for this
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +173,9 @@ def test_max_tokens_beyond_the_context_is_clipped(demo_model: Path) -> None:
 
 def test_the_name_and_callbacks_are_the_callers(model: SmallThinker) -> None:
     pieces: list[str] = []
-    answer = model.create_chat_completion(MESSAGES, model="mine", on_text=pieces.append, stop=["room"])
+    answer = model.create_chat_completion(MESSAGES, model="mine", on_text=pieces.append, stop=["area"])
     assert answer["model"] == "mine"
-    assert "".join(pieces) == answer["choices"][0]["message"]["content"] == ANSWER[: ANSWER.index("room")]
+    assert "".join(pieces) == answer["choices"][0]["message"]["content"] == ANSWER[: ANSWER.index("area")]
 
 
 SAMPLE = """\

@@ -14,6 +14,7 @@ import threading
 import wave
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -485,7 +486,8 @@ def test_a_real_process_turns_sentences_into_intents_and_ends_on_sigterm(demo_mo
         port = int(uri.rpartition(":")[2])
         asyncio.run(test(port))
         idle = socket.create_connection(("127.0.0.1", port))  # holds up no end
-        assert psutil.Process(child.pid).memory_info().rss < 70 << 20
+        limit = 80 if find_spec("llguidance") else 70  # which takes 10 MiB
+        assert psutil.Process(child.pid).memory_info().rss < limit << 20
     idle.close()
 
 
