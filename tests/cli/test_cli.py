@@ -17,7 +17,7 @@ import pytest
 
 from smallthinker_edge import SmallThinker, cli
 from smallthinker_edge.cli import demo
-from smallthinker_edge.errors import ContextFull
+from smallthinker_edge.errors import ContextFull, ExpertReadError
 from smallthinker_edge.home import understand
 
 
@@ -280,6 +280,7 @@ def test_generate_passes_every_option_to_the_api(
         "--repetition-window", "32", "--seed", "7", "--logit-bias", "5=-2.5", "--logit-bias", "6=1",
     )  # fmt: skip
     assert code == 0
+    assert callable(seen.pop("on_prompt"))  # which shows progress
     assert seen == {
         "prompt": "hello",
         "max_tokens": 3,
@@ -301,7 +302,7 @@ def test_generate_leaves_defaults_to_the_api(
     seen: list[dict[str, object]] = []
     monkeypatch.setattr(SmallThinker, "stream", lambda _, __, **options: seen.append(options) or iter(()))
     run(capsys, "generate", "-m", tiny_model, "-p", "hello")
-    assert seen == [{}]
+    assert [set(options) for options in seen] == [{"on_prompt"}]  # which shows progress
 
 
 def test_generate_reads_the_prompt_from_stdin(
@@ -390,6 +391,8 @@ def conversation(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
 
     def answer(messages: list[dict[str, str]], number: int) -> Iterator[str]:
         yield "answer "
+        if messages[-1]["content"] == "unreadable":
+            raise ExpertReadError("expert weights in the file cannot be read or are damaged; nothing was decoded")
         if messages[-1]["content"] == "interrupt":
             raise KeyboardInterrupt
         yield str(number)
@@ -469,6 +472,45 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(
     assert [message["content"] for message in conversation[1]] == ["short"]
 
 
+def test_chat_goes_on_after_an_answer_that_failed(
+    tiny_model: Path,
+    conversation: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, out, err = chat_with("unreadable\nnext\n", tiny_model, capsys, monkeypatch)
+    assert (code, out) == (0, "answer \nanswer 2\n")
+    assert_one_line_error(err)
+    assert [message["content"] for message in conversation[1]] == ["next"]
+
+
+def test_a_conversation_that_was_loaded_keeps_its_system_message(
+    tiny_model: Path,
+    conversation: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chat_with("/system be kind\none\n/save ~/kind.json\n", tiny_model, capsys, monkeypatch)
+    chat_with("/load ~/kind.json\n/reset\ntwo\n", tiny_model, capsys, monkeypatch)
+    assert [message["content"] for message in conversation[1]] == ["be kind", "two"]
+
+
+def test_a_conversation_that_the_template_refuses_is_not_loaded(
+    conversation: list[list[dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    refuses = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    path = gguf_files.write_model(tmp_path / "m.gguf", metadata={"tokenizer.chat_template": refuses})
+    (tmp_path / "c.json").write_text('[{"role": "assistant", "content": "hello"}]', encoding="utf-8")
+    _, _, err = chat_with(f"/load {tmp_path / 'c.json'}\nnext\n", Path(path), capsys, monkeypatch)
+    assert "roles must alternate" in err
+    assert [message["content"] for message in conversation[0]] == ["next"]
+
+
 def test_chat_saves_loads_and_changes_its_system_message(
     tiny_model: Path,
     conversation: list[list[dict[str, str]]],
@@ -485,7 +527,7 @@ def test_chat_saves_loads_and_changes_its_system_message(
 
 
 @pytest.mark.parametrize(
-    "line", ["/load absent.json", "/load broken.json", "/load number.json", "/save no/folder", "/no"]
+    "line", ["/load absent.json", "/load broken.json", "/load number.json", "/save no/folder", "/save", "/load", "/no"]
 )
 def test_a_command_of_chat_that_fails_says_so_and_chat_goes_on(
     line: str,
