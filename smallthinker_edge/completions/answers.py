@@ -6,6 +6,7 @@ thread. Everything that can be wrong with a request is found when an answer is m
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from smallthinker_edge.completions.response_format import is_free, make_constraint
 from smallthinker_edge.completions.shapes import FinishReason, Usage
 from smallthinker_edge.completions.tool_calls import Tools
-from smallthinker_edge.errors import MemoryBudgetError, MissingExtra
+from smallthinker_edge.errors import GrammarError, MemoryBudgetError, MissingExtra
 from smallthinker_edge.generation.choice import TokenLogprobs
 from smallthinker_edge.generation.stream import TextStream
 from smallthinker_edge.options import OPTIONS, CancelSignal, Constraint, GenerationOptions
@@ -26,6 +27,8 @@ from smallthinker_edge.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger(__name__)
 
 
 class Answering(Protocol):
@@ -132,12 +135,15 @@ class Answer(ABC):
             if not self._tools.callable or self._options.get("constraint") is not None:
                 return None
             try:
-                grammars = self._model.grammars()
+                return make_constraint(self._model.grammars(), response_format, self._tools)
             except (MissingExtra, MemoryBudgetError):
                 return None
-        else:
-            grammars = self._model.grammars()
-        return make_constraint(grammars, response_format, self._tools)
+            except GrammarError as error:
+                if self._tools.strict:
+                    raise
+                logger.info("calls of tools are not held to their schemas: %s", error)
+                return None
+        return make_constraint(self._model.grammars(), response_format, self._tools)
 
     def _pieces(self, index: int) -> Iterator[Piece]:
         """The pieces of a choice; the last one says why it ended."""

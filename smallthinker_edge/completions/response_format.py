@@ -10,6 +10,8 @@ from smallthinker_edge.completions.tool_calls import CLOSE, OPEN, Tools
 from smallthinker_edge.options import Constraint
 from smallthinker_edge.text.grammar import JSON_STYLE, Grammars
 
+# What llguidance does not know of a schema does not count: formats, "not", "uniqueItems"; of "oneOf", any one will do.
+LENIENT = {"lenient": True, "coerce_one_of": True}
 # Text in which no call begins; a call ends it as soon as its mark is there.
 TEXT = r"/(.|\n)*/"
 
@@ -84,9 +86,10 @@ def _call_grammar(schema: Mapping[str, Any] | None, tools: Tools) -> str:
     lines.append(rf'body: "\n" ({" | ".join(f"f{i}" for i in range(len(functions)))}) {json.dumps(chr(10) + CLOSE)}')
     for i, (name, parameters) in enumerate(functions):
         begin = '{"name": ' + json.dumps(name, ensure_ascii=False) + ', "arguments": '
-        lines.append(f'f{i}: {json.dumps(begin, ensure_ascii=False)} {_json(parameters)} "}}"')
+        written = _json(parameters, None if name in tools.strict else LENIENT)
+        lines.append(f'f{i}: {json.dumps(begin, ensure_ascii=False)} {written} "}}"')
     return "\n".join(lines)
 
 
-def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+def _json(schema: Mapping[str, Any], style: Mapping[str, Any] | None = None) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': {**JSON_STYLE, **(style or {})}})}"

@@ -34,11 +34,13 @@ class Tools:
 
     Attributes:
         listed: as they were given, for the template. callable: {name: JSON schema of its arguments}, of those that
-            may be called. required: at least one must be. single: only one may be.
+            may be called. strict: names of those whose schemas must hold to the letter; of the others' what cannot be
+            enforced is left out. required: at least one must be called. single: only one may be.
     """
 
     listed: Sequence[Mapping[str, Any]] = ()
     callable: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    strict: frozenset[str] = frozenset()
     required: bool = False
     single: bool = False
 
@@ -46,6 +48,7 @@ class Tools:
 def read_tools(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> Tools:
     """The arguments `tools` and `tool_choice`. Raises ValueError for what OpenAI's API does not know."""
     schemas: dict[str, Mapping[str, Any]] = {}
+    strict: set[str] = set()
     for i, tool in enumerate(tools):
         function = tool.get("function")
         if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
@@ -54,15 +57,17 @@ def read_tools(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, An
         if not isinstance(name, str) or not name or not isinstance(parameters, Mapping):
             raise ValueError(f"tools: the function of tool {i} must have a name, and parameters that are an object")
         schemas[name] = parameters
+        if function.get("strict") is True:
+            strict.add(name)
     if isinstance(choice, str) and choice in ("auto", "none", "required"):
         if choice == "required" and not schemas:
             raise ValueError("tool_choice is 'required', but there are no tools")
-        return Tools() if choice == "none" else Tools(tools, schemas, choice == "required")
+        return Tools() if choice == "none" else Tools(tools, schemas, frozenset(strict), choice == "required")
     named = choice.get("function") if isinstance(choice, Mapping) else None
     name = named.get("name") if isinstance(named, Mapping) else None
     if name not in schemas:
         raise ValueError(f"tool_choice must be auto, none, required or a function among the tools, not {choice!r:.80}")
-    return Tools(tools, {name: schemas[name]}, required=True, single=True)
+    return Tools(tools, {name: schemas[name]}, frozenset(strict & {name}), required=True, single=True)
 
 
 def speaks_of_tools(messages: Sequence[Mapping[str, Any]]) -> bool:

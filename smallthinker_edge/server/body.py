@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from smallthinker_edge.server.settings import Settings
 logger = logging.getLogger(__name__)
 BODIES_HELD = 4  # largest bodies that are held at once
 LINGER = 8  # largest bodies that are read of one that is too large
+LEAST_TOP_P = 1e-6  # keeps the likeliest token only
 
 
 class BodyReader:
@@ -73,19 +75,30 @@ def known_arguments(
     ignored = sorted(body.keys() - usable - own)
     if ignored:
         logger.info("ignored arguments: %s", ", ".join(repr(name[:60]) for name in ignored[:20]))
-    arguments = {name: body[name] for name in usable & body.keys() if body[name] is not None}
+    arguments = {name: _meant(name, body[name], known[name]) for name in usable & body.keys() if body[name] is not None}
     most = context if settings.most_tokens is None else min(context, settings.most_tokens)
     for name in ("max_tokens", "max_completion_tokens"):
         if _is_whole(arguments.get(name)):
-            arguments[name] = min(arguments[name], most)
-    if _is_whole(arguments.get("seed")):  # clients send any, -1 for example
-        arguments["seed"] %= 2**64
+            arguments[name] = most if arguments[name] < 0 else min(arguments[name], most)
     defaults = {name: value for name, value in settings.defaults.items() if name in usable}
     if "max_completion_tokens" in arguments:
         defaults.pop("max_tokens", None)
     elif settings.most_tokens is not None:
         defaults.setdefault("max_tokens", most)
     return {**defaults, **arguments}
+
+
+def _meant(name: str, value: Any, option: Option) -> Any:
+    """The value that is meant by one that clients let people choose and the library refuses."""
+    if option.kind == "int" and isinstance(value, float) and math.isfinite(value):
+        value = int(value)
+    if name == "seed" and _is_whole(value):  # any, -1 for example
+        return value % 2**64
+    if name == "top_p" and value == 0 and not isinstance(value, bool):
+        return LEAST_TOP_P
+    if name == "stop" and isinstance(value, str | list):  # a list that was typed with a comma too many
+        return [text for text in ([value] if isinstance(value, str) else value) if text != ""]
+    return value
 
 
 def _is_whole(value: object) -> bool:

@@ -212,6 +212,40 @@ def test_what_cannot_be_enforced_is_refused(model: SmallThinker, response_format
         model.create_chat_completion(MESSAGES, response_format=response_format)
 
 
+UNKNOWN: list[dict[str, Any]] = [  # what llguidance knows nothing of
+    {"type": "string", "format": "password"}, {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+    {"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]}, {"not": {"type": "null"}},
+]  # fmt: skip
+BROKEN: list[dict[str, Any]] = [{"type": "string", "pattern": "^(?!x)"}, {"$ref": "#/nowhere"}, {"type": "any"}]
+
+
+def tool_with(value: dict[str, Any], **more: Any) -> list[Any]:
+    parameters = {"type": "object", "properties": {"on": {"type": "boolean"}, "value": value}, "required": ["on"]}
+    return [{"type": "function", "function": {"name": "set", "parameters": parameters, **more}}]
+
+
+@pytest.mark.parametrize("value", UNKNOWN)
+def test_what_of_a_tools_schema_can_be_enforced_is(model: SmallThinker, value: dict[str, Any]) -> None:
+    assert model.create_chat_completion(MESSAGES, tools=tool_with(value), max_tokens=3)["choices"]
+    for seed in range(3):
+        message = model.create_chat_completion(
+            MESSAGES, tools=tool_with(value), tool_choice="required", temperature=1.0, seed=seed, max_tokens=60
+        )["choices"][0]["message"]
+        calls = [call["function"]["arguments"] for call in message.get("tool_calls", [])]
+        assert re.search(r'\{"on": ?(true|false)', "".join([message["content"] or "", *calls]))
+    with pytest.raises(GrammarError):
+        model.create_chat_completion(MESSAGES, tools=tool_with(value, strict=True))
+
+
+@pytest.mark.parametrize("value", BROKEN)
+def test_a_tool_that_need_not_be_called_may_have_a_broken_schema(model: SmallThinker, value: dict[str, Any]) -> None:
+    assert model.create_chat_completion(MESSAGES, tools=tool_with(value), max_tokens=3)["choices"]
+    with pytest.raises(GrammarError):
+        model.create_chat_completion(MESSAGES, tools=tool_with(value), tool_choice="required")
+    with pytest.raises(GrammarError):
+        model.create_chat_completion(MESSAGES, tools=tool_with(value, strict=True))
+
+
 def test_a_budget_must_know_of_it(demo_model: Path) -> None:
     with SmallThinker(demo_model, memory="2GiB") as model:
         with pytest.raises(MemoryBudgetError, match="structured=True"):

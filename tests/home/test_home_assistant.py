@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -20,13 +18,13 @@ from typing import Any
 import pytest
 
 pytest.importorskip("wyoming")
+from hass_python import printed_by
+
 from smallthinker_edge import SmallThinker
 from smallthinker_edge.home.names import Device, Home
 from smallthinker_edge.home.schema import Command
 from smallthinker_edge.home.wyoming import Settings, WyomingService
 
-SCRIPT = Path(__file__).resolve().parents[1] / "support" / "hass_home.py"
-PYTHON = os.environ.get("HASS_PYTHON", "")
 HOME = Home(devices=(Device("Desk Lamp", "Office", "light"), Device("Front Door", "Hall", "lock")))
 LAMP, CEILING = {"entity_id": "light.lamp"}, {"entity_id": "light.ceiling"}
 RADIO = {"entity_id": "media_player.kitchen"}
@@ -129,13 +127,9 @@ def service(model: SmallThinker | None = None) -> Iterator[int]:
 
 def answered(sentences: list[str], model: SmallThinker | None = None) -> list[dict[str, Any]]:
     """What Home Assistant did and said to each sentence."""
-    if not PYTHON or subprocess.run([PYTHON, "-c", "import homeassistant"], capture_output=True).returncode:
-        pytest.skip("Home Assistant is not there: HASS_PYTHON names a Python that has it")
     with service(model) as port:
-        command = [PYTHON, "-c", SCRIPT.read_text(encoding="utf-8"), "127.0.0.1", str(port), json.dumps(sentences)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(sentences), done.stderr[-3000:]
+        lines = printed_by("hass_home", "127.0.0.1", str(port), json.dumps(sentences))
+    assert len(lines) == len(sentences)
     return lines
 
 

@@ -83,6 +83,22 @@ def test_unknown_arguments_are_ignored_with_a_log_line(client: TestClient, caplo
 
 
 @pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"max_tokens": -1}, {}), ({"max_tokens": -2}, {}), ({"max_tokens": 3.0}, {"max_tokens": 3}),
+        ({"temperature": 1, "top_p": 0, "seed": 4}, {}), ({"temperature": 1, "top_k": 1.5, "seed": 4}, {}),
+        ({"stop": "", "max_tokens": 9}, {"max_tokens": 9}), ({"stop": ['"on"', ""]}, {"stop": '"on"'}),
+    ],
+)  # fmt: skip
+def test_what_people_may_choose_in_clients_is_taken(
+    client: TestClient, sent: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    answer, expected = (client.post(CHAT, json={"messages": MESSAGES, **body}) for body in (sent, meant))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == expected.json()["choices"]
+
+
+@pytest.mark.parametrize(
     ("body", "status", "told"),
     [
         (b"{bad", 400, "not JSON"), (b"", 400, "not JSON"), (b"[1]", 400, "object"), (b"\xff\xfe", 400, "not JSON"),

@@ -43,8 +43,8 @@ SERVICES = {
 PLATFORMS = ("light", "fan", "cover", "climate", "media_player", "weather", "vacuum", "shopping_list", "todo")
 
 
-async def set_up(hass: HomeAssistant, host: str, port: int) -> list[Any]:
-    """Areas, entities, services that only record their calls, and the service's entry. Returns the calls."""
+async def set_up(hass: HomeAssistant) -> list[Any]:
+    """Areas, entities and services that only record their calls. Returns the calls."""
     for component in ("homeassistant", "http", "intent", "conversation"):
         assert await async_setup_component(hass, component, {}), component
     calls: list[Any] = []
@@ -72,17 +72,17 @@ async def set_up(hass: HomeAssistant, host: str, port: int) -> list[Any]:
         return {"media_player.kitchen": SearchMedia(result=[found])}
 
     hass.services.async_register("media_player", "search_media", search, supports_response=SupportsResponse.ONLY)
-    entry = ha.MockConfigEntry(domain="wyoming", data={"host": host, "port": port}, title="smallthinker")
-    entry.add_to_hass(hass)
-    assert await hass.config_entries.async_setup(entry.entry_id)
-    await hass.async_block_till_done()
     async_register_timer_handler(hass, "satellite", lambda *_: None)
     return calls
 
 
 async def main(host: str, port: int, sentences: list[str]) -> None:
     async with ha.async_test_home_assistant() as hass:
-        calls = await set_up(hass, host, port)
+        calls = await set_up(hass)
+        entry = ha.MockConfigEntry(domain="wyoming", data={"host": host, "port": port}, title="smallthinker")
+        entry.add_to_hass(hass)
+        assert await hass.config_entries.async_setup(entry.entry_id)
+        await hass.async_block_till_done()
         device = "satellite"
         (agent,) = [s for s in hass.states.async_entity_ids("conversation") if s != "conversation.home_assistant"]
         for sentence in sentences:
@@ -96,13 +96,13 @@ async def main(host: str, port: int, sentences: list[str]) -> None:
                 "agent": agent,
                 "said": response.speech.get("plain", {}).get("speech", ""),
                 "error": response.error_code and response.error_code.value,
-                "calls": [[call.domain, call.service, _plain(call.data)] for call in calls],
+                "calls": plain_calls(calls),
             }))  # fmt: skip
         await hass.async_stop(force=True)
 
 
-def _plain(data: Any) -> Any:
-    return json.loads(json.dumps(dict(data), default=list))
+def plain_calls(calls: list[Any]) -> list[Any]:
+    return [[call.domain, call.service, json.loads(json.dumps(dict(call.data), default=list))] for call in calls]
 
 
 if __name__ == "__main__":
