@@ -22,7 +22,7 @@ from smallthinker_edge.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "turn on the kitchen light"}]
-ANSWER = '{"action":"on","device":"light","room":"kitchen"}'
+ANSWER = '{"action":"on","device":"light","area":"kitchen"}'
 
 
 @pytest.fixture(scope="module")

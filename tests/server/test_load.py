@@ -21,8 +21,8 @@ ROUNDS = int(os.environ.get("LOAD_ROUNDS", "2"))
 BUDGET = 192 << 20
 CHAT = "/v1/chat/completions"
 QUESTIONS = {
-    "turn on the kitchen light": '{"action":"on","device":"light","room":"kitchen"}',
-    "turn off the bedroom light": '{"action":"off","device":"light","room":"bedroom"}',
+    "turn on the kitchen light": '{"action":"on","device":"light","area":"kitchen"}',
+    "turn off the bedroom light": '{"action":"off","device":"light","area":"bedroom"}',
 }
 
 

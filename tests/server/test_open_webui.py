@@ -24,7 +24,7 @@ USER_HEADERS = {
     "X-OpenWebUI-User-Role": "admin", "X-OpenWebUI-Chat-Id": "chat",
 }  # fmt: skip
 QUESTION = "turn on the kitchen light"
-ANSWER = '{"action":"on","device":"light","room":"kitchen"}'
+ANSWER = '{"action":"on","device":"light","area":"kitchen"}'
 # A tool as pydantic describes the function of one, null left out, and one of an OpenAPI server with its formats.
 TOOLS: list[Any] = [
     {"type": "function", "function": {
@@ -136,7 +136,8 @@ LOWEST: dict[str, Any] = {
     "seed": 0, "stop": ["}", ""], "temperature": 0, "reasoning_effort": "low", "logit_bias": {"5": -100},
     "max_tokens": -2, "top_k": 0, "top_p": 0, "min_p": 0, "frequency_penalty": -2, "presence_penalty": -2,
     "mirostat": 0, "mirostat_eta": 0, "mirostat_tau": 0, "repeat_last_n": -1, "tfs_z": 0,
-    "repeat_penalty": -2, "use_mmap": True, "use_mlock": False, "think": True, "format": "json", "keep_alive": "5m", "num_keep": -1,
+    "repeat_penalty": -2, "use_mmap": True, "use_mlock": False, "think": True, "format": "json", "keep_alive": "5m",
+    "num_keep": -1,
     "num_ctx": -1, "num_batch": 256, "num_thread": 1, "num_gpu": 0,
 }  # fmt: skip
 HIGHEST: dict[str, Any] = {
@@ -162,7 +163,8 @@ def test_what_it_keeps_to_itself_is_ignored(server: ServerProcess) -> None:
         "chat_id": "c", "id": "m", "session_id": "s", "metadata": {"task": "x", "variables": {}},
         "files": [{"type": "file"}], "features": {"web_search": False}, "variables": {"{{USER_NAME}}": "Ann"},
         "tool_ids": ["t"], "filter_ids": [], "background_tasks": {"title_generation": True},
-        "user": {"name": "Ann", "role": "user"}, "params": {}, "options": {}, "continue_final_message": False, "add_generation_prompt": True,
+        "user": {"name": "Ann", "role": "user"}, "params": {}, "options": {}, "continue_final_message": False,
+        "add_generation_prompt": True,
         "model_item": {"id": "demo"},
     }  # fmt: skip
     body = {"stream": True, "model": "demo", "messages": [{"role": "user", "content": QUESTION}], **extra}

@@ -15,7 +15,7 @@ from test_process import SLOW
 from smallthinker_edge.files.pack import pack
 
 ENTER = "\ue007"
-ANSWER = '{"action":"on","device":"light","room":"kitchen"}'
+ANSWER = '{"action":"on","device":"light","area":"kitchen"}'
 
 
 @pytest.fixture(scope="module")

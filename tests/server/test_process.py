@@ -18,7 +18,7 @@ from gguf_files import write_model
 from server_process import ServerProcess, eventually, serving
 
 MESSAGES: Any = [{"role": "user", "content": "turn on the kitchen light"}]
-ANSWER = '{"action":"on","device":"light","room":"kitchen"}'
+ANSWER = '{"action":"on","device":"light","area":"kitchen"}'
 # Some milliseconds a token, so that an answer of thousands is never done by itself while a test runs.
 SLOW: dict[str, Any] = {
     "n_layers": 16, "d_model": 512, "n_heads": 8, "n_kv_heads": 2, "head_dim": 64, "n_experts": 8, "n_experts_used": 4,
