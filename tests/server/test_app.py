@@ -265,7 +265,7 @@ def test_what_nobody_foresaw_is_not_told_to_strangers(
 
 
 def test_an_error_in_a_stream_is_an_event(model: SmallThinker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: object, logits: object, history: object) -> int:
+    def broken(self: object, logits: object, history: object, **_: object) -> int:
         raise ExpertReadError("storage is gone")
 
     monkeypatch.setattr(Choice, "choose", broken)
