@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 MODEL_VARIABLE, MEMORY_VARIABLE = "SMALLTHINKER_MODEL", "SMALLTHINKER_MEMORY"
 GONE = "the scheduler is gone; the same command goes on when it is back"
 LINES_EACH = 2  # given to a worker process: one that it computes, and the next one
-WAIT_SECONDS = 60.0  # for a scheduler, and for a first worker
+SCHEDULER_SECONDS = 60.0  # that it has to answer
+WORKER_SECONDS = 10.0  # that a worker has to come, where there is none that can
 LOOK_SECONDS = 5.0  # between looks at which workers there are, while no answer comes
 
 
@@ -52,7 +53,7 @@ class Cluster:
         self._task, self._opening, self._expected = task, opening, expected
         self._unfit = dict[str, str]()  # address of a worker -> why
         self._lines: dict[Future, tuple[Line, list[str]]] = {}  # and the workers that may have it; none: all
-        self._client = Client(address, timeout=WAIT_SECONDS, set_as_default=False)
+        self._client = Client(address, timeout=SCHEDULER_SECONDS, set_as_default=False)
         try:
             if not self._fit_workers():
                 raise Unfit(f"the scheduler at {address} has no workers")
@@ -129,7 +130,7 @@ class Cluster:
 
     def _fit_workers(self) -> list[str]:
         """Addresses of the workers that may be asked; waits a while for a first one."""
-        end = time.monotonic() + WAIT_SECONDS
+        end = time.monotonic() + WORKER_SECONDS
         while not (fit := self._present() - self._unfit.keys()) and time.monotonic() < end:
             time.sleep(1)
         return sorted(fit)

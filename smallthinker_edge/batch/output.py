@@ -71,8 +71,9 @@ class Output:
         self._held = dict[int, int]()  # line -> where its record stands in the second file
         self._ahead = self._file = -1
         self._settled = time.monotonic()
+        there = os.stat(self.source)  # before a file of answers is made for what is not there
         new = not os.path.exists(self.path)
-        if not new and os.path.samefile(self.path, self.source):
+        if not new and os.path.samestat(os.stat(self.path), there):
             raise OutputError(f"{self.path} is the input")
         try:
             self._file = _locked(self.path)

@@ -211,7 +211,9 @@ def test_a_worker_that_is_killed_is_replaced_and_its_line_computed(
     process = start_map("-m", demo_model, "--task", task, source, "-o", target, "--processes", 2)
     for count in (5, 20):
         wait_for_answers(target, count, process)
-        workers_of(process)[0].send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGSTOP)  # so that it does not end while they are looked for
+        workers_of(process)[0].kill()
+        process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count("SIGKILL") == 2
@@ -227,6 +229,7 @@ def test_a_run_that_is_killed_goes_on_and_its_workers_end_with_it(
     for count in (1, 20, 40):
         process = start_map(*command)
         wait_for_answers(target, count, process)
+        process.send_signal(signal.SIGSTOP)
         family = psutil.Process(process.pid).children()
         process.kill()
         process.communicate()

@@ -187,6 +187,12 @@ def test_the_input_is_never_written_to(source: Path) -> None:
     assert source.read_bytes() == content
 
 
+def test_an_input_that_is_not_there_makes_no_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Output(tmp_path / "out.jsonl", tmp_path / "absent.jsonl", TASK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_runs_never_write_one_file(source: Path, target: Path) -> None:
     with Output(target, source, TASK), pytest.raises(OutputError, match="another run"):
         Output(target, source, TASK)
