@@ -18,7 +18,7 @@ FIGURES = {
     "ahead_hits": ("expert_ahead_hits_total", "counter", "Experts read ahead for their use"),
     "misses": ("expert_misses_total", "counter", "Experts read when they were needed"),
     "hit_rate": ("expert_hit_ratio", "gauge", "Hits of all uses of experts since the start"),
-    "bytes_read": ("expert_read_bytes_total", "counter", "Bytes of experts read from storage"),
+    "read_bytes": ("expert_read_bytes_total", "counter", "Bytes of experts read from storage"),
     "stall_seconds": ("expert_stall_seconds_total", "counter", "Time compute threads waited for experts, summed"),
     "rss_bytes": ("memory_bytes", "gauge", "Resident memory of the process"),
     "peak_bytes": ("memory_peak_bytes", "gauge", "Most resident memory so far"),

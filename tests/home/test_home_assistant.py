@@ -73,7 +73,7 @@ CASES: list[tuple[str, list[Command], list[Any], str]] = [
     ("is the desk lamp on", [{"action": "state", "device": "desk lamp"}], [], "Desk Lamp is on"),
     ("is the door locked", [{"action": "state", "device": "front door"}], [], "Front Door is locked"),
     ("are any blinds closed", [{"action": "state", "device": "blinds"}], [], "Big Blind is open"),
-    ("how warm is it in the kitchen", [{"action": "state", "area": "kitchen"}], [], "20.5 degrees"),
+    ("how warm is it in the kitchen", [{"action": "temperature_query", "area": "kitchen"}], [], "20.5 degrees"),
     ("the weather", [{"action": "weather"}], [], "11 °C, rainy"),
     ("the time", [{"action": "clock"}], [], ":"),
     ("the date", [{"action": "clock"}], [], time.strftime("%B")),
