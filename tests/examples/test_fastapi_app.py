@@ -35,7 +35,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_sentences_become_commands(example: ModuleType) -> None:
     with TestClient(example.app) as client:
         answer = client.post("/commands", json={"sentence": "turn on the kitchen light"})
-        assert answer.json() == {"commands": {"action": "on", "device": "light", "room": "kitchen"}}
+        assert answer.json() == {"commands": {"action": "on", "device": "light", "area": "kitchen"}}
         text = client.post("/stream", json={"sentence": "turn on the kitchen light"}).text
         chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
         said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)

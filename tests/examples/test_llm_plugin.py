@@ -19,7 +19,7 @@ import pytest
 llm = pytest.importorskip("llm", reason="llm is not installed")
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "llm_plugin"
-SENTENCE, ANSWER = "turn on the kitchen light", {"action": "on", "device": "light", "room": "kitchen"}
+SENTENCE, ANSWER = "turn on the kitchen light", {"action": "on", "device": "light", "area": "kitchen"}
 
 
 @pytest.fixture(scope="module")
