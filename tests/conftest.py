@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf_files
 import pytest
+import shims
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,3 +33,9 @@ def demo_model() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer that decodes in milliseconds. Tests must not change the file."""
     return Path(gguf_files.write_model(tmp_path_factory.mktemp("models") / "tiny.gguf"))
+
+
+@pytest.fixture(scope="session")
+def fault_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What lets calls of the system fail, to be preloaded into a process."""
+    return shims.build_shim("fault_shim", tmp_path_factory.mktemp("shim"))

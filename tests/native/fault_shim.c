@@ -28,6 +28,11 @@ static struct {
     atomic_int kind, action;
     atomic_long first, last; /* calls that do so, counted from 1 */
 } fault;
+static struct {
+    atomic_int action, per_million;
+    atomic_long done;
+} rain[N_KINDS];
+static atomic_ullong drawn;
 static atomic_long calls[N_KINDS];
 static atomic_int counting;
 static uintptr_t core_start, core_end;
@@ -66,14 +71,27 @@ static int of_folder(int fd) {
     return in_folder(path);
 }
 
+/* What chance has for a call: its kind's action, or nothing. The numbers are splitmix64's. */
+static int rained(int kind) {
+    int chance = atomic_load(&rain[kind].per_million);
+    if (chance == 0)
+        return 0;
+    uint64_t x = atomic_fetch_add(&drawn, UINT64_C(0x9e3779b97f4a7c15));
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    if ((x ^ x >> 31) % 1000000 >= (uint64_t)chance)
+        return 0;
+    atomic_fetch_add(&rain[kind].done, 1);
+    return atomic_load(&rain[kind].action);
+}
+
 /* Counts a call; what it is to do instead of its work: 0 nothing. */
 static int count(int kind) {
     if (!atomic_load(&counting))
         return 0;
     long n = atomic_fetch_add(&calls[kind], 1) + 1;
-    if (kind != atomic_load(&fault.kind) || n < atomic_load(&fault.first) || n > atomic_load(&fault.last))
-        return 0;
-    int action = atomic_load(&fault.action);
+    int named = kind == atomic_load(&fault.kind) && n >= atomic_load(&fault.first) && n <= atomic_load(&fault.last);
+    int action = named ? atomic_load(&fault.action) : rained(kind);
     if (action == STALL) {
         struct timespec pause = {0, STALL_MS * 1000000L};
         nanosleep(&pause, NULL);
@@ -136,6 +154,14 @@ void fault_arm(int kind, long first, long last, int action) {
     atomic_store(&fault.last, last);
     atomic_store(&fault.action, action);
     atomic_store(&counting, 1);
+}
+
+/* While it counts, calls of a kind do `action` by chance, so many of a million. How many did since the last such call.
+ */
+long fault_rain(int kind, int action, int per_million) {
+    atomic_store(&rain[kind].action, action);
+    atomic_store(&rain[kind].per_million, per_million);
+    return atomic_exchange(&rain[kind].done, 0);
 }
 
 void fault_disarm(void) { atomic_store(&counting, 0); }

@@ -92,7 +92,7 @@ class Shim:
         self.library = ctypes.CDLL(None)
         self.library.fault_scope.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
         self.library.fault_arm.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
-        for name in ("fault_calls", "fault_live", "fault_live_bytes"):
+        for name in ("fault_calls", "fault_live", "fault_live_bytes", "fault_rain"):
             getattr(self.library, name).restype = ctypes.c_long
         maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
         code = [line[0].split("-") for line in maps if "/_core." in line[-1]]
@@ -101,6 +101,11 @@ class Shim:
 
     def arm(self, kind: str | None, first: int = 0, last: int = 0, action: int = 0) -> None:
         self.library.fault_arm(-1 if kind is None else KINDS.index(kind), first, last, action)
+
+    def rain(self, kind: str, action: int, per_million: int) -> int:
+        """While armed, lets calls of a kind do an action by chance; how many did so since the last such call."""
+        done: int = self.library.fault_rain(KINDS.index(kind), action, per_million)
+        return done
 
     def disarm(self) -> None:
         self.library.fault_disarm()
