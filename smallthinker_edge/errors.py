@@ -1,12 +1,23 @@
 """The library's own exceptions, all under SmallThinkerError: of files, budgets, sessions, memory and the Hub.
 
+tells_of_memory() is how a MemoryError of Python or NumPy becomes one of them where it leaves the library.
+
 Raised by Python and native modules alike; what other modules define for themselves does not leave the package. Wrong
 arguments and the use of what is closed are TypeError or ValueError, as anywhere in Python, a failing system OSError.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import ParamSpec, TypeVar
+
 from smallthinker_edge.printable import printable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 class SmallThinkerError(Exception):
@@ -48,6 +59,30 @@ class MemoryBudgetError(SmallThinkerError, MemoryError):
 
 class OutOfMemoryError(SmallThinkerError, MemoryError):
     """The system has not enough memory, or no more threads, for what was asked; the model stays as it was."""
+
+
+def memory_told(call: Callable[P, T]) -> Callable[P, T]:
+    """The call, with OutOfMemoryError for any other MemoryError that it raises."""
+
+    @functools.wraps(call)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except MemoryError as problem:
+            if isinstance(problem, SmallThinkerError):
+                raise
+            raise OutOfMemoryError("no memory for objects of Python") from problem
+
+    return told
+
+
+def tells_of_memory(door: C) -> C:
+    """A class whose public methods, and those that make and iterate, raise as memory_told() says."""
+    for name, method in list(vars(door).items()):
+        public = not name.startswith("_") or name in ("__init__", "__next__", "__call__")
+        if public and isinstance(method, FunctionType):
+            setattr(door, name, memory_told(method))
+    return door
 
 
 class ExpertReadError(SmallThinkerError, OSError):

@@ -19,7 +19,7 @@ from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.completions.calls import CompletionCalls
-from smallthinker_edge.errors import ContextFull, MemoryBudgetError, OpenedBeforeFork
+from smallthinker_edge.errors import ContextFull, MemoryBudgetError, OpenedBeforeFork, tells_of_memory
 from smallthinker_edge.files.hot_experts import profile_path, save_profile
 from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.choice import Choice
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@tells_of_memory
 class SmallThinker(CompletionCalls):
     """A SmallThinker model in memory.
 

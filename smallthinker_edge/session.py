@@ -16,13 +16,14 @@ from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge._native.locks import Busy, Turns
 from smallthinker_edge._native.session_memory import new_logits
-from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError
+from smallthinker_edge.errors import ContextFull, DecodeCancelled, SmallThinkerError, tells_of_memory
 from smallthinker_edge.files import session_file
 from smallthinker_edge.options import CancelSignal
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 
 
+@tells_of_memory
 class Session:
     """Token positions that share one KV cache.
 

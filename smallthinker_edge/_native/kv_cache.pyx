@@ -5,6 +5,8 @@ It owns their memory; the forward pass writes through the KVView of a cache. It 
 Used by session.py; session_file.py saves and loads them, plan.py asks what they will take.
 """
 cimport cython
+from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -40,7 +42,7 @@ cdef class KVBlock:
 
     def view(self):
         """The bytes, uint8, writable; valid as long as this object."""
-        return np.asarray(<uint8_t[:self.bytes]>self.data)
+        return np.frombuffer(PyMemoryView_FromMemory(<char *>self.data, self.bytes, PyBUF_WRITE), np.uint8)
 
 
 @cython.no_gc_clear  # __dealloc__ counts owners in the blocks
@@ -77,7 +79,14 @@ cdef class KVCache:
             raise OutOfMemoryError("cannot allocate a KV cache")
 
     def __dealloc__(self):
-        self.release(0, 0)
+        cdef int64_t i
+        if self.full is not None:
+            for i in range(len(self.full)):
+                (<KVBlock>self.full[i]).owners -= 1
+        if self.ring is not None:
+            for i in range(len(self.ring)):
+                if self.ring[i] is not None:
+                    (<KVBlock>self.ring[i]).owners -= 1
         if self.memory is not None:
             self.memory.give(self.context * sizeof(int32_t))
         free(self.view.full)
@@ -85,18 +94,17 @@ cdef class KVCache:
         free(self.ids)
 
     cdef void release(self, int64_t first_full, int64_t first_ring):
-        """Gives up the blocks from these indices on."""
+        """Gives up the blocks from these indices on. One that is given up has one owner less, on MemoryError too."""
         cdef KVBlock block
-        if self.full is not None:
-            for block in self.full[first_full:]:
+        cdef int64_t i
+        while len(self.full) > first_full:
+            block = self.full.pop()
+            block.owners -= 1
+        for i in range(first_ring, self.view.ring_blocks):
+            block = self.ring[i]
+            if block is not None:
                 block.owners -= 1
-            del self.full[first_full:]
-        if self.ring is not None:
-            for i in range(first_ring, self.view.ring_blocks):
-                block = self.ring[i]
-                if block is not None:
-                    block.owners -= 1
-                    self.ring[i] = None
+                self.ring[i] = None
 
     @property
     def ring_blocks(self):
@@ -145,7 +153,8 @@ cdef class KVCache:
     @property
     def tokens(self):
         """The ids decoded so far, int32 [position]; a copy."""
-        return np.array(<int32_t[:self.position + 1]>self.ids)[:self.position]
+        ids = PyMemoryView_FromMemory(<char *>self.ids, (self.position + 1) * sizeof(int32_t), PyBUF_READ)
+        return np.array(np.frombuffer(ids, np.int32))[:self.position]
 
     def rewindable(self, int64_t position):
         """Whether rewind(position) can be done: window layers must still hold the window before it."""
@@ -165,14 +174,15 @@ cdef class KVCache:
     def fork(self):
         """An independent cache at the same position that shares this one's blocks until either writes to them."""
         cdef KVCache other = KVCache(self.memory, self.context, self.kv)
-        cdef KVBlock block
+        cdef list full = list(self.full), ring = list(self.ring)
         cdef int64_t i
-        other.full, other.ring = list(self.full), list(self.ring)
-        for block in [*self.full, *(b for b in self.ring if b is not None)]:
-            block.owners += 1
-        for i in range(len(self.full)):
+        other.full, other.ring = full, ring  # from here to the last owner is counted nothing may fail
+        for i in range(len(full)):
+            (<KVBlock>full[i]).owners += 1
             other.view.full[i] = self.view.full[i]
         for i in range(self.view.ring_blocks):
+            if ring[i] is not None:
+                (<KVBlock>ring[i]).owners += 1
             other.view.ring[i] = self.view.ring[i]
         memcpy(other.ids, self.ids, self.position * sizeof(int32_t))
         other.position, other.lost = self.position, self.lost

@@ -11,6 +11,7 @@ from smallthinker_edge.completions.arguments import ChatArguments, TextArguments
 from smallthinker_edge.completions.chat_answer import ChatAnswer
 from smallthinker_edge.completions.shapes import ChatCompletion, ChatCompletionChunk, Completion
 from smallthinker_edge.completions.text_answer import Prompt, TextAnswer
+from smallthinker_edge.errors import tells_of_memory
 from smallthinker_edge.text.chat import Messages
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from smallthinker_edge.completions.compute import AsyncItems, ComputeThread
 
 
+@tells_of_memory
 class CompletionCalls(ABC):
     """create_completion() and create_chat_completion(), and their asynchronous twins.
 

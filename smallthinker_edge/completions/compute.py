@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
-from smallthinker_edge.errors import OpenedBeforeFork
+from smallthinker_edge.errors import OpenedBeforeFork, memory_told
 
 T = TypeVar("T")
 
@@ -38,12 +38,12 @@ class ComputeThread:
     async def prepare(self, work: Callable[[], T]) -> T:
         """What work() returns or raises: something short, in another thread, that need not wait for the queue."""
         self._check_process()
-        return await asyncio.wrap_future(self._preparing.submit(work))
+        return await asyncio.wrap_future(self._preparing.submit(memory_told(work)))
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Puts a job at the end of the queue. Raises RuntimeError after close()."""
         self._check_process()
-        return self._executor.submit(work)
+        return self._executor.submit(memory_told(work))
 
     async def run(self, work: Callable[[], T], cancel: Settable) -> T:
         """What work() returns or raises."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smallthinker_edge._native.locks import Busy
-from smallthinker_edge.errors import DecodeCancelled, SessionBusy
+from smallthinker_edge.errors import DecodeCancelled, SessionBusy, tells_of_memory
 from smallthinker_edge.generation.choice import Choice, TokenLogprobs
 from smallthinker_edge.generation.overflow import TurnDropper, shift_limit
 from smallthinker_edge.generation.reuse import SessionStore, common_prefix
@@ -130,6 +130,7 @@ class _StopFilter:
         return held
 
 
+@tells_of_memory
 class TextStream(Iterator[str]):
     """The pieces of a text while a model makes them. Made by SmallThinker.stream().
 
