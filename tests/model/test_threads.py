@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 from gguf_files import write_model
@@ -220,3 +221,21 @@ next(stream)
 """,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
+
+
+# Python without a global lock
+
+
+def test_a_python_that_was_told_to_do_without_its_lock_is_refused() -> None:
+    code = "import sys; sys._is_gil_enabled = lambda: False; import smallthinker_edge"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: smallthinker_edge needs Python's global lock")
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="only where Python can do without its lock")
+def test_the_lock_is_on_once_the_library_is_imported() -> None:
+    code = "import smallthinker_edge, sys; print(sys._is_gil_enabled())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0)
+    assert "has been enabled to load module 'smallthinker_edge._native" in done.stderr
