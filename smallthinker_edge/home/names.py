@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from smallthinker_edge.home.text_form import model_form
 
+KINDS = ("areas", "floors", "devices", "scenes", "lists")  # of names, in the order in which a prompt has them
 MOST_SHOWN = 8  # of each kind of name, in a prompt
 _ALIKE = 0.78  # similarity (difflib's ratio) from which a word is taken for a slip of another
 _NO_NAMES = {"the", "a", "an", "of", "in", "on", "my", "light", "lights", "lamp", "room", "and"}
@@ -45,9 +47,8 @@ class Home:
     def load(cls, path: str | os.PathLike[str]) -> Home:
         """Reads a JSON file {"areas": [...], "floors": [...], "devices": [...], "scenes": [...], "lists": [...]}.
 
-        A device is a name or {"name": ..., "area": ..., "domain": ...,
-        "aliases": [...]}. Home Assistant's list of exposed
-        entities is read too: {"exposed_entities": ...} or a list of entities with entity_id, name, area.
+        A device is a name or {"name": ..., "area": ..., "domain": ..., "aliases": [...]}. Home Assistant's list of
+        exposed entities is read too: {"exposed_entities": ...} or a list of entities with entity_id, name, area.
         Raises OSError where it cannot be read, ValueError for another content.
         """
         try:
@@ -61,10 +62,10 @@ class Home:
         """See load(). Raises ValueError for what is not of that form."""
         if isinstance(content, list) or "exposed_entities" in content or "entities" in content:
             return cls._from_entities(content)
-        unknown = set(content) - {"areas", "floors", "devices", "scenes", "lists"}
+        unknown = set(content) - set(KINDS)
         if unknown:
             raise ValueError(f"unknown keys: {', '.join(sorted(unknown))}")
-        kinds = {kind: _strings(content.get(kind, ())) for kind in ("areas", "floors", "scenes", "lists")}
+        kinds = {kind: _strings(content.get(kind, ())) for kind in KINDS if kind != "devices"}
         return cls(devices=tuple(_device(entry) for entry in content.get("devices", ())), **kinds)
 
     @classmethod
@@ -89,20 +90,31 @@ class Home:
         areas = tuple(dict.fromkeys(device.area for device in devices if device.area))
         return cls(areas=areas, devices=tuple(devices), scenes=tuple(scenes), lists=tuple(lists))
 
-    def names(self, kind: str) -> list[str]:
-        """Of "areas", "floors", "devices" (with their aliases), "scenes" or "lists"."""
-        if kind == "devices":
-            return [name for device in self.devices for name in (device.name, *device.aliases)]
-        return list(getattr(self, kind))
+    @cached_property
+    def _forms(self) -> dict[str, list[tuple[str, str]]]:
+        """(the name itself, which an alias stands for; a name in the model's form), of every name by its kind."""
+        names = {kind: [(name, name) for name in getattr(self, kind)] for kind in KINDS if kind != "devices"}
+        names["devices"] = [(one.name, name) for one in self.devices for name in (one.name, *one.aliases)]
+        return {kind: [(itself, model_form(name)) for itself, name in names[kind]] for kind in KINDS}
+
+    @cached_property
+    def _by_plain(self) -> dict[str, dict[str, str]]:
+        """The name itself by what _plain() leaves of it, of every name by its kind; the first one where several are."""
+        return {kind: {_plain(form): name for name, form in reversed(forms)} for kind, forms in self._forms.items()}
 
     def shown(self, sentence: str) -> str:
         """The names that a sentence (in the model's form) may mean, as the prompt has them; "" for none."""
         words = [word for word in sentence.replace(",", "").split() if word not in _NO_NAMES]
+
+        @cache  # names of one home share most of their words
+        def is_said(word: str) -> bool:
+            return any(word == other or _is_alike(word, other) for other in words)
+
         lines = {}
-        for kind in ("areas", "floors", "devices", "scenes", "lists"):
-            scored = [(_shared(model_form(name).split(), words), name) for name in self.names(kind)]
+        for kind, forms in self._forms.items():
+            scored = [(_shared(form.split(), is_said), form) for _, form in forms]
             likely = sorted((pair for pair in scored if pair[0] > 0), key=lambda pair: -pair[0])
-            lines[kind] = [model_form(name) for _, name in likely[:MOST_SHOWN]]
+            lines[kind] = [form for _, form in likely[:MOST_SHOWN]]
         return names_text(lines)
 
     def own_name(self, kind: str, words: str) -> str | None:
@@ -110,27 +122,14 @@ class Home:
 
         The two may differ in articles, plurals and slips.
         """
-        wanted = _plain(words)
-        names = {name: _plain(model_form(name)) for name in self.names(kind)}
-        for name, plain in names.items():
-            if plain == wanted:
-                return self._device_name(kind, name)
-        close = difflib.get_close_matches(wanted, list(names.values()), n=1, cutoff=0.84)
-        for name, plain in names.items():
-            if close and plain == close[0]:
-                return self._device_name(kind, name)
-        return None
+        wanted, names = _plain(words), self._by_plain[kind]
+        close = [wanted] if wanted in names else difflib.get_close_matches(wanted, names, n=1, cutoff=0.84)
+        return names[close[0]] if close else None
 
     def said(self, kind: str, sentence: str) -> list[str]:
-        """The names of a kind, in the model's form, that stand word for word in a sentence of that form."""
-        forms = (model_form(name) for name in self.names(kind))
-        return [form for form in forms if f" {form} " in f" {sentence.replace(',', '')} "]
-
-    def _device_name(self, kind: str, name: str) -> str:
-        """Not an alias but the name itself."""
-        if kind == "devices":
-            return next((d.name for d in self.devices if name == d.name or name in d.aliases), name)
-        return name
+        """The names of a kind that stand word for word in a sentence, both in the model's form; longest first."""
+        spaced = f" {sentence.replace(',', '')} "
+        return sorted((form for _, form in self._forms[kind] if f" {form} " in spaced), key=len, reverse=True)
 
 
 def names_text(names: Mapping[str, Iterable[str]]) -> str:
@@ -138,11 +137,10 @@ def names_text(names: Mapping[str, Iterable[str]]) -> str:
     return "\n".join(f"{kind}: {', '.join(listed)}" for kind, listed in names.items() if listed)
 
 
-def _shared(name: list[str], words: list[str]) -> float:
-    """How much of a name a sentence has: 1 for all of it; words that are alike count as shared."""
+def _shared(name: list[str], is_said: Callable[[str], bool]) -> float:
+    """How much of a name a sentence has: 1 for all of it."""
     telling = [word for word in name if word not in _NO_NAMES] or name
-    found = sum(any(word == other or _is_alike(word, other) for other in words) for word in telling)
-    return found / len(telling)
+    return sum(map(is_said, telling)) / len(telling)
 
 
 def _is_alike(word: str, other: str) -> bool:

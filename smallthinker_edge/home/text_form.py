@@ -1,7 +1,7 @@
-"""The form in which the home model reads a sentence, and the way back to what the user wrote.
+"""The form in which the home model reads a sentence.
 
-Lower case, words with single spaces, no punctuation but commas,
-apostrophes and those within numbers. Knows nothing of models.
+Lower case, words with single spaces, no punctuation but commas, apostrophes and those within numbers. Knows nothing of
+models.
 """
 
 from __future__ import annotations

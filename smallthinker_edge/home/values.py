@@ -59,7 +59,7 @@ def command_of(said: Spoken, sentence: str, home: Home, *, alone: bool) -> Comma
             command |= {"all": True} if everything else {}
         command[slot] = value_of(slot, text, home)
     everywhere = _EVERY if action in _SEVERAL else _EVERYWHERE
-    if everywhere.search(sentence) and "area" not in command and action in ACTIONS and ACTIONS[action]:
+    if everywhere.search(sentence) and "area" not in command and ACTIONS[action]:
         command["all"] = True
     return command
 
@@ -115,7 +115,7 @@ def placed(action: str, words: dict[str, list[str]], sentence: str, home: Home) 
     """
     allowed = ACTIONS[action]
     for slot, kind in NAMED.items():
-        for name in _longest_first(home.said(kind, sentence)):
+        for name in home.said(kind, sentence):
             if slot in words and name not in words[slot] and contains(name, words[slot][0]):
                 words[slot][0] = name
                 break
@@ -154,8 +154,7 @@ def _part_from_device(words: dict[str, list[str]], home: Home, *, with_area: boo
 
 def _within(home: Home, slot: str, text: str) -> str | None:
     """The longest of the home's names of a slot that stands in a text."""
-    names = _longest_first(home.said(NAMED[slot], text))
-    return names[0] if names else None
+    return next(iter(home.said(NAMED[slot], text)), None)
 
 
 def _is_own(home: Home, slot: str, words: str) -> bool:
@@ -166,10 +165,6 @@ def _without(text: str, pieces: list[str]) -> str:
     for piece in pieces:
         text = re.sub(rf"\b{re.escape(piece)}\b", " ", text)
     return text
-
-
-def _longest_first(names: list[str]) -> list[str]:
-    return sorted(names, key=len, reverse=True)
 
 
 def without_all(words: str) -> tuple[str, bool]:
