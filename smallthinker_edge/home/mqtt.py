@@ -10,7 +10,6 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,11 +24,10 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from smallthinker_edge.errors import SmallThinkerError
 from smallthinker_edge.home.conversations import Conversations, remember
-from smallthinker_edge.home.schema import Command
+from smallthinker_edge.home.schema import Command, Understand
 
 logger = logging.getLogger(__name__)
 
-Understand = Callable[[str, Sequence[Command]], list[Command]]
 ONLINE, OFFLINE = "online", "offline"
 NO_RETAINED = 2  # MQTT 5, 3.8.3.1: what lay at the broker before is not sent
 QOS = 1

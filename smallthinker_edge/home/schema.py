@@ -7,7 +7,8 @@ nothing of models.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 # In the order in which an answer has them. Values are pieces of the sentence, word for word.
@@ -46,6 +47,13 @@ MOST_COMMANDS = 8  # in one sentence
 Spoken: TypeAlias = dict[str, Any]
 # One with its values: {"action": "alarm_set", "time": "06:30", "date": "tomorrow"}.
 Command: TypeAlias = dict[str, Any]
+# What the services call: a sentence and the commands before it become commands.
+Understand: TypeAlias = Callable[[str, Sequence[Command]], list[Command]]
+
+
+def pairs(said: Spoken) -> list[tuple[str, str]]:
+    """(slot, words) of a command as the model says it."""
+    return [(slot, value) for slot, values in said.items() if slot != "action" for value in values]
 
 
 def command_json(action: str, slots: Iterable[tuple[str, str]]) -> str:
@@ -71,12 +79,17 @@ def answer_grammar(words: str) -> str:
 
     words: the sentence and the names that an answer may copy from, in the model's form (no quotes or backslashes).
     """
+    return f'{_commands_grammar()}\nWORDS: %regex {{ "substring_words": {json.dumps(words, ensure_ascii=False)} }}'
+
+
+@cache
+def _commands_grammar() -> str:
+    """All of an answer's grammar but for WORDS."""
     rules = [
         "start: command | list",
         f'list: "[" command ("," command){{1,{MOST_COMMANDS - 1}}} "]"',
         "command: " + " | ".join(f"c{i}" for i in range(len(ACTIONS))),
         'value: "\\"" WORDS "\\"" | "[\\"" WORDS "\\"" (",\\"" WORDS "\\""){1,15} "]"',
-        f'WORDS: %regex {{ "substring_words": {json.dumps(words, ensure_ascii=False)} }}',
     ]
     for i, (action, slots) in enumerate(ACTIONS.items()):
         optional = " ".join(f'(",\\"{slot}\\":" value)?' for slot in SLOTS if slot in slots)

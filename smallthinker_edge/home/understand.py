@@ -20,6 +20,7 @@ from smallthinker_edge.home.schema import (
     answer_grammar,
     answer_json,
     command_json,
+    pairs,
     read_answer,
 )
 from smallthinker_edge.home.text_form import model_form
@@ -89,32 +90,33 @@ class HomeModel:
         commands = None if answer is None else read_answer(answer)
         if commands is None:
             return None
-        before = " \n ".join(value for command in earlier or [] for value in _all_values(command))
+        before = " \n ".join(_words_of(earlier or []))
         return [heard(command, sentence, before) for command in commands]
 
     def answer(self, sentence: str, earlier: list[Spoken] | None = None) -> str | None:
         """The model's own words for a sentence in its form: JSON as in schema.py; None where they came to no end."""
-        messages, before = self._messages(sentence, earlier or [])
-        constraint = self._grammars.lark(answer_grammar(before)) if self._grammars else None
+        earlier = earlier or []
+        messages = self._messages(sentence, earlier)
+        words = " \n ".join([sentence, *_words_of(earlier)])
+        constraint = self._grammars.lark(answer_grammar(words)) if self._grammars else None
         try:
             result = self.model.chat(messages, max_tokens=MAX_TOKENS, constraint=constraint)
         except ContextFull:
             return None
         return result.text if result.finish_reason == "stop" else None
 
-    def _messages(self, sentence: str, earlier: list[Spoken]) -> tuple[list[dict[str, str]], str]:
-        """(the conversation, the words that an answer may copy)."""
-        messages, words = [], [sentence]
+    def _messages(self, sentence: str, earlier: list[Spoken]) -> list[dict[str, str]]:
+        """The conversation."""
+        messages = []
         shown = self.home.shown(sentence)
         if shown:
             messages.append({"role": "system", "content": shown})
         if earlier:
-            answer = answer_json([_answer_of(command) for command in earlier])
-            said = " ".join(value for command in earlier for value in _all_values(command))
-            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-            words += [value for command in earlier for value in _all_values(command)]
+            answer = answer_json([command_json(command["action"], pairs(command)) for command in earlier])
+            messages.append({"role": "user", "content": " ".join(_words_of(earlier))})
+            messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": sentence})
-        return messages, " \n ".join(words)
+        return messages
 
 
 def _has_grammars(model: SmallThinker) -> bool:
@@ -125,13 +127,8 @@ def _has_grammars(model: SmallThinker) -> bool:
     return True
 
 
-def _all_values(command: Spoken) -> list[str]:
-    return [value for slot, values in command.items() if slot != "action" for value in values]
-
-
-def _answer_of(command: Spoken) -> str:
-    pairs = [(slot, value) for slot, values in command.items() if slot != "action" for value in values]
-    return command_json(command["action"], pairs)
+def _words_of(commands: list[Spoken]) -> list[str]:
+    return [words for command in commands for _, words in pairs(command)]
 
 
 def _spoken_again(command: Mapping[str, Any]) -> Spoken:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,11 @@ from smallthinker_edge.errors import SmallThinkerError
 from smallthinker_edge.home.conversations import Conversations, remember
 from smallthinker_edge.home.hass import HassIntent, NoIntent, hass_intents
 from smallthinker_edge.home.names import Home
-from smallthinker_edge.home.schema import Command
+from smallthinker_edge.home.schema import Command, Understand
 from smallthinker_edge.model import SmallThinker
 
 logger = logging.getLogger(__name__)
 
-Understand = Callable[[str, Sequence[Command]], list[Command]]
 Message = dict[str, str]
 INTENT_PROGRAM, HANDLE_PROGRAM = "smallthinker", "smallthinker-answers"
 ATTRIBUTION = Attribution("smallthinker_edge", "https://pypi.org/project/smallthinker_edge/")

@@ -32,7 +32,7 @@ import words
 
 from smallthinker_edge import SmallThinker
 from smallthinker_edge.home.names import Device, Home
-from smallthinker_edge.home.schema import UNKNOWN, Spoken
+from smallthinker_edge.home.schema import UNKNOWN, Spoken, pairs
 from smallthinker_edge.home.text_form import model_form
 from smallthinker_edge.home.understand import HomeModel, open_home_model
 
@@ -122,13 +122,7 @@ def slurp_scores(home_model: HomeModel, spoken: list[slurp.Spoken], wrong: bool 
 def entity_counts(one: slurp.Spoken, commands: list[Spoken]) -> Counter[str]:
     """How many entities both have, only the answer, only the annotation."""
     theirs = _entities(one.entities)
-    ours = _entities(
-        (slot, value)
-        for command in commands
-        for slot, values in command.items()
-        if slot != "action"
-        for value in values
-    )
+    ours = _entities(pair for command in commands for pair in pairs(command))
     marked = {slot for slot, _ in theirs}
     for slot, value in list(ours):
         if slot in UNCOUNTED_SLOTS or (slot not in marked and (value in UNMARKED or slot == "item")):
