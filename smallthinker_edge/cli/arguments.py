@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from smallthinker_edge._native.layouts import KV_TYPES
-from smallthinker_edge.errors import SmallThinkerError
+from smallthinker_edge.errors import MissingExtra, SmallThinkerError
 from smallthinker_edge.printable import printable
 
 if TYPE_CHECKING:
@@ -91,6 +92,12 @@ def add_kv_argument(parser: argparse.ArgumentParser) -> None:
         default="f16",
         help="KV cache: q8_0 takes half the memory, but in window layers (q8_0-all: there too); auto: by the budget",
     )
+
+
+def need_package(command: str, module: str, extra: str, package: str = "") -> None:
+    """Raises MissingExtra where a module is missing that an extra installs; package: its name on PyPI, if another."""
+    if find_spec(module) is None:
+        raise MissingExtra(f"{command} needs {package or module}: pip install 'smallthinker_edge[{extra}]'")
 
 
 @contextmanager

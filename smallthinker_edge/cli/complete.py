@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from smallthinker_edge.cli.arguments import OK, Command
-from smallthinker_edge.errors import MissingExtra
+from smallthinker_edge.cli.arguments import OK, Command, need_package
 
 SHELLS = ("bash", "zsh")
 
@@ -15,10 +14,9 @@ def complete_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def complete(arguments: argparse.Namespace) -> int:
-    try:
-        import shtab
-    except ImportError as error:
-        raise MissingExtra("complete needs shtab: pip install 'smallthinker_edge[completion]'") from error
+    need_package("complete", "shtab", "completion")
+    import shtab
+
     from smallthinker_edge.cli import build_parser
 
     print(shtab.complete(build_parser(), arguments.shell))

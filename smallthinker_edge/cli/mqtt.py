@@ -7,12 +7,10 @@ import logging
 import os
 import signal
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 
-from smallthinker_edge.cli.arguments import OK, Command, checking_arguments, positive_int
+from smallthinker_edge.cli.arguments import OK, Command, checking_arguments, need_package, positive_int
 from smallthinker_edge.cli.wyoming import add_home_arguments, load_home
-from smallthinker_edge.errors import MissingExtra
 
 USER_VARIABLE, PASSWORD_VARIABLE = "SMALLTHINKER_MQTT_USER", "SMALLTHINKER_MQTT_PASSWORD"
 PORT, TLS_PORT = 1883, 8883
@@ -46,8 +44,7 @@ def password(path: str | None) -> str | None:
 
 
 def mqtt(arguments: argparse.Namespace) -> int:
-    if find_spec("paho") is None:
-        raise MissingExtra("mqtt needs paho-mqtt: pip install 'smallthinker_edge[mqtt]'")
+    need_package("mqtt", "paho", "mqtt", "paho-mqtt")
     from smallthinker_edge.home import HomeModel
     from smallthinker_edge.home.mqtt import MqttService, Settings
     from smallthinker_edge.model import SmallThinker

@@ -15,11 +15,11 @@ from smallthinker_edge.cli.arguments import (
     UsageError,
     add_model_arguments,
     memory_size,
+    need_package,
     open_model,
     positive_int,
 )
 from smallthinker_edge.cli.generate import add_sampling_arguments, sampling_options
-from smallthinker_edge.errors import MissingExtra
 
 KEY_VARIABLE = "SMALLTHINKER_API_KEY"
 MORE_CONNECTIONS = 256  # beyond which a client is sent away with 503 before its request is looked at
@@ -85,8 +85,7 @@ def is_loopback(host: str) -> bool:
 
 def serve(arguments: argparse.Namespace) -> int:
     for package in ("starlette", "uvicorn"):
-        if find_spec(package) is None:
-            raise MissingExtra(f"serve needs {package}: pip install 'smallthinker_edge[server]'")
+        need_package("serve", package, "server")
     import uvicorn
 
     from smallthinker_edge.server.app import make_app

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from smallthinker_edge import __version__
@@ -15,9 +14,9 @@ from smallthinker_edge.cli.arguments import (
     Command,
     checking_arguments,
     memory_size,
+    need_package,
     positive_int,
 )
-from smallthinker_edge.errors import MissingExtra
 from smallthinker_edge.home.understand import EMBEDDED
 
 if TYPE_CHECKING:
@@ -70,8 +69,7 @@ def wyoming_arguments(parser: argparse.ArgumentParser) -> None:
 
 def wyoming(arguments: argparse.Namespace) -> int:
     for package in ("wyoming", *(["zeroconf"] if arguments.zeroconf else [])):
-        if find_spec(package) is None:
-            raise MissingExtra(f"wyoming needs {package}: pip install 'smallthinker_edge[wyoming]'")
+        need_package("wyoming", package, "wyoming")
     from smallthinker_edge.home import HomeModel
     from smallthinker_edge.home.wyoming import SYSTEM, Settings, WyomingService, run
     from smallthinker_edge.model import SmallThinker
