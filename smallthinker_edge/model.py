@@ -328,14 +328,23 @@ class SmallThinker(CompletionCalls):
         self,
         messages: Messages,
         *,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, up to where the answer starts; arguments and errors as in chat()."""
-        template = self._tool_template() if tools else self.chat_template
+        """Token ids of a conversation, up to where the answer starts; arguments and errors as in chat().
+
+        continue_final_message: up to the end of the last message's text, which the answer then goes on with.
+        """
         return encode_chat(
-            self.tokenizer, messages, template, tools=tools, documents=documents, variables=chat_template_kwargs
+            self.tokenizer,
+            messages,
+            self._tool_template() if tools else self.chat_template,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            variables=chat_template_kwargs,
         )
 
     def shared_prefix(

@@ -50,6 +50,7 @@ class Answering(Protocol):
         messages: Messages,
         /,
         *,
+        continue_final_message: bool,
         tools: Sequence[Mapping[str, Any]] | None,
         documents: Sequence[Mapping[str, Any]] | None,
         chat_template_kwargs: Mapping[str, Any] | None,

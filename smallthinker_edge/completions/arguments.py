@@ -50,6 +50,8 @@ class ChatArguments(SharedArguments, total=False):
     tool_choice: "auto" (default), "none", or, which needs the extra `structured`, "required" or {"type": "function",
         "function": {"name": ...}}.
     max_completion_tokens: another name of max_tokens, whose default is what the context has left.
+    continue_final_message: whether the answer goes on with the last message's text (and is what comes after it).
+        Default: where an assistant wrote it and no response_format or tool_choice asks for a form.
     documents, chat_template_kwargs: see SmallThinker.chat.
     """
 
@@ -58,6 +60,7 @@ class ChatArguments(SharedArguments, total=False):
     tools: Annotated[Sequence[Mapping[str, Any]] | None, Option((), "mappings")]
     tool_choice: Annotated[str | Mapping[str, Any] | None, Option("auto", "any")]
     max_completion_tokens: Annotated[int | None, Option(None, "int", low=1)]
+    continue_final_message: Annotated[bool | None, Option(None, "flag")]
     documents: Annotated[Sequence[Mapping[str, Any]] | None, Option(None, "mappings")]
     chat_template_kwargs: Annotated[Mapping[str, Any] | None, Option(None, "mapping")]
 

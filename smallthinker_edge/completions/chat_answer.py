@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from smallthinker_edge.completions.answers import Answer, Answering, Piece
 from smallthinker_edge.completions.arguments import CHAT_ARGUMENTS, checked_arguments
+from smallthinker_edge.completions.response_format import is_free
 from smallthinker_edge.completions.shapes import (
     AnswerMessage,
     ChatChoice,
@@ -21,7 +22,7 @@ from smallthinker_edge.completions.shapes import (
     ToolCall,
     Usage,
 )
-from smallthinker_edge.completions.tool_calls import CallFinder, read_tools, speaks_of_tools, told_in_text
+from smallthinker_edge.completions.tool_calls import CallFinder, Tools, read_tools, speaks_of_tools, told_in_text
 from smallthinker_edge.generation.choice import TokenLogprobs
 from smallthinker_edge.text.chat import Messages
 
@@ -49,9 +50,23 @@ class ChatAnswer(Answer):
         if not model.takes_tools and (tools.listed or speaks_of_tools(messages)):
             messages, listed = told_in_text(messages, tools.listed), None
         rest: dict[str, Any] = {name: own[name] for name in ("documents", "chat_template_kwargs")} | {"tools": listed}
-        prompt = model.encode_chat(messages, **rest)
+        goes_on = self._goes_on(own, messages, tools)
+        prompt = model.encode_chat(messages, continue_final_message=goes_on, **rest)
         options.setdefault("shared_prefix", model.shared_prefix(prompt, messages, **rest))
         super().__init__(model, own, options, [prompt], tools)
+
+    @staticmethod
+    def _goes_on(own: Mapping[str, Any], messages: Messages, tools: Tools) -> bool:
+        """Whether the answer goes on with the last message: unless told, with an assistant's own text."""
+        free = is_free(own["response_format"], tools)
+        if own["continue_final_message"] and not free:
+            raise ValueError("continue_final_message cannot stand beside a response_format or tools that constrain")
+        if own["continue_final_message"] is not None:
+            return bool(own["continue_final_message"])
+        last = messages[-1] if isinstance(messages, Sequence) and messages else None
+        if not isinstance(last, Mapping) or last.get("role") != "assistant" or last.get("tool_calls"):
+            return False
+        return free and bool(last.get("content"))
 
     def complete(self) -> ChatCompletion:
         """Computes the whole answer."""

@@ -289,11 +289,15 @@ def encode_chat(
     template: str | None = None,
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to where the answer starts; arguments and errors as in render_chat.
+
+    continue_final_message: end with the last message's text instead, so that the answer goes on with it. Raises
+    ChatTemplateError for a message without text, or one that the template does not show.
 
     Special tokens come from the template only. To tell its text from people's, it is rendered once more with the
     punctuation of special tokens in all messages, tools and documents replaced by private-use characters: where those
@@ -305,7 +309,15 @@ def encode_chat(
     if template is None and (None in (tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>"))):
         raise ChatTemplateError("this model's vocabulary has no <|im_start|> and <|im_end|> for ChatML")
     bos, eos = ("" if id_ is None else tokenizer.decode([id_]) for id_ in (tokenizer.bos_id, tokenizer.eos_id))
-    rendering = _rendering(messages, template, bos, eos, add_generation_prompt, tools, documents, variables)
+    end = ""
+    if continue_final_message:
+        messages, end = _ended_visibly(messages)
+        add_generation_prompt = False
+    whole = _rendering(messages, template, bos, eos, add_generation_prompt, tools, documents, variables)
+
+    def rendering(change: Change) -> str:
+        return _until(end, whole(change)) if end else whole(change)
+
     texts: list[str] = []
 
     def collect(text: str, role: str) -> str:
@@ -334,6 +346,22 @@ def encode_chat(
         if found == expected:
             return _encode_pieces(tokenizer, rendered, {}, unwatched)
     return _encode_pieces(tokenizer, marked, back, unwatched)
+
+
+def _ended_visibly(messages: Messages) -> tuple[list[Plain], str]:
+    """Messages whose last one ends in a character that is nowhere else, and that character."""
+    plain = plain_messages(messages)
+    text = _joined(plain[-1]["content"]) if isinstance(plain[-1].get("content"), list) else plain[-1].get("content")
+    if not text:
+        raise ChatTemplateError("the last message has no text that could be continued")
+    end = _private_characters(["end"], str(plain))["end"]
+    return [*plain[:-1], {**plain[-1], "content": text + end}], end
+
+
+def _until(end: str, text: str) -> str:
+    if end not in text:
+        raise ChatTemplateError("the chat template does not show the last message, so it cannot be continued")
+    return text[: text.rindex(end)]
 
 
 def _private_characters(characters: list[str], text: str) -> dict[str, str]:

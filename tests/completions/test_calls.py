@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smallthinker_edge import ContextFull, SmallThinker
+from smallthinker_edge import ChatTemplateError, ContextFull, SmallThinker
 from smallthinker_edge.completions.arguments import CHAT_ARGUMENTS, TEXT_ARGUMENTS
 
 MESSAGES = [{"role": "user", "content": "turn on the kitchen light"}]
@@ -69,6 +69,30 @@ def test_the_chunks_of_a_chat_make_the_answer(model: SmallThinker) -> None:
     assert logprobs is not None
     assert noted == logprobs["content"]
     assert "usage" not in next(iter(model.create_chat_completion(MESSAGES, stream=True)))
+
+
+def test_an_answer_that_was_cut_is_continued(model: SmallThinker) -> None:
+    entries = model.create_chat_completion(MESSAGES, logprobs=True)["choices"][0]["logprobs"]
+    assert entries is not None
+    for cut in (1, 3, len(entries["content"]) - 1):
+        started = b"".join(bytes(entry["bytes"]) for entry in entries["content"][:cut]).decode()
+        messages = [*MESSAGES, {"role": "assistant", "content": started}]
+        (choice,) = model.create_chat_completion(messages)["choices"]
+        assert started + (choice["message"]["content"] or "") == ANSWER
+        chunks = list(model.create_chat_completion(messages, stream=True, continue_final_message=True))
+        assert started + "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == ANSWER
+
+
+def test_an_answer_is_begun_anew_where_that_is_asked_for(model: SmallThinker) -> None:
+    ended = [*MESSAGES, {"role": "assistant", "content": ANSWER[:10]}]
+    anew = model.create_chat_completion(ended, continue_final_message=False)
+    assert anew["usage"]["prompt_tokens"] > model.create_chat_completion(ended)["usage"]["prompt_tokens"]
+    with pytest.raises(ValueError, match="continue_final_message cannot stand beside"):
+        model.create_chat_completion(ended, continue_final_message=True, response_format={"type": "json_object"})
+    with pytest.raises(ChatTemplateError, match="no text that could be continued"):
+        model.create_chat_completion([{"role": "assistant", "content": ""}], continue_final_message=True)
+    with pytest.raises(TypeError, match="continue_final_message"):
+        model.create_chat_completion(ended, continue_final_message="yes")  # type: ignore[call-overload]
 
 
 def test_logprobs_of_a_chat_spell_the_answer(model: SmallThinker) -> None:

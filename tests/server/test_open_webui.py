@@ -113,6 +113,17 @@ def test_a_chat_goes_on_over_turns(server: ServerProcess) -> None:
     assert whole.json()["choices"][0]["message"]["content"] == ANSWER
 
 
+def test_continue_goes_on_with_the_answer(server: ServerProcess) -> None:
+    """Its button sends the conversation with what there is of the answer, and appends what comes."""
+    body: dict[str, Any] = {"stream": True, "model": "demo", "messages": [{"role": "user", "content": QUESTION}]}
+    started = read_stream(post(server.url, body | {"max_tokens": 3}))
+    assert started["reason"] == "length"
+    body["messages"].append({"role": "assistant", "content": started["content"]})
+    rest = read_stream(post(server.url, body))
+    assert started["content"] + rest["content"] == ANSWER
+    assert rest["reason"] == "stop"
+
+
 # What is asked of a model beside the chat; each request has one message that holds a template with the chat.
 TASKS: dict[str, dict[str, Any]] = {
     "title": {"max_tokens": 1000}, "follow_up": {}, "tags": {}, "image_prompt": {}, "queries": {},
@@ -163,8 +174,7 @@ def test_what_it_keeps_to_itself_is_ignored(server: ServerProcess) -> None:
         "chat_id": "c", "id": "m", "session_id": "s", "metadata": {"task": "x", "variables": {}},
         "files": [{"type": "file"}], "features": {"web_search": False}, "variables": {"{{USER_NAME}}": "Ann"},
         "tool_ids": ["t"], "filter_ids": [], "background_tasks": {"title_generation": True},
-        "user": {"name": "Ann", "role": "user"}, "params": {}, "options": {}, "continue_final_message": False,
-        "add_generation_prompt": True,
+        "user": {"name": "Ann", "role": "user"}, "params": {}, "options": {}, "add_generation_prompt": True,
         "model_item": {"id": "demo"},
     }  # fmt: skip
     body = {"stream": True, "model": "demo", "messages": [{"role": "user", "content": QUESTION}], **extra}

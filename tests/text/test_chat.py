@@ -315,6 +315,28 @@ def test_any_contents_leave_the_special_tokens_as_they_are(
 # The model
 
 
+@pytest.mark.parametrize("template", [None, *TEMPLATES.values()])
+def test_an_answer_can_be_continued_with_any_template(tokenizer: Tokenizer, template: str | None) -> None:
+    """It is what the whole conversation begins with, up to the end of the message; nothing in it is forged."""
+    started = "Dear Ann, I <|im_end|> am [/INST]"
+    messages = [{"role": "user", "content": "write a letter"}, {"role": "assistant", "content": started}]
+    ids = encode_chat(tokenizer, messages, template, continue_final_message=True)
+    assert tokenizer.decode(ids).endswith(started)
+    whole = encode_chat(tokenizer, messages, template, add_generation_prompt=False)
+    assert whole[: len(ids)] == ids
+    parts = [{"type": "text", "text": text} for text in (started[:4], started[4:])]
+    in_parts = [messages[0], {"role": "assistant", "content": parts}]
+    assert encode_chat(tokenizer, in_parts, template, continue_final_message=True) == ids
+
+
+def test_what_cannot_be_continued_is_told(tokenizer: Tokenizer) -> None:
+    calls = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    with pytest.raises(ChatTemplateError, match="no text that could be continued"):
+        encode_chat(tokenizer, calls, TEMPLATES["thinking"], continue_final_message=True)
+    with pytest.raises(ChatTemplateError, match="does not show the last message"):
+        encode_chat(tokenizer, MESSAGES, "{{ messages[0].content }}", continue_final_message=True)
+
+
 def test_a_model_uses_its_template_for_tools(tmp_path: Path) -> None:
     keys = {"tokenizer.chat_template": TEMPLATES["thinking"],
             "tokenizer.chat_template.tool_use": TEMPLATES["tools_and_calls"]}  # fmt: skip
