@@ -21,9 +21,9 @@ DEMO = Path(__file__).parents[2] / "smallthinker_edge" / "data" / "demo.gguf"
 
 
 @pytest.mark.parametrize("table", kernels.tables())
-@pytest.mark.parametrize("name", ["random", "mixed"])
+@pytest.mark.parametrize("name", ["random", "mixed", "demo"])
 def test_logits_agree_with_llama_cpp(name: str, table: str) -> None:
-    model = GOLDEN / f"{name}.gguf"
+    model = DEMO if name == "demo" else GOLDEN / f"{name}.gguf"
     with np.load(GOLDEN / f"{name}.npz") as recorded:
         provenance = json.loads(str(recorded["provenance"]))
         assert hashlib.sha256(model.read_bytes()).hexdigest() in json.dumps(provenance)
