@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,10 +121,15 @@ def read_limit(
 
 
 def foreign_seconds() -> float:
-    """CPU seconds that all processes but this one have used since the start of the system, in ticks of about 10 ms."""
-    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    """CPU seconds since the start of the system that neither this process nor its children used, in ticks."""
+    times, own = psutil.cpu_times(), psutil.Process()
     waiting = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
-    return float(sum(times) - waiting - own.user - own.system)
+    used = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            mine = process.cpu_times()
+            used += mine.user + mine.system
+    return float(sum(times) - waiting - used)
 
 
 class OtherProcesses:
