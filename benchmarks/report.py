@@ -1,6 +1,6 @@
 """Puts the figures of compare.py into words: medians, ratios, bytes per second. It measures nothing.
 
-python benchmarks/report.py                  # writes the page of each comparison in docs/measurements/
+python benchmarks/report.py                  # writes the page of each comparison in docs/measurements/, and the picture
 python benchmarks/report.py RESULT.json      # prints one page
 """
 
@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from picture import Bars, draw
 from traffic import Traffic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,6 +178,25 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     return {path.with_suffix(".md"): markdown(result) for path, result in found.items() if "runs" in result}
 
 
+def pictures(results: Path = RESULTS) -> dict[Path, str]:
+    """The picture of each list of figures ("rows") in a folder: its file, and its text made anew."""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    return {
+        path.with_suffix(".svg"): draw(listed["title"], [_bars(results, row) for row in listed["rows"]])
+        for path, listed in found.items()
+        if "rows" in listed
+    }
+
+
+def _bars(results: Path, row: dict[str, Any]) -> Bars:
+    if "result" not in row:
+        return Bars(row["name"], row["ours"], row["theirs"], row["ratio"])
+    result = json.loads((results / row["result"]).read_text(encoding="utf-8"))
+    (job,) = [job for job in jobs_of(result) if job_name(job) == row["job"]]
+    values = summary(result, job)
+    return Bars(row["name"], round(values["ours"], 1), round(values["rival"], 1), values["ratio"])
+
+
 def publish(table: str, about: str, others: object, output: str | None) -> None:
     """Prints a table with what was measured and how busy the machine was, and writes it to a file too."""
     text = f"{table}\n\n{date.today().isoformat()}, {about}. {others}\n"
@@ -189,7 +209,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
         return
-    for path, text in pages().items():
+    for path, text in (pages() | pictures()).items():
         path.write_text(text, encoding="utf-8")
 
 

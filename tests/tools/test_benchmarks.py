@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -192,6 +193,20 @@ def test_every_comparison_of_a_folder_has_its_page(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(result))
     (tmp_path / "other.json").write_text("{}")
     assert report.pages(tmp_path) == {tmp_path / "b.md": report.markdown(result)}
+
+
+def test_bars_are_as_long_as_the_ratios_say(tmp_path: Path) -> None:
+    rows = [{"name": "a < b", "result": "b.json", "job": "decode, empty context"},
+            {"name": "c", "ours": 9, "theirs": 6, "ratio": 1.5}]  # fmt: skip
+    (tmp_path / "b.json").write_text(json.dumps(result_of([100], {"llama.cpp": [40]})))
+    (tmp_path / "c.json").write_text(json.dumps({"title": "t", "rows": rows}))
+    ((path, text),) = report.pictures(tmp_path).items()
+    assert path == tmp_path / "c.svg"
+    assert "a &lt; b" in text
+    ours_a, theirs_a, ours_c, theirs_c = (
+        float(width) for width in re.findall(r'width="([\d.]+)" height="11"', text)[:4]
+    )
+    assert (ours_a / theirs_a, ours_c / theirs_c) == pytest.approx((2.5, 1.5), rel=1e-3)
 
 
 def test_comparison_measures_this_library_alone(demo_model: Path, tmp_path: Path) -> None:
