@@ -22,6 +22,10 @@ def limit(more):
 model = SmallThinker(sys.argv[1], context=30000, threads=2)
 expected = model.generate([65], max_tokens=3).tokens
 session = model.session()
+saved = model.session()
+saved.decode([65] * 9000)
+kept, written = sys.argv[1] + ".kept", sys.argv[1] + ".written"
+saved.save(kept)
 failed, ids, many = 0, [65] * 20000, range(1 << 23)
 for more in (0, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24):
     limit(more)
@@ -33,6 +37,9 @@ for more in (0, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24):
         lambda: model.generate(ids, max_tokens=1),
         lambda: model.detokenize(ids),
         lambda: session.decode(many),
+        lambda: saved.save(written),
+        lambda: model.load_session(kept),
+        lambda: model.load_session(kept).save(written),
     ):
         try:
             use()
@@ -42,6 +49,7 @@ for more in (0, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24):
             pass  # there was enough to see what is wrong with it
     limit(1 << 40)
     session.reset()
+    assert saved.tokens == model.load_session(kept).tokens
     assert model.generate([65], max_tokens=3).tokens == expected
 assert failed > 12
 print("survived")
