@@ -128,7 +128,8 @@ def traffic_table(result: Result) -> str:
                 f"{speed / limit:.0%}",
             ]
             rows.append(row)
-    return table(["", "bytes per token", "per second", f"of the read limit, {limit / 1e9:.1f} GB/s"], rows)
+    limits = spread([measured["bytes_per_second"] / 1e9 for measured in result["read_limits"]])
+    return table(["", "bytes per token", "per second", f"of the read limit, {limits} GB/s"], rows)
 
 
 def first_token_table(result: Result) -> str:

@@ -102,7 +102,7 @@ def memory_reads(threads: int) -> Rows:
     """Speed of reading memory that no cache holds, with one thread and with all: what decode is bound by."""
     space = read_limits.arbitrary_weights(read_limits.streaming_bytes())
     limits = [read_limits.read_limit(count, space, patterns=[(4, 0), (4, 4096)]) for count in sorted({1, threads})]
-    speeds = [f"{_mb(limit.bytes_per_second)} with {limit.threads}" for limit in limits]
+    speeds = [f"{limit} with {limit.threads}" for limit in limits]
     return [("memory reads", ", ".join(speeds) + (" threads" if threads > 1 else " thread"))]
 
 

@@ -48,10 +48,7 @@ def run_bench(
     rounds = len(chosen) * len(used) * len(teams)
     others = OtherProcesses()
     limits = {count: read_limit(count, memory) for count in teams}
-    text = [
-        f"Memory reads, {count} thread{'s' if count > 1 else ''}: {limit.bytes_per_second / 1e9:.1f} GB/s"
-        for count, limit in limits.items()
-    ]
+    text = [f"Memory reads, {count} thread{'s' if count > 1 else ''}: {limit}" for count, limit in limits.items()]
     figures: dict[str, object] = {"read_limits": [asdict(limit) for limit in limits.values()]}
     if what == "kernels":
         results = list(counted(bench_kernels(memory, tables=tables, shapes=chosen, threads=teams), rounds, progress))

@@ -24,7 +24,9 @@ Bytes = npt.NDArray[np.uint8]
 # Loads side by side and bytes of prefetch ahead: which is fastest differs between machines.
 READ_PATTERNS = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024, 4096)]
 READ_ITEM = 1 << 20
-REPETITIONS = 3
+REPETITIONS, LIMIT_REPETITIONS = 3, 7
+# Other guests' caches, and those of which the hypervisor tells less than there is, must not hold what is read.
+LEAST_STREAMED, CACHES_STREAMED = 1 << 30, 4
 
 
 def last_level_cache() -> int:
@@ -38,9 +40,11 @@ def last_level_cache() -> int:
 
 
 def streaming_bytes() -> int:
-    """Memory to walk through so that no cache holds it: twice the largest cache, at most a third of what is free."""
+    """Memory to walk through so that no cache holds it: four times the largest cache that is told of, 1 GiB at least;
+    but no more than a third of what is free."""
     free = int(psutil.virtual_memory().available)
-    return max(64 << 20, min(2 * last_level_cache(), min(free, memory_limit() or free) // 3))
+    wanted = max(LEAST_STREAMED, CACHES_STREAMED * last_level_cache())
+    return max(64 << 20, min(wanted, min(free, memory_limit() or free) // 3))
 
 
 def arbitrary_weights(size: int) -> Bytes:
@@ -53,7 +57,12 @@ def arbitrary_weights(size: int) -> Bytes:
 
 
 def rate(run: Callable[[int, int], float], threads: int, seconds: float) -> float:
-    """Items per second of run(first, count) -> seconds: the median of REPETITIONS, each about `seconds` long.
+    """Items per second of run(first, count) -> seconds: the median of REPETITIONS. See rates()."""
+    return statistics.median(rates(run, threads, seconds, REPETITIONS))
+
+
+def rates(run: Callable[[int, int], float], threads: int, seconds: float, repetitions: int) -> list[float]:
+    """Items per second of run(first, count) -> seconds in each repetition, about `seconds` long.
 
     Each repetition goes on where the last one stopped, so that memory larger than the caches stays out of them. Each
     thread has an item at least.
@@ -63,11 +72,11 @@ def rate(run: Callable[[int, int], float], threads: int, seconds: float) -> floa
         first += count
         # Short runs tell little about the length needed: go there in steps.
         count = -(-min(16 * count, max(2 * count, int(count * seconds / max(taken, 1e-9)))) // threads) * threads
-    rates = []
-    for _ in range(REPETITIONS):
+    measured = []
+    for _ in range(repetitions):
         first += count
-        rates.append(count / run(first, count))
-    return statistics.median(rates)
+        measured.append(count / run(first, count))
+    return measured
 
 
 def warm_up(timer: Timer, memory: Bytes) -> None:
@@ -80,17 +89,23 @@ class ReadLimit:
     """How fast memory is read.
 
     Attributes:
-        bytes_per_second: of the best pattern, the median of its repetitions.
+        bytes_per_second: of the best pattern, measured again once it was known for that: the median of seven.
+        slowest, fastest: of the seven.
         threads: how many read at once.
         streams, ahead: the best pattern: pieces that each thread reads side by side, bytes of prefetch.
         patterns: bytes per second of each, by "streams/ahead".
     """
 
     bytes_per_second: float
+    slowest: float
+    fastest: float
     threads: int
     streams: int
     ahead: int
     patterns: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.bytes_per_second / 1e9:.1f} GB/s ({self.slowest / 1e9:.1f}-{self.fastest / 1e9:.1f})"
 
 
 def read_limit(
@@ -108,16 +123,18 @@ def read_limit(
     memory = arbitrary_weights(streaming_bytes()) if memory is None else memory
     timer = Timer("ref", threads)
     warm_up(timer, memory)
-    measured = {}
-    for streams, ahead in patterns:
 
-        def run(first: int, count: int, streams: int = streams, ahead: int = ahead) -> float:
+    def reads(streams: int, ahead: int, repetitions: int) -> list[float]:
+        def run(first: int, count: int) -> float:
             return timer.run("read", memory, READ_ITEM, first, count, streams=streams, ahead=ahead)
 
-        measured[streams, ahead] = rate(run, threads, seconds) * READ_ITEM
+        return [READ_ITEM * items for items in rates(run, threads, seconds, repetitions)]
+
+    measured = {pattern: statistics.median(reads(*pattern, REPETITIONS)) for pattern in patterns}
     best = max(measured, key=lambda pattern: measured[pattern])
+    again = reads(*best, LIMIT_REPETITIONS)
     named = {f"{streams}/{ahead}": value for (streams, ahead), value in measured.items()}
-    return ReadLimit(measured[best], threads, *best, named)
+    return ReadLimit(statistics.median(again), min(again), max(again), threads, *best, named)
 
 
 def foreign_seconds() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -34,7 +35,7 @@ def test_report_names_table_page_size_and_budget(tmp_path: Path, capsys: pytest.
     assert rows["page size"].split()[0] == str(os.sysconf("SC_PAGE_SIZE"))
     assert rows["recommended budget"].strip().startswith("memory=")
     assert "MB/s" in rows[f"reads at {tmp_path}"]
-    assert "MB/s with 1" in rows["memory reads"]
+    assert re.search(r"GB/s \([\d.]+-[\d.]+\) with 1", rows["memory reads"])
     assert list(tmp_path.iterdir()) == []  # the temporary file is gone
 
 

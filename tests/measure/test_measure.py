@@ -60,7 +60,7 @@ def test_bytes_of_a_case_are_what_its_kernel_reads() -> None:
 
 
 def test_kernel_figures_are_in_units_of_the_read_limit() -> None:
-    read = {2: limits.ReadLimit(20e9, 2, 1, 0, {})}
+    read = {2: limits.ReadLimit(20e9, 19e9, 21e9, 2, 1, 0, {})}
     gate, prompt, norm = (
         next(c for c in kernel_bench.cases(TINY) if c.what == w) for w in ("gate", "gate, 64 tokens", "d")
     )
@@ -105,8 +105,20 @@ def test_timer_refuses_what_would_read_outside(memory: limits.Bytes) -> None:
 
 def test_read_limit_names_its_best_pattern(memory: limits.Bytes) -> None:
     limit = limits.read_limit(2, memory, seconds=0)
-    assert limit.bytes_per_second == max(limit.patterns.values())
-    assert limit.patterns[f"{limit.streams}/{limit.ahead}"] == limit.bytes_per_second
+    assert limit.patterns[f"{limit.streams}/{limit.ahead}"] == max(limit.patterns.values())
+    assert 0 < limit.slowest <= limit.bytes_per_second <= limit.fastest
+    assert re.fullmatch(r"[\d.]+ GB/s \([\d.]+-[\d.]+\)", str(limit))
+
+
+def test_what_is_streamed_fits_into_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = limits.psutil.virtual_memory()._replace(available=64 << 30)
+    monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(limits, "memory_limit", lambda: None)
+    for cache, expected in ((2 << 20, 1 << 30), (260 << 20, 1040 << 20)):
+        monkeypatch.setattr(limits, "last_level_cache", lambda cache=cache: cache)
+        assert limits.streaming_bytes() == expected
+    monkeypatch.setattr(limits, "memory_limit", lambda: 600 << 20)
+    assert limits.streaming_bytes() == 200 << 20
 
 
 def test_arbitrary_weights_are_sound_scales(memory: limits.Bytes) -> None:

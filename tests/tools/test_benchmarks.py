@@ -182,7 +182,7 @@ def test_bytes_per_second_count_the_growing_context() -> None:
 def test_markdown_shows_ratio_and_share_of_the_median_read_limit() -> None:
     text = report.markdown(result_of([100, 100, 100], {"llama.cpp": [40, 50, 60]}))
     assert "**2.00 (1.67-2.50)**" in text
-    assert "0.5 GB/s" in text
+    assert "of the read limit, 0.5 (0.4-1.0) GB/s" in text
     assert "| smallthinker_edge, decode, empty context | 2 MB | 0.2 GB/s | 40% |" in text
     assert "2026-01-02; A CPU, 2 CPUs, 4 GiB" in text
     assert text.startswith("# m, avx2, A CPU\n")
