@@ -5,13 +5,13 @@ Called by the trainer and by home_eval.py. The data set itself is not part of th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from annotated import MARK, Piece, Sentence
+from words import lot
 
 from smallthinker_edge.home.schema import ACTIONS, UNKNOWN
 
@@ -174,5 +174,5 @@ def wording(marked: str) -> str:
 
 
 def is_held_out(kind: str, percent: int = 20) -> bool:
-    """Whether the sentences of a wording are kept from training: by the hash of the wording."""
-    return int(hashlib.sha256(("slurp" + kind).encode()).hexdigest(), 16) % 100 < percent
+    """Whether the sentences of a wording are kept from training: by lot of the wording."""
+    return lot("slurp" + kind, 100) < percent

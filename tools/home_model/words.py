@@ -109,9 +109,14 @@ _MIDDLES = "a e i o u ai ea ee oa oo ou er ar or".split()
 _ENDS = "b ck d ft g k l ll lm m mp n nd ng nk nt p r rk rn s sh sk st t th x y zz".split()
 
 
+def lot(text: str, of: int) -> int:
+    """The number from 0 to of - 1 that a text draws: always the same one, by its hash."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % of
+
+
 def is_held_out(name: str) -> bool:
-    """Whether a name is kept from training: a sixth of them, by hash."""
-    return int(hashlib.sha256(("name" + name).encode()).hexdigest(), 16) % 6 == 0
+    """Whether a name is kept from training: a sixth of them, by lot."""
+    return lot("name" + name, 6) == 0
 
 
 @functools.cache
