@@ -6,6 +6,7 @@ A sentence file has sections, "= action", and one sentence a line. Knows nothing
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,16 +54,21 @@ class Sentence:
         return replace(self, pieces=tuple(piece for piece in pieces if piece.words))
 
 
+def pieces_of(marked: str) -> Iterator[Piece]:
+    """What is in the marks of a sentence and between them, in its order; words may be ""."""
+    start = 0
+    for mark in MARK.finditer(marked):
+        yield Piece(marked[start : mark.start()].strip())
+        yield Piece(mark[2], mark[1])
+        start = mark.end()
+    yield Piece(marked[start:].strip())
+
+
 def parse(action: str, text: str, source: str = "", kind: str = "") -> Sentence:
     """A marked sentence. Raises ValueError for an action that the schema lacks."""
     if action not in ACTIONS:
         raise ValueError(f"no action {action!r}")
-    pieces, start = [], 0
-    for mark in MARK.finditer(text):
-        pieces += [Piece(text[start : mark.start()].strip()), Piece(mark[2], mark[1])]
-        start = mark.end()
-    pieces.append(Piece(text[start:].strip()))
-    kept = tuple(piece for piece in pieces if piece.words)
+    kept = tuple(piece for piece in pieces_of(text) if piece.words)
     return Sentence(action, kept, source, kind or MARK.sub(r"<\1>", text))
 
 

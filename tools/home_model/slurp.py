@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from annotated import MARK, Piece, Sentence
+from annotated import MARK, Piece, Sentence, pieces_of
 from words import lot
 
 from smallthinker_edge.home.schema import ACTIONS, UNKNOWN
@@ -132,18 +132,16 @@ def _spoken(row: dict[str, str]) -> Spoken:
         accepted = ACTIONS_OF.get(intent) or _by_scenario(intent)
     text = MARK.sub(r"\2", marked)
     action = _taught(accepted, text)
-    pieces, start, entities = [], 0, []
-    for mark in MARK.finditer(marked):
-        slot = SLOT_OF.get(mark[1], "") if home else ""
-        if slot == "time" and action.startswith(("alarm", "timer")) and _is_duration(mark[2]):
+    pieces, entities = [], []
+    for piece in pieces_of(marked):
+        slot = SLOT_OF.get(piece.slot, "") if home else ""
+        if slot == "time" and action.startswith(("alarm", "timer")) and _is_duration(piece.words):
             slot = "duration"
         if slot not in ACTIONS[action]:
             slot = ""
-        pieces += [Piece(marked[start : mark.start()].strip()), Piece(mark[2], slot)]
-        start = mark.end()
+        pieces.append(Piece(piece.words, slot))
         if slot:
-            entities.append((slot, mark[2]))
-    pieces.append(Piece(marked[start:].strip()))
+            entities.append((slot, piece.words))
     sentence = Sentence(action, tuple(p for p in pieces if p.words), "slurp", wording(marked))
     return Spoken(text, intent, accepted, tuple(entities), sentence)
 
