@@ -31,7 +31,6 @@ class Sentence:
 
     action: str
     pieces: tuple[Piece, ...]
-    source: str = ""  # where it comes from
     kind: str = ""  # which wording it is: sentences that share one are held out together
 
     @property
@@ -64,12 +63,12 @@ def pieces_of(marked: str) -> Iterator[Piece]:
     yield Piece(marked[start:].strip())
 
 
-def parse(action: str, text: str, source: str = "", kind: str = "") -> Sentence:
+def parse(action: str, text: str, kind: str = "") -> Sentence:
     """A marked sentence. Raises ValueError for an action that the schema lacks."""
     if action not in ACTIONS:
         raise ValueError(f"no action {action!r}")
     kept = tuple(piece for piece in pieces_of(text) if piece.words)
-    return Sentence(action, kept, source, kind or MARK.sub(r"<\1>", text))
+    return Sentence(action, kept, kind or MARK.sub(r"<\1>", text))
 
 
 def read_sentences(path: Path) -> list[Sentence]:
@@ -80,7 +79,7 @@ def read_sentences(path: Path) -> list[Sentence]:
             action = line[2:].strip()
         elif line.strip():
             try:
-                sentences.append(parse(action, line.strip(), source="own"))
+                sentences.append(parse(action, line.strip()))
             except ValueError as error:
                 raise ValueError(f"{path.name}:{number}: {error}") from None
     return sentences

@@ -142,7 +142,7 @@ class Hass:
         self.template = template
         marked = self._tidied(self._text(template.expression))
         action = self._action_of(template, marked)
-        sentence = parse(action, marked, source="hass", kind=template.kind)
+        sentence = parse(action, marked, template.kind)
         return HassSentence(template.intent, sentence, self.areas, self.named)
 
     def _tidied(self, text: str) -> str:

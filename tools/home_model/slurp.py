@@ -142,7 +142,7 @@ def _spoken(row: dict[str, str]) -> Spoken:
         pieces.append(Piece(piece.words, slot))
         if slot:
             entities.append((slot, piece.words))
-    sentence = Sentence(action, tuple(p for p in pieces if p.words), "slurp", wording(marked))
+    sentence = Sentence(action, tuple(p for p in pieces if p.words), wording(marked))
     return Spoken(text, intent, accepted, tuple(entities), sentence)
 
 
