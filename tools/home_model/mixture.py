@@ -28,7 +28,6 @@ NOT_JOINED = {
     "weather",
     "list_query",
 }
-SOURCES = list(SHARES)
 
 
 class Mixture:
@@ -59,7 +58,7 @@ class Mixture:
 
     def draw(self) -> Example | None:
         rng = self.rng
-        source = rng.choices([*SOURCES, "own"], [*SHARES.values(), 1 - sum(SHARES.values())])[0]
+        source = rng.choices([*SHARES, "own"], [*SHARES.values(), 1 - sum(SHARES.values())])[0]
         if source == "slurp":
             return self.augment.example(rng.choice(self.people))
         if source == "hass":
