@@ -16,9 +16,10 @@ from annotated import Piece, Sentence
 from hass_sentences import HassSentence
 
 from smallthinker_edge.home import spoken
-from smallthinker_edge.home.names import names_text
+from smallthinker_edge.home.names import KINDS, names_text
 from smallthinker_edge.home.schema import answer_json
 from smallthinker_edge.home.text_form import model_form
+from smallthinker_edge.home.values import NAMED
 
 Turn = tuple[str, str]  # role, content
 
@@ -97,12 +98,9 @@ class Augment:
 
     def hass_example(self, drawn: HassSentence) -> Example:
         """As Home Assistant would ask: mostly with the names of the home in the prompt."""
-        names: dict[str, list[str]] = {"areas": [], "floors": [], "devices": [], "scenes": [], "lists": []}
-        for kind, name in drawn.names:
-            key = {"area": "areas", "scene": "scenes", "todo": "lists", "weather": ""}.get(kind, "devices")
-            if key:
-                names[key].append(model_form(name))
-        shown = self._shown_names(names) if self.rng.random() < 0.85 else ""
+        kinds = {"area": "areas", "scene": "scenes", "todo": "lists"}  # the others are devices
+        own = [(kinds.get(kind, "devices"), model_form(name)) for kind, name in drawn.names if kind != "weather"]
+        shown = self._shown_names(own) if self.rng.random() < 0.85 else ""
         return self._finished([drawn.sentence], (("system", shown),) if shown else ())
 
     def joined(self, sentences: list[Sentence]) -> Example:
@@ -163,9 +161,10 @@ class Augment:
             return words.invented_name(self.rng, self.vocabulary)
         return self.rng.choice(self.pools.get(self._pool(action, piece.slot)) or [piece.words])
 
-    def _shown_names(self, names: dict[str, list[str]]) -> str:
-        """With names that the sentence does not mean, in any order, as names.Home.shown() has them."""
+    def _shown_names(self, own: list[tuple[str, str]]) -> str:
+        """(kind, name) of a sentence with names that it does not mean, in any order, as names.Home.shown() has them."""
         rng = self.rng
+        names = {kind: [name for one, name in own if one == kind] for kind in KINDS}
         areas, devices = (
             words.names_of(words.AREAS, False),
             [n for d in words.DEVICES.values() for n in words.names_of(d, False)],
@@ -184,13 +183,8 @@ class Augment:
                 + following.text
             )
         if not before and rng.random() < 0.3:
-            names: dict[str, list[str]] = {"areas": [], "floors": [], "devices": [], "scenes": [], "lists": []}
-            kinds = {"area": "areas", "floor": "floors", "device": "devices", "scene": "scenes", "list": "lists"}
-            for sentence in sentences:
-                for slot, value in sentence.slots:
-                    if slot in kinds and rng.random() < 0.8:
-                        names[kinds[slot]].append(value)
-            shown = self._shown_names(names)
+            named = [(NAMED[slot], value) for sentence in sentences for slot, value in sentence.slots if slot in NAMED]
+            shown = self._shown_names([one for one in named if rng.random() < 0.8])
             before = (("system", shown),) if shown else ()
         answer = answer_json([sentence.answer for sentence in sentences])
         return Example((*before, ("user", text)), answer, first)
