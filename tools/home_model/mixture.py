@@ -33,7 +33,7 @@ NOT_JOINED = {
 class Mixture:
     """Draws training examples. slurp_file: None trains without people's sentences."""
 
-    def __init__(self, seed: object, slurp_file: Path | None, held_out_percent: int = 20) -> None:
+    def __init__(self, seed: object, slurp_file: Path | None, held_out_percent: int = slurp.HELD_OUT) -> None:
         self.rng = random.Random(f"mixture {seed}")
         own = own_sentences()
         people: list[Sentence] = []

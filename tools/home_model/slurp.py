@@ -16,6 +16,7 @@ from words import lot
 from smallthinker_edge.home.schema import ACTIONS, UNKNOWN
 
 HOME = ("iot", "alarm", "audio", "lists", "play", "music", "weather", "datetime")
+HELD_OUT = 20  # percent of the wordings that training does not see
 PLAYBACK = ("play", "pause", "resume", "stop", "next", "previous", "shuffle", "repeat")
 
 # Scenario and action of SLURP -> our actions that are right for it; the first is taught where no word decides. SLURP
@@ -171,6 +172,6 @@ def wording(marked: str) -> str:
     return " ".join(sorted(set(words) - set(fillers)))
 
 
-def is_held_out(kind: str, percent: int = 20) -> bool:
+def is_held_out(kind: str, percent: int = HELD_OUT) -> bool:
     """Whether the sentences of a wording are kept from training: by lot of the wording."""
     return lot("slurp" + kind, 100) < percent

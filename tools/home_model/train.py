@@ -256,7 +256,7 @@ class Training:
     def held_out(self) -> list[Example]:
         """People's sentences that training does not see, as they are."""
         spoken = slurp.read_slurp(self.args.slurp) if self.args.slurp else []
-        kept = [s.sentence for s in spoken if slurp.is_held_out(s.sentence.kind, 20)]
+        kept = [s.sentence for s in spoken if slurp.is_held_out(s.sentence.kind)]
         return [Example((("user", sentence.text),), sentence.answer, sentence) for sentence in kept]
 
     def run(self) -> None:
@@ -311,7 +311,7 @@ def main() -> None:
         "--slurp", type=Path, help="SLURP's devel.jsonl; without it, only our and Home Assistant's sentences"
     )
     parser.add_argument(
-        "--held-out", type=int, default=20, help="percent of SLURP's wordings that training does not see"
+        "--held-out", type=int, default=slurp.HELD_OUT, help="percent of SLURP's wordings that training does not see"
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: for CPUs with AMX")
     parser.add_argument("--dropout", type=float, default=0.1)
