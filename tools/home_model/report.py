@@ -25,7 +25,7 @@ from home_chats import home_chats  # noqa: E402
 
 from smallthinker_edge import SmallThinker  # noqa: E402
 from smallthinker_edge.home.text_form import model_form  # noqa: E402
-from smallthinker_edge.home.understand import HomeModel  # noqa: E402
+from smallthinker_edge.home.understand import EMBEDDED, HomeModel  # noqa: E402
 
 
 class Watched(reference.Reference):
@@ -79,7 +79,7 @@ def expert_use(path: str, model: SmallThinker, texts: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="JSON lines of SLURP's form")
-    parser.add_argument("--model", default=str(ROOT / "smallthinker_edge" / "data" / "demo.gguf"))
+    parser.add_argument("--model", default=str(EMBEDDED))
     args = parser.parse_args()
     spoken = [one for one in slurp.read_slurp(args.file) if slurp.is_held_out(one.sentence.kind)]
     with SmallThinker(args.model) as model:
