@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 
 import annotated
+from chat_form import END, prompt
 
 
 def home_chats(count: int, seed: int = 5) -> list[str]:
     """`count` sentences of the training data with their answers, as the model's chat template writes them."""
     drawn = random.Random(seed).sample(annotated.own_sentences(), count)
-    return [
-        f"<|im_start|>user\n{one.text}<|im_end|>\n<|im_start|>assistant\n{one.answer}<|im_end|>" for one in drawn
-    ]  # fmt: skip
+    return [prompt([("user", one.text)]) + one.answer + END for one in drawn]

@@ -24,20 +24,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from augment import Example
+from chat_form import END, SPECIAL, TEMPLATE, prompt
 from mixture import Mixture
 from network import Matrix, Model, Shape, Usage, write_checkpoint
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 WORDS_ALONE = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+"
-TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
-    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def train_tokenizer(vocab_size: int, mixture: Mixture) -> Tokenizer:
@@ -67,15 +63,9 @@ def train_tokenizer(vocab_size: int, mixture: Mixture) -> Tokenizer:
 Row = tuple[list[int], int]  # token ids of prompt and answer, and how many belong to the prompt
 
 
-def prompt(example: Example) -> str:
-    """As TEMPLATE renders the conversation."""
-    turns = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in example.turns)
-    return turns + "<|im_start|>assistant\n"
-
-
 def encode(tokenizer: Tokenizer, examples: list[Example]) -> list[Row]:
-    prompts = tokenizer.encode_batch([prompt(example) for example in examples])
-    answers = tokenizer.encode_batch([example.answer + "<|im_end|>" for example in examples])
+    prompts = tokenizer.encode_batch([prompt(example.turns) for example in examples])
+    answers = tokenizer.encode_batch([example.answer + END for example in examples])
     return [(p.ids + a.ids, len(p.ids)) for p, a in zip(prompts, answers, strict=True)]
 
 
