@@ -30,7 +30,6 @@ class Example:
 
     turns: tuple[Turn, ...]
     answer: str
-    sentence: Sentence
 
 
 BEFORE = words.split("""
@@ -121,7 +120,7 @@ class Augment:
         # Services that do not keep sentences show the values that were understood instead (understand.HomeModel).
         said = first.text if rng.random() < 0.5 else " ".join(value for _, value in first.slots)
         turns = (("user", said), ("assistant", first.answer), ("user", model_form(text)))
-        return Example(turns, meant.answer, meant)
+        return Example(turns, meant.answer)
 
     def changed(self, sentence: Sentence) -> Sentence:
         """With other values, without articles, with slips and fillers: each sometimes."""
@@ -175,8 +174,7 @@ class Augment:
         return names_text({kind: list(dict.fromkeys(listed)) for kind, listed in names.items()})
 
     def _finished(self, sentences: list[Sentence], before: tuple[Turn, ...]) -> Example:
-        rng, first = self.rng, sentences[0]
-        text = first.text
+        rng, text = self.rng, sentences[0].text
         for following in sentences[1:]:
             text += (
                 rng.choice([" and ", " and ", " and then ", ", ", " then ", " and also ", ", and ", " also "])
@@ -187,7 +185,7 @@ class Augment:
             shown = self._shown_names([one for one in named if rng.random() < 0.8])
             before = (("system", shown),) if shown else ()
         answer = answer_json([sentence.answer for sentence in sentences])
-        return Example((*before, ("user", text)), answer, first)
+        return Example((*before, ("user", text)), answer)
 
 
 FOLLOW_UPS = {

@@ -247,7 +247,7 @@ class Training:
         """People's sentences that training does not see, as they are."""
         spoken = slurp.read_slurp(self.args.slurp) if self.args.slurp else []
         kept = [s.sentence for s in spoken if slurp.is_held_out(s.sentence.kind)]
-        return [Example((("user", sentence.text),), sentence.answer, sentence) for sentence in kept]
+        return [Example((("user", sentence.text),), sentence.answer) for sentence in kept]
 
     def run(self) -> None:
         seen = list(islice(Mixture("seen", self.args.slurp, self.args.held_out), 400))
