@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from smallthinker_edge.errors import ContextFull, ModelFormatError
 from smallthinker_edge.model import SmallThinker
+from smallthinker_edge.opening import BATCH
 
 Progress = Callable[[int, int, str], object]
-PIECE = 512  # tokens between two calls of it
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def record(model: SmallThinker, tokens: Sequence[int], max_tokens: int = 0, prog
             with model.session() as session:
                 if len(tokens) > session.context:
                     raise ContextFull(f"the text has {len(tokens)} tokens, the context {session.context}")
-                for start in range(0, max(1, len(tokens)), PIECE):
-                    session.prefill(tokens[start : start + PIECE])
+                for start in range(0, max(1, len(tokens)), BATCH):
+                    session.prefill(tokens[start : start + BATCH])
                     report(session.position, total, "tokens")
     return traced(model, chunks)
 
