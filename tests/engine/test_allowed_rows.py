@@ -9,20 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf_files import write_model
-from small_model import SHAPE, open_session, tokens
+from small_model import HEADS, SHAPE, open_session, tokens
 
 from smallthinker_edge import SmallThinker
 from smallthinker_edge._native import kernels
 from smallthinker_edge.errors import NotFiniteError
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "Q4_0": {},
-    "untied": {"tied": False},
-    "Q8_0": {"types": "Q8_0"},
-    "Q6_K head": {"head_type": "Q6_K"},
-    "F16": {"types": "F16"},
-    "vocabulary of odd size": {"vocab_size": 519},
-}
 
 
 def bits_of(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
@@ -42,9 +33,9 @@ def masks(vocab: int) -> list[npt.NDArray[np.bool_]]:
 
 
 @pytest.mark.parametrize("table", kernels.tables())
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", HEADS)
 def test_allowed_logits_are_those_of_the_full_head(variant: str, table: str, tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model.gguf", **SHAPE | VARIANTS[variant])
+    model = write_model(tmp_path / "model.gguf", **SHAPE | HEADS[variant])
     session = open_session(model, table=table, threads=2)
     ids = tokens(20)
     full = session.decode(ids)

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_model
 import train_lm_head_predictor
 from gguf_files import write_model
 from reference import Reference
-from small_model import SHAPE, tokens
+from small_model import HEADS, SHAPE, tokens
 
 from smallthinker_edge import ModelFormatError, SmallThinker
 from smallthinker_edge._native import kernels
-from smallthinker_edge._native.engine import Engine
-from smallthinker_edge._native.locks import Turns
-from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.generation.speculation import BatchCosts
-from smallthinker_edge.loading import Loader
 from smallthinker_edge.opening import plan_memory
-from smallthinker_edge.session import Session
 
 INNER = 64
 PREDICTED: dict[str, Any] = SHAPE | {"window": 64, "lm_head_profiler": INNER}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "Q4_0": {},
-    "untied": {"tied": False},
-    "Q8_0": {"types": "Q8_0"},
-    "Q6_K head": {"head_type": "Q6_K"},
-    "F16": {"types": "F16"},
+VARIANTS: dict[str, dict[str, Any]] = HEADS | {
     "F32 predictor": {"types": {"default": "Q4_0", "profiler": "F32"}},
-    "vocabulary of odd size": {"vocab_size": 519},
 }
-
-
-def open_session(path: str, *, table: str | None = None, threads: int = 1, batch: int = 512, exact: bool = False,
-                 predictor: bool = True) -> Session:  # fmt: skip
-    gguf = GGUFFile(path)
-    config = ModelConfig.from_gguf(gguf)
-    engine = Engine(config, threads, table, batch, exact)
-    Loader(gguf, config, engine, predictor=predictor).load()
-    return Session(engine, config.vocab_size, 1024, Turns())
+open_session = partial(small_model.open_session, predictor=True)
 
 
 @pytest.fixture(scope="module")

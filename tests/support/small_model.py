@@ -18,13 +18,23 @@ SHAPE: dict[str, Any] = {
     "d_ffn": 128, "vocab_size": 512, "types": "Q4_0", "context_length": 1024,
 }  # fmt: skip
 
+# What differs between LM heads.
+HEADS: dict[str, dict[str, Any]] = {
+    "Q4_0": {},
+    "untied": {"tied": False},
+    "Q8_0": {"types": "Q8_0"},
+    "Q6_K head": {"head_type": "Q6_K"},
+    "F16": {"types": "F16"},
+    "vocabulary of odd size": {"vocab_size": 519},
+}
+
 
 def open_session(path: str, *, threads: int = 1, table: str | None = None, batch: int = 512, exact: bool = False,
-                 context: int = 1024, kv: str = "f16") -> Session:  # fmt: skip
+                 context: int = 1024, kv: str = "f16", predictor: bool = False) -> Session:  # fmt: skip
     gguf = GGUFFile(path)
     config = ModelConfig.from_gguf(gguf)
     engine = Engine(config, threads, table, batch, exact)
-    Loader(gguf, config, engine).load()
+    Loader(gguf, config, engine, predictor=predictor).load()
     return Session(engine, config.vocab_size, context, Turns(), kv)
 
 
