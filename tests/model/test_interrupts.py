@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from countdown import Countdown
 from gguf_files import write_model
 from small_model import SHAPE, tokens
 
@@ -122,17 +123,6 @@ def test_a_stream_closed_from_another_thread_ends(model: SmallThinker) -> None:
 
 
 # Cancelling and Ctrl-C
-
-
-class Countdown:
-    """A cancel signal that comes at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-
-    def is_set(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
 
 
 def slow_prompt(model: SmallThinker) -> np.ndarray:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from countdown import Countdown
 from faults import END, SHORT, STALL, Shim, check, held
 from gguf_files import write_model
 from soak import SESSIONS, Soak, least_memory, probe
@@ -49,17 +50,6 @@ WEATHER: dict[str, tuple[int, tuple[int, ...]]] = {
     "MAP": (50_000, (errno.ENOMEM,)),
     "THREAD": (300_000, (errno.EAGAIN,)),
 }
-
-
-class Countdown:
-    """A cancel signal that comes at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-
-    def is_set(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
 
 
 class FaultySoak(Soak):
