@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from smallthinker_edge._native.layouts import KV_TYPES
 from smallthinker_edge.errors import MissingExtra, SmallThinkerError
+from smallthinker_edge.opening import DEFAULT_CONTEXT, KV_CHOICES
 from smallthinker_edge.printable import printable
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=positive_int,
         metavar="N",
-        help="positions to make room for (default: the model's, to 4096)",
+        help=f"positions to make room for (default: the model's, to {DEFAULT_CONTEXT})",
     )
     parser.add_argument(
         "--head-threshold",
@@ -88,7 +88,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_kv_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv",
-        choices=(*KV_TYPES, "auto"),
+        choices=KV_CHOICES,
         default="f16",
         help="KV cache: q8_0 takes half the memory, but in window layers (q8_0-all: there too); auto: by the budget",
     )

@@ -26,6 +26,7 @@ from smallthinker_edge.cli.arguments import (
 )
 from smallthinker_edge.cli.evaluate import print_kl
 from smallthinker_edge.cli.progress import progress, shown_name
+from smallthinker_edge.opening import DEFAULT_CONTEXT
 
 if TYPE_CHECKING:
     from smallthinker_edge.files.config import ModelConfig
@@ -212,7 +213,13 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_kv_argument(parser)
     parser.add_argument("file", metavar="FILE", help="GGUF or packed file, or one of the Hub: hf:ORG/NAME/FILE")
     parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 1GiB")
-    parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="positions (default: 4096)")
+    parser.add_argument(
+        "--context",
+        type=positive_int,
+        default=DEFAULT_CONTEXT,
+        metavar="N",
+        help=f"positions (default: {DEFAULT_CONTEXT})",
+    )
     parser.add_argument("--packed", action="store_true", help="of a GGUF: as for the packed file made of it")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print bytes by name, for programs")
 
