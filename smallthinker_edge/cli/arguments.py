@@ -66,7 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="budget of the whole process, such as 8GiB (default: none)",
     )
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
+    add_threads_argument(parser)
     parser.add_argument("--pin", action="store_true", help="keep each compute thread on one CPU")
     parser.add_argument(
         "--context",
@@ -83,6 +83,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="compare a packed file's checksums as it is read")
     add_kv_argument(parser)
+
+
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
 
 
 def add_kv_argument(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from smallthinker_edge.cli.arguments import OK, Command, positive_int, show_text
+from smallthinker_edge.cli.arguments import OK, Command, add_threads_argument, show_text
 from smallthinker_edge.home.schema import Command as HomeCommand
 from smallthinker_edge.home.understand import HomeModel, open_home_model
 
@@ -110,7 +110,7 @@ def program() -> str:
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--interactive", action="store_true", help="then type commands of your own")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
+    add_threads_argument(parser)
 
 
 def demo(arguments: argparse.Namespace) -> int:

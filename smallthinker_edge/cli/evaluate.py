@@ -12,6 +12,7 @@ from smallthinker_edge.cli.arguments import (
     OK,
     Command,
     add_kv_argument,
+    add_threads_argument,
     checking_arguments,
     memory_size,
     positive_int,
@@ -34,7 +35,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", dest="json_path", help="write all figures there, by position too")
     parser.add_argument("--memory", type=memory_size, metavar="SIZE", help="budget of the whole process, such as 8GiB")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="compute threads (default: usable CPUs)")
+    add_threads_argument(parser)
     add_kv_argument(parser)
 
 
