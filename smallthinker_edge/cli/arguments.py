@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,6 +134,11 @@ def open_model(arguments: argparse.Namespace, **more: Any) -> SmallThinker:
             on_load=lambda done, total: show(done, total, "layers loaded"),
             **more,
         )
+
+
+def show_log() -> None:
+    """What a service tells while it runs goes to stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
 
 
 def one_line(message: object) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import threading
 from pathlib import Path
 
-from smallthinker_edge.cli.arguments import OK, Command, checking_arguments, need_package, positive_int
+from smallthinker_edge.cli.arguments import OK, Command, checking_arguments, need_package, positive_int, show_log
 from smallthinker_edge.cli.wyoming import add_home_arguments, load_home
 
 USER_VARIABLE, PASSWORD_VARIABLE = "SMALLTHINKER_MQTT_USER", "SMALLTHINKER_MQTT_PASSWORD"
@@ -49,7 +48,7 @@ def mqtt(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.home.mqtt import MqttService, Settings
     from smallthinker_edge.model import SmallThinker
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    show_log()
     home, stop = load_home(arguments.home), threading.Event()
     settings = Settings(
         host=arguments.host,

@@ -18,6 +18,7 @@ from smallthinker_edge.cli.arguments import (
     need_package,
     open_model,
     positive_int,
+    show_log,
 )
 from smallthinker_edge.cli.generate import add_sampling_arguments, sampling_options
 
@@ -91,7 +92,7 @@ def serve(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.server.app import make_app
     from smallthinker_edge.server.settings import Settings
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    show_log()
     key = api_key(arguments)
     local = is_loopback(arguments.host)
     if not local and key is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +15,7 @@ from smallthinker_edge.cli.arguments import (
     memory_size,
     need_package,
     positive_int,
+    show_log,
 )
 from smallthinker_edge.home.understand import EMBEDDED
 
@@ -74,7 +74,7 @@ def wyoming(arguments: argparse.Namespace) -> int:
     from smallthinker_edge.home.wyoming import SYSTEM, Settings, WyomingService, run
     from smallthinker_edge.model import SmallThinker
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    show_log()
     home = load_home(arguments.home)
     settings = Settings(
         answer_seconds=arguments.seconds, most_tokens=arguments.max_tokens, system=arguments.system or SYSTEM
