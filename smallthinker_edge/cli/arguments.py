@@ -146,6 +146,10 @@ def one_line(message: object) -> str:
     return printable(" ".join(str(message).split()))
 
 
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
 def show_text(text: str) -> None:
     """Prints what a model said, without a line end: exactly to a file or pipe, harmlessly to a terminal."""
     print(printable(text, keep="\n\t") if sys.stdout.isatty() else text, end="", flush=True)

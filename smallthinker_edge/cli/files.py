@@ -23,6 +23,7 @@ from smallthinker_edge.cli.arguments import (
     memory_size,
     one_line,
     positive_int,
+    shorten,
 )
 from smallthinker_edge.cli.evaluate import print_kl
 from smallthinker_edge.cli.progress import progress, shown_name
@@ -72,10 +73,6 @@ def describe(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.9g}"
     return shorten(repr(value), VALUE_WIDTH)
-
-
-def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def print_tensors(gguf: GGUFFile, each: bool) -> None:

@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from smallthinker_edge.cli.arguments import one_line
+from smallthinker_edge.cli.arguments import one_line, shorten
 
 NAME_WIDTH = 72
 
 
 def shown_name(name: str) -> str:
     """A name of a file or tensor, which may have 65535 bytes of anything, on one line."""
-    line = one_line(name)
-    return line if len(line) <= NAME_WIDTH else line[: NAME_WIDTH - 3] + "..."
+    return shorten(one_line(name), NAME_WIDTH)
 
 
 def on_terminal() -> bool:
