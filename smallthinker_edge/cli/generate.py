@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +71,6 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def show(pieces: Iterator[str]) -> str:
-    """Prints a stream as it comes; returns the whole text."""
-    shown = []
-    for piece in pieces:
-        shown.append(piece)
-        show_text(piece)
-    return "".join(shown)
-
-
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - is stdin")
@@ -101,7 +92,8 @@ def generate(arguments: argparse.Namespace) -> int:
             with checking_arguments():
                 stream = model.stream(prompt, **{**sampling_options(arguments), "on_prompt": on_prompt})
             try:
-                show(stream)
+                for piece in stream:
+                    show_text(piece)
             finally:
                 print(flush=True)
         if arguments.stats:
