@@ -71,6 +71,11 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def given_text(text: str) -> str:
+    """The text of an argument; - is stdin."""
+    return sys.stdin.read() if text == "-" else text
+
+
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="text to continue; - is stdin")
@@ -79,7 +84,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = given_text(arguments.prompt)
     with open_model(arguments) as model:
         if model.chat_template is not None and len(model.tokenizer.split_specials(prompt)) == 1:
             print(

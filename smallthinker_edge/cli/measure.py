@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from smallthinker_edge.cli.arguments import (
@@ -17,7 +16,7 @@ from smallthinker_edge.cli.arguments import (
     open_model,
     positive_int,
 )
-from smallthinker_edge.cli.generate import add_sampling_arguments, sampling_options
+from smallthinker_edge.cli.generate import add_sampling_arguments, given_text, sampling_options
 from smallthinker_edge.cli.progress import progress
 
 
@@ -65,7 +64,7 @@ def trace(arguments: argparse.Namespace) -> int:
             draw = random.Random(0)
             tokens = [draw.randrange(model.config.vocab_size) for _ in range(arguments.random)]
         else:
-            tokens = model.tokenize(sys.stdin.read() if arguments.prompt == "-" else arguments.prompt)
+            tokens = model.tokenize(given_text(arguments.prompt))
         with checking_arguments():
             with progress() as show:
                 recorded = record(model, tokens, arguments.max_tokens, show)
