@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import stat
@@ -19,7 +18,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from smallthinker_edge.batch.task import LONGEST_LINE, Line
+from smallthinker_edge.batch.task import LONGEST_LINE, Line, digest_of
 from smallthinker_edge.errors import SmallThinkerError
 from smallthinker_edge.files.atomic import atomic_file
 
@@ -175,7 +174,7 @@ class Output:
         source = found["source"]
         if source["task"] != self.task:
             raise OutputError(f"{self.path} holds answers to another task, or with other options")
-        if source["input"] != _source(line, "", "")["input"]:
+        if source["input"] != digest_of(line.data):
             raise OutputError(f"line {line.number} of {self.source} has changed since it was answered in {self.path}")
         if source["model"]:
             self.model = self.model or source["model"]
@@ -234,13 +233,9 @@ class Output:
             self._written += 1
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def _source(line: Line, task: str, model: str) -> dict[str, str]:
     """What an answer is the answer to, as its record says it."""
-    return {"task": task, "model": model, "input": _digest(line.data)}
+    return {"task": task, "model": model, "input": digest_of(line.data)}
 
 
 def _decoded(record: bytes) -> dict[str, Any] | None:

@@ -25,6 +25,11 @@ NOT_FOR_TASKS = LOCAL | {"n", "model", "stream", "stream_options", "echo"}
 LineKind = Literal["json", "text"]
 
 
+def digest_of(data: bytes) -> str:
+    """16 hex digits that differ where data does."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of the input: its number, from 1, and its bytes without the line end."""
@@ -109,7 +114,7 @@ class Task:
     def digest(self, settings: Mapping[str, Any]) -> str:
         """16 hex digits that differ where the task or the settings do, which JSON must be able to hold."""
         whole = [self.request, self.lines, self.id_field, settings]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(json.dumps(whole, sort_keys=True).encode())
 
 
 def read_task(

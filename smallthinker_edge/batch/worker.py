@@ -5,13 +5,12 @@ What is wrong with a line is its answer; what is wrong with the worker is an Unf
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
-from smallthinker_edge.batch.task import Line, Task
+from smallthinker_edge.batch.task import Line, Task, digest_of
 from smallthinker_edge.errors import GrammarError, MissingExtra, SmallThinkerError
 from smallthinker_edge.model import SmallThinker
 
@@ -98,9 +97,7 @@ def open_for(task: Task, opening: Opening) -> SmallThinker:
 
 def model_digest(model: SmallThinker) -> str:
     """16 hex digits that differ where weights or chat template do, and not between a GGUF and its packed file."""
-    digest = hashlib.sha256(model.fingerprint().encode())
-    digest.update(repr(model.chat_template).encode())
-    return digest.hexdigest()[:16]
+    return digest_of(model.fingerprint().encode() + repr(model.chat_template).encode())
 
 
 def answer(model: SmallThinker, digest: str, task: Task, line: Line) -> Answer:
