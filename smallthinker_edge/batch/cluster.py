@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_VARIABLE, MEMORY_VARIABLE = "SMALLTHINKER_MODEL", "SMALLTHINKER_MEMORY"
+ANOTHER_MODEL = "its model is another one than the one that gave the answers so far"
 GONE = "the scheduler is gone; the same command goes on when it is back"
 LINES_EACH = 2  # given to a worker process: one that it computes, and the next one
 SCHEDULER_SECONDS = 60.0  # that it has to answer
@@ -112,7 +113,7 @@ class Cluster:
             self._expected = self._expected or found.model
             others = self._present() - self._unfit.keys() - {address}
             if found.model != self._expected:
-                found = "its model is another one than the one that gave the answers so far"
+                found = ANOTHER_MODEL
             elif found.broken and others:
                 found = str(found.fields["error"]["message"])
             else:
@@ -158,7 +159,7 @@ def answer_on_worker(task: Task, opening: Opening, expected: str | None, line: L
         with _computing:
             model, digest = _model_here(task, opening)
             if expected not in (None, digest):
-                return address, "its model is another one than the one that gave the answers so far"
+                return address, ANOTHER_MODEL
             return address, answer(model, digest, task, line)
     except Exception as error:
         return address, f"{type(error).__name__}: {error}"
