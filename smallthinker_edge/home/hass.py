@@ -14,6 +14,7 @@ from typing import Any
 
 from smallthinker_edge.home.names import Device, Home
 from smallthinker_edge.home.schema import Command
+from smallthinker_edge.home.spoken import duration_parts
 from smallthinker_edge.home.spoken import seconds as words_to_seconds
 
 Slots = dict[str, Any]
@@ -305,8 +306,7 @@ def volume(sign: int) -> Callable[[Spoken], list[HassIntent]]:
 
 
 def duration(seconds: int, prefix: str = "") -> Slots:
-    parts = {"hours": seconds // 3600, "minutes": seconds // 60 % 60, "seconds": seconds % 60}
-    return {prefix + unit: n for unit, n in parts.items() if n}
+    return {prefix + unit: count for unit, count in duration_parts(seconds).items()}
 
 
 def timer(name: str, text: str, *, takes_time: bool) -> Callable[[Spoken], list[HassIntent]]:

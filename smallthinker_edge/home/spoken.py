@@ -154,6 +154,12 @@ def seconds(words: str) -> int | None:
     return round(total) if seen else None
 
 
+def duration_parts(seconds: int) -> dict[str, int]:
+    """4800 -> {"hours": 1, "minutes": 20}: seconds in units, without those of which there are none."""
+    parts = {"hours": seconds // 3600, "minutes": seconds // 60 % 60, "seconds": seconds % 60}
+    return {unit: count for unit, count in parts.items() if count}
+
+
 def _unit(word: str) -> int:
     return _SECONDS.get(word.removesuffix("s"), 0)
 

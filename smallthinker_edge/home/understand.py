@@ -23,6 +23,7 @@ from smallthinker_edge.home.schema import (
     pairs,
     read_answer,
 )
+from smallthinker_edge.home.spoken import duration_parts
 from smallthinker_edge.home.text_form import model_form
 from smallthinker_edge.home.values import command_of, each, heard
 from smallthinker_edge.model import SmallThinker
@@ -145,9 +146,5 @@ def _words(slot: str, value: Any) -> str:
     if slot == "level" and isinstance(value, int):
         return f"{value} percent"
     if slot == "duration" and isinstance(value, int):
-        return " ".join(
-            f"{n} {unit}"
-            for n, unit in ((value // 3600, "hours"), (value % 3600 // 60, "minutes"), (value % 60, "seconds"))
-            if n
-        )
+        return " ".join(f"{count} {unit}" for unit, count in duration_parts(value).items())
     return f"{value:g}" if isinstance(value, float) else str(value)
