@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from smallthinker_edge.home.schema import Command
+from smallthinker_edge.home.schema import UNKNOWN, Command
 
 MOST = 256
 SECONDS = 300.0  # as long as Home Assistant keeps a conversation
@@ -45,5 +45,5 @@ def remember(conversations: Conversations[list[Command]], name: str, commands: S
     actions = {command["action"] for command in commands}
     if "nevermind" in actions:
         conversations.forget(name)
-    elif "unknown" not in actions:
+    elif UNKNOWN not in actions:
         conversations.put(name, list(commands))

@@ -13,7 +13,7 @@ from datetime import date
 from typing import Any
 
 from smallthinker_edge.home.names import Device, Home
-from smallthinker_edge.home.schema import Command
+from smallthinker_edge.home.schema import UNKNOWN, Command
 from smallthinker_edge.home.spoken import duration_parts
 from smallthinker_edge.home.spoken import seconds as words_to_seconds
 
@@ -464,7 +464,7 @@ NONE: dict[str, str] = {
     "media_query": "Home Assistant does not answer questions about music",
     **dict.fromkeys(("alarm_set", "alarm_cancel", "alarm_query"), "Home Assistant has no alarm clock"),
     "list_create": "Home Assistant makes no lists by voice",
-    "unknown": "I did not understand that",
+    UNKNOWN: "I did not understand that",
 }
 
 
@@ -481,7 +481,7 @@ def hass_intents(commands: Sequence[Command], home: Home | None = None, text: st
     for command in commands:
         found += _intents(Spoken(command, home or Home(), text))
     if not found:
-        raise NoIntent(NONE["unknown"])
+        raise NoIntent(NONE[UNKNOWN])
     return found
 
 
@@ -489,7 +489,7 @@ def _intents(spoken: Spoken) -> list[HassIntent]:
     action = spoken.command["action"]
     make = ROWS.get(action)
     if make is None:
-        raise NoIntent(NONE.get(action, NONE["unknown"]))
+        raise NoIntent(NONE.get(action, NONE[UNKNOWN]))
     if action not in TIMED and any(spoken.get(slot) for slot in LATER):
         raise NoIntent("Home Assistant has no intent for later or for a while")
     return make(spoken)

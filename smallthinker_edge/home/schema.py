@@ -36,11 +36,11 @@ _BY_SLOTS: dict[tuple[str, ...], str] = {
     ("place", "event"): "clock",
     ("message", "area", "floor"): "broadcast",
 }
+UNKNOWN = "unknown"
 # Action -> the slots that it may have; all but the last two may also say when and for how long.
 ACTIONS: dict[str, tuple[str, ...]] = {
     action: (*slots, *WHEN) for slots, actions in _BY_SLOTS.items() for action in actions.split()
-} | {"nevermind": (), "unknown": ()}
-UNKNOWN = "unknown"
+} | {"nevermind": (), UNKNOWN: ()}
 MOST_COMMANDS = 8  # in one sentence
 
 # One command as the model says it: its action, and the words of each slot.

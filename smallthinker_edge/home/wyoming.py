@@ -44,7 +44,7 @@ from smallthinker_edge.errors import SmallThinkerError
 from smallthinker_edge.home.conversations import Conversations, remember
 from smallthinker_edge.home.hass import HassIntent, NoIntent, hass_intents
 from smallthinker_edge.home.names import Home
-from smallthinker_edge.home.schema import Command, Understand
+from smallthinker_edge.home.schema import UNKNOWN, Command, Understand
 from smallthinker_edge.model import SmallThinker
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class WyomingService:
         try:
             intents = hass_intents(commands, self._home, text)
         except NoIntent as reason:
-            unknown = all(command["action"] == "unknown" for command in commands)
+            unknown = all(command["action"] == UNKNOWN for command in commands)
             if self._model is not None and unknown and not intents_only and not client.program:
                 await self._handle(self._model, client, text, context, conversation)
             else:

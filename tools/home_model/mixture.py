@@ -17,7 +17,7 @@ from smallthinker_edge.home.schema import UNKNOWN
 SHARES = {"slurp": 0.14, "hass": 0.24, "joined": 0.05, "follow_up": 0.05}
 UNKNOWN_SHARE = 0.48  # of our plain sentences
 NOT_JOINED = {
-    "unknown",
+    UNKNOWN,
     "nevermind",
     "broadcast",
     "like",

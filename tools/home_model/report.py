@@ -24,6 +24,7 @@ import reference  # noqa: E402
 from home_chats import home_chats  # noqa: E402
 
 from smallthinker_edge import SmallThinker  # noqa: E402
+from smallthinker_edge.home.schema import UNKNOWN  # noqa: E402
 from smallthinker_edge.home.text_form import model_form  # noqa: E402
 from smallthinker_edge.home.understand import EMBEDDED, HomeModel  # noqa: E402
 
@@ -45,7 +46,7 @@ def confusion(home_model: HomeModel, spoken: list[slurp.Spoken]) -> str:
     """A table of SLURP's intents: how many are right, and what the others are taken for."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for one in spoken:
-        intent = one.intent if one.accepted != ("unknown",) else "all others"
+        intent = one.intent if one.accepted != (UNKNOWN,) else "all others"
         commands = home_model.said(model_form(one.text))
         actions = ["no valid answer"] if commands is None else [command["action"] for command in commands]
         seen[intent]["right" if set(actions) <= set(one.accepted) else ", ".join(actions)] += 1
