@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from smallthinker_edge.measure.report import USES
 from smallthinker_edge.measure.trace import hot_share
 from smallthinker_edge.printable import printable
 
@@ -25,7 +26,6 @@ PARTS = {
     "waiting": "waiting for reads of experts",
     "other": "embedding and the rest",
 }
-USES = ("hits", "ahead_hits", "misses")
 MOST_POINTS = 200  # of a line; more samples are put together
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 240, 76, 16, 12, 30  # of a chart; of the margins around its area
 CELL, HEAT_LEFT, HEAT_TOP = 14, 30, 18  # of the heat map

@@ -29,7 +29,8 @@ PARTS = {
     "waiting": "wait_seconds",
     "other": "other_seconds",
 }
-COUNTS = ("hits", "ahead_hits", "misses", "read_bytes")
+USES = ("hits", "ahead_hits", "misses")  # of experts, by how they were found
+COUNTS = (*USES, "read_bytes")
 QUESTIONS = (
     "How does a refrigerator keep food cold?",
     "Write a short letter that thanks a neighbour for watering the plants.",
@@ -113,7 +114,7 @@ class Report:
     def counts(self) -> dict[str, float]:
         """Uses of experts and bytes read in all, and hit_rate, the hits of all three."""
         sums = {name: sum(getattr(sample, name) for sample in self.samples) for name in COUNTS}
-        uses = sums["hits"] + sums["ahead_hits"] + sums["misses"]
+        uses = sum(sums[name] for name in USES)
         return {**sums, "hit_rate": sums["hits"] / uses if uses else 0.0}
 
     def figures(self) -> dict[str, Any]:
