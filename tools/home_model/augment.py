@@ -57,6 +57,7 @@ brighten pull roll crank
 POOLED_BY_ACTION = set("device level item duration time date media degrees event weather scene message".split())
 _FREE = set("area artist media item name scene list device place color genre message".split())  # may be made up
 _NUMBERS = {word: str(value) for word, value in (spoken.UNITS | spoken.TENS).items() if word not in ("oh", "dozen")}
+_TENS = {str(value) for value in spoken.TENS.values()}
 _KEYS = "qwertyuiop asdfghjkl zxcvbnm".split()
 
 
@@ -233,13 +234,7 @@ def in_digits(text: str) -> str:
     parts: list[str] = []
     for word in text.split(" "):
         digits = _NUMBERS.get(word)
-        if (
-            digits
-            and parts
-            and parts[-1] in ("20", "30", "40", "50", "60", "70", "80", "90")
-            and len(digits) == 1
-            and digits != "0"
-        ):
+        if digits and parts and parts[-1] in _TENS and len(digits) == 1 and digits != "0":
             parts[-1] = str(int(parts[-1]) + int(digits))
         else:
             parts.append(digits or word)
