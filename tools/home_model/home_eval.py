@@ -85,7 +85,7 @@ def show(home_model: HomeModel, spoken: list[slurp.Spoken]) -> None:
     """Prints people's sentences with the commands they become."""
     for one in spoken:
         commands = home_model.understand(one.text)
-        right = all(command["action"] in one.accepted for command in commands)
+        right = one.accepts(commands)
         verdict = "right" if right else f"wrong: {' or '.join(one.accepted)}"
         print(f"> {one.text}\n  {json.dumps(commands, ensure_ascii=False)}\n  ({verdict})\n", flush=True)
 
@@ -99,7 +99,7 @@ def slurp_scores(home_model: HomeModel, spoken: list[slurp.Spoken], wrong: bool 
     for one in spoken:
         commands = home_model.said(model_form(one.text))
         invalid += commands is None
-        right = commands is not None and all(command["action"] in one.accepted for command in commands)
+        right = commands is not None and one.accepts(commands)
         if wrong and not right:
             print(f"{one.intent} | {one.text} | {commands}")
         if one.accepted == (UNKNOWN,):

@@ -49,7 +49,8 @@ def confusion(home_model: HomeModel, spoken: list[slurp.Spoken]) -> str:
         intent = one.intent if one.accepted != (UNKNOWN,) else "all others"
         commands = home_model.said(model_form(one.text))
         actions = ["no valid answer"] if commands is None else [command["action"] for command in commands]
-        seen[intent]["right" if set(actions) <= set(one.accepted) else ", ".join(actions)] += 1
+        right = commands is not None and one.accepts(commands)
+        seen[intent]["right" if right else ", ".join(actions)] += 1
     lines = ["| intent | right | of | taken for |", "|---|---|---|---|"]
     for intent, answers in sorted(seen.items()):
         wrong = ", ".join(f"{name} {n}" for name, n in answers.most_common() if name != "right")

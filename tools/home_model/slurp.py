@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from annotated import MARK, Piece, Sentence, pieces_of
 from words import lot
@@ -101,6 +103,10 @@ class Spoken:
     accepted: tuple[str, ...]  # our actions that are right
     entities: tuple[tuple[str, str], ...]  # (our slot, words)
     sentence: Sentence
+
+    def accepts(self, commands: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether the action of each of the commands is right."""
+        return all(command["action"] in self.accepted for command in commands)
 
 
 def _intent(row: dict[str, str]) -> str:
