@@ -188,7 +188,7 @@ class Training:
         Matrix.compute = torch.bfloat16 if args.bf16 else torch.float32
         self.args, self.rank = args, rank
         self.tokenizer = Tokenizer.from_file(os.path.join(args.out, "tokenizer.json"))
-        shape = Shape(layers=args.layers, d_model=args.width, heads=args.width // 32, d_ffn=args.ffn,
+        shape = Shape(layers=args.layers, d_model=args.width, heads=args.width // Shape.head_dim, d_ffn=args.ffn,
                       vocab=args.vocab, dropout=args.dropout)  # fmt: skip
         self.model = Model(shape)
         matrices = [p for name, p in self.model.named_parameters() if p.ndim > 1 and name.startswith("layers.")]
@@ -304,15 +304,15 @@ def main() -> None:
         "--held-out", type=int, default=slurp.HELD_OUT, help="percent of SLURP's wordings that training does not see"
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: for CPUs with AMX")
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=Shape.dropout)
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out; time counts on")
     parser.add_argument("--minutes", type=float, default=60, help="wall time of training (default 60)")
     parser.add_argument("--decay", type=float, default=0.4, help="last share of the time, with a falling rate")
     parser.add_argument("--quantised", type=float, default=0.2, help="last share of the time that pretends Q4_0")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--ffn", type=int, default=128)
-    parser.add_argument("--vocab", type=int, default=4096, help="tokens, special ones included")
+    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--width", type=int, default=Shape.d_model)
+    parser.add_argument("--ffn", type=int, default=Shape.d_ffn)
+    parser.add_argument("--vocab", type=int, default=Shape.vocab, help="tokens, special ones included")
     parser.add_argument("--tokens", type=int, default=5000, help="tokens a step and worker")
     parser.add_argument("--rate", type=float, default=0.02, help="peak learning rate of the matrices (Muon)")
     parser.add_argument("--adam-rate", type=float, default=3e-3, help="of embedding, routers and norms (AdamW)")
