@@ -143,14 +143,6 @@ def rope_tables(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]
     return angle.cos(), angle.sin()
 
 
-@dataclass
-class Usage:
-    """What one layer did with a batch: share of silent neurons, and of tokens per expert [E]."""
-
-    silent: float
-    experts: torch.Tensor
-
-
 class Layer(nn.Module):
     def __init__(self, index: int, shape: Shape) -> None:
         super().__init__()
@@ -166,7 +158,7 @@ class Layer(nn.Module):
         self.gate, self.up = (Matrix(shape.experts, shape.d_ffn, d, std=inner) for _ in range(2))
         self.down = Matrix(shape.experts, d, shape.d_ffn, std=small / math.sqrt(shape.d_ffn))
 
-    def forward(self, x: torch.Tensor, tables: Any, usage: list[Usage] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, tables: Any, silence: list[float] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [B, T, D] -> (x, loss of the router: load balance, and logits that are too large)."""
         b, t, d = x.shape
         logits = F.linear(x, self.router).view(-1, self.shape.experts)  # before attention, on the raw residual
@@ -175,7 +167,7 @@ class Layer(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=SMALLEST_SUM)
         x = x + self.dropped(self.attention(RMSNorm.apply(x, self.attn_norm), tables))
         h = RMSNorm.apply(x, self.ffn_norm).view(-1, d)
-        x = x + self.dropped(self.mixture(h, chosen, weight.to(h.dtype), usage).view(b, t, d))
+        x = x + self.dropped(self.mixture(h, chosen, weight.to(h.dtype), silence).view(b, t, d))
         return x, self.balance(logits, chosen, b) + 0.1 * F.relu(logits.abs() - CALM_LOGIT).square().mean()
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
@@ -198,7 +190,7 @@ class Layer(nn.Module):
         return F.linear(y.transpose(1, 2).reshape(b, t, -1), self.o())
 
     def mixture(
-        self, h: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor, usage: list[Usage] | None
+        self, h: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor, silence: list[float] | None
     ) -> torch.Tensor:
         """h: [N, D]; chosen, weight: [N, K]. Tokens are sorted by expert, so every expert is three dense products.
 
@@ -221,11 +213,11 @@ class Layer(nn.Module):
         for e, rows in enumerate(inputs.split(padded.tolist())):
             gate, up = F.linear(rows, gate_up[e]).chunk(2, -1)
             gate = F.relu(gate)
-            if usage is not None:
+            if silence is not None:
                 silent += float((gate[: int(counts[e])] == 0).float().mean(-1).sum()) / (n * used)
             outputs.append(F.linear(gate * up * share[e], down[e]))
-        if usage is not None:
-            usage.append(Usage(silent, counts / n))
+        if silence is not None:
+            silence.append(silent)
         return Permute.apply(torch.cat(outputs), inverse, source).view(n, used, -1).sum(1)
 
     def balance(self, logits: torch.Tensor, chosen: torch.Tensor, sequences: int) -> torch.Tensor:
@@ -250,9 +242,12 @@ class Model(nn.Module):
         self.tables: dict[int, Any] = {}
 
     def forward(
-        self, ids: torch.Tensor, rows: torch.Tensor, usage: list[Usage] | None = None
+        self, ids: torch.Tensor, rows: torch.Tensor, silence: list[float] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids: [B, T], rows: bool [B, T] -> (logits of those rows [n, V], loss of the routers)."""
+        """ids: [B, T], rows: bool [B, T] -> (logits of those rows [n, V], loss of the routers).
+
+        silence: each layer adds the share of silent neurons in its chosen experts.
+        """
         t = ids.shape[1]
         if t not in self.tables:
             mask = torch.full((t, t), -math.inf).triu(1)
@@ -264,7 +259,7 @@ class Model(nn.Module):
             x = Mask.dropped(x, self.shape.dropout)
         balance = torch.zeros(())
         for layer in self.layers:
-            x, loss = layer(x, self.tables[t], usage)
+            x, loss = layer(x, self.tables[t], silence)
             balance = balance + loss / len(self.layers)
         wanted = int(rows.sum())
         x = F.pad(x[rows], (0, 0, 0, -wanted % ROWS))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from augment import Example
 from chat_form import END, SPECIAL, TEMPLATE, prompt
 from mixture import Mixture
-from network import Matrix, Model, Shape, Usage, write_checkpoint
+from network import Matrix, Model, Shape, write_checkpoint
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
@@ -277,11 +277,11 @@ class Training:
             name = "Q4_0" if Matrix.quantised else "float"
             print(f"{name}: seen {exact_match(self.model, self.tokenizer, seen):.4f} "
                   f"held out {exact_match(self.model, self.tokenizer, held_out):.4f}")  # fmt: skip
-        usage: list[Usage] = []
+        silence: list[float] = []
         ids, mask, _ = tensors(batches_of(encode(self.tokenizer, seen), 8192)[1])
         with torch.no_grad():
-            self.model(ids, mask, usage)
-        print("silent neurons per layer:", [round(u.silent, 3) for u in usage])
+            self.model(ids, mask, silence)
+        print("silent neurons per layer:", [round(share, 3) for share in silence])
         print(f"steps {self.step} tokens {self.tokens} seconds {self.elapsed():.0f}")
 
 
