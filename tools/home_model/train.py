@@ -246,7 +246,7 @@ class Training:
     def held_out(self) -> list[Example]:
         """People's sentences that training does not see, as they are."""
         spoken = slurp.read_slurp(self.args.slurp) if self.args.slurp else []
-        kept = [s.sentence for s in spoken if slurp.is_held_out(s.sentence.kind)]
+        kept = [s.sentence for s in spoken if slurp.is_held_out(s.sentence.kind, self.args.held_out)]
         return [Example((("user", sentence.text),), sentence.answer) for sentence in kept]
 
     def run(self) -> None:
