@@ -1,5 +1,5 @@
 # The C core as Cython sees it: declarations only, of what some .pyx calls; the contracts are in include/.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 cdef extern from "smallthinker/types.h" nogil:
     enum:
@@ -24,18 +24,28 @@ cdef extern from "smallthinker/status.h" nogil:
         ST_ERR_UNSUPPORTED
 
 cdef extern from "smallthinker/quantize.h" nogil:
+    enum:
+        ST_QUANTIZE_ROWS
     int st_quantize(int type, uint8_t *dst, int src_type, const void *src, int64_t n)
+    int st_quantize_q4_0_rows(uint8_t *dst, int src_type, const void *src, int64_t rows, int64_t cols,
+                              const float *weight, const float *feedback, float *work)
 
 cdef extern from "smallthinker/layout.h" nogil:
     enum:
         ST_TILE_ROWS
         ST_DOWN_CHUNK
     ctypedef struct st_q8x4:
-        pass
+        int8_t q[2][4][16]
+        float scale[16]
     ctypedef struct st_active:
-        pass
+        int8_t h[32]
+        uint8_t index[32]
+        int32_t quads
+        float scale
     ctypedef struct st_fired:
-        pass
+        float h[32]
+        uint8_t index[32]
+        int32_t quads
     size_t st_tile16_bytes(int type, int64_t rows, int64_t cols)
     ctypedef struct st_down_view:
         const uint8_t *lines
