@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from smallthinker_edge._native.capture import MatrixInputs
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.sampler import Sampler
@@ -178,6 +179,19 @@ class SmallThinker(CompletionCalls):
         finally:
             with self._turns.wait():
                 engine.routing = None
+
+    @contextmanager
+    def capturing(self, inputs: MatrixInputs) -> Iterator[list[bytes]]:
+        """Fills `inputs` at every decode, of all sessions, and collects the experts chosen; see measure/imatrix.py."""
+        engine = self._open_engine()
+        with self.recording() as chunks:
+            with self._turns.wait():
+                engine.capture = inputs
+            try:
+                yield chunks
+            finally:
+                with self._turns.wait():
+                    engine.capture = None
 
     def tokenize(self, text: str | bytes, *, add_bos: bool | None = None, parse_special: bool = True) -> list[int]:
         """Token ids; see Tokenizer.encode."""

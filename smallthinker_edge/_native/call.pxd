@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from smallthinker_edge._native.buffers cimport Buffers, Scratch
+from smallthinker_edge._native.capture cimport Capture
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.kv_cache cimport KVView
 from smallthinker_edge._native.router cimport Paging
@@ -33,6 +34,7 @@ cdef struct Call:
     float head_threshold
     const uint32_t *allowed  # [ceil(V / 32)] bits: the only rows that are asked for, of one token; or NULL
     int32_t *trace         # [n][L][K] that takes the chosen experts, or NULL
+    const Capture *capture  # takes what some layers' matrices are multiplied with, of n > 1 tokens; or NULL
     int64_t undecided      # tokens that have not chosen this layer's experts yet; all threads count it down
     int failed             # set by thread 0: an expert could not be read
     int no_row             # set by any thread: a row of the embedding could not

@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from smallthinker_edge._native.capture import MatrixInputs
 from smallthinker_edge._native.kv_cache import KVCache
 from smallthinker_edge._native.paging import ExpertPaging
 from smallthinker_edge._native.session_memory import SessionMemory
@@ -16,6 +17,7 @@ class Engine:
     paging: ExpertPaging | None
     threads: int
     routing: list[bytes] | None
+    capture: MatrixInputs | None
     forget_rows: Callable[[], None] | None
     def __init__(
         self,

@@ -13,6 +13,7 @@ from posix.unistd cimport getpid
 from array import array
 
 from smallthinker_edge._native.buffers cimport ModelBuffers
+from smallthinker_edge._native.capture cimport MatrixInputs
 from smallthinker_edge._native.call cimport (
     LOOK_NS, TIME_ATTENTION, TIME_EXPERTS, TIME_HEAD, TIME_OTHER, TIME_PARTS, TIME_WAITING, Call, check_finite,
     end_part, nanoseconds)
@@ -51,6 +52,7 @@ cdef class Engine:
         weights: to be filled once. paging: None, or an ExpertPaging.
         memory: what sessions take; KVCaches and logits are made with it.
         routing: None, or a list that decode() adds to: bytes of int32 [n, L, K], the experts chosen.
+        capture: None, or a MatrixInputs that decode() fills; no bit of a result depends on it.
         forget_rows: None, or what to call now and then where the embedding is read from a file.
 
     Afterwards decode() may be called, by one thread at a time. Methods raise OpenedBeforeFork in the child of a fork,
@@ -65,6 +67,7 @@ cdef class Engine:
     cdef readonly int threads
     cdef public object forget_rows
     cdef public object routing
+    cdef public MatrixInputs capture
     cdef int64_t rows_read              # since forget_rows was called
     cdef int64_t tail_ns                # of decode()'s time, after the last layer's last expert was in memory
     cdef int64_t head_rows, head_tokens  # computed by sparse heads
@@ -201,6 +204,7 @@ cdef class Engine:
             chosen = bytearray(n * call.weights.shape.layers * call.weights.shape.used * sizeof(int32_t))
             trace = chosen
             call.trace = <int32_t *>&trace[0]
+        call.capture = NULL if self.capture is None else &self.capture.capture
         self.cancel, self.interrupt = cancel, None
         self.computing = True  # from here to where it is False again nothing raises
         with nogil:
@@ -238,6 +242,8 @@ cdef class Engine:
 
     cdef int check_arguments(self, KVCache cache, const int32_t[::1] ids) except -1:
         cdef int64_t n = ids.shape[0], i, vocab = self.weights.weights.shape.vocab
+        if self.capture is not None and not 2 <= n <= self.capture.capture.tokens:
+            raise ValueError(f"inputs of 2 to {self.capture.capture.tokens} tokens can be captured, not of {n}")
         if self.computing:
             raise RuntimeError("the model is computing already")
         if not 1 <= n <= cache.room() or cache.position + n > cache.context or cache.memory is not self.memory:

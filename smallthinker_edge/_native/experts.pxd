@@ -15,8 +15,9 @@ cdef enum:
 
 cdef inline bint few_tokens(const Call *call, const Layer *layer) noexcept nogil:
     """Whether the FFN runs by parts of experts, gate to down at once: quicker where tokens hardly share an expert, as
-    measured up to two each. Changes no bit."""
-    return (call.n <= FEW_TOKENS and (call.n == 1 or call.n * call.weights.shape.used < 2 * call.buffers.n_active)
+    measured up to two each. Changes no bit. Not where neurons are captured: they are in no buffer then."""
+    return (call.n <= FEW_TOKENS and call.capture == NULL
+            and (call.n == 1 or call.n * call.weights.shape.used < 2 * call.buffers.n_active)
             and layer.expert.layout == ST_EXPERT_SPARSE)
 
 

@@ -9,7 +9,9 @@ from smallthinker_edge._native.attention cimport (
 from smallthinker_edge._native.buffers cimport Scratch
 from smallthinker_edge._native.call cimport (
     TIME_ATTENTION, TIME_EXPERTS, TIME_OTHER, Call, end_part, next_unit, set_flag, shared_inputs)
-from smallthinker_edge._native.core cimport st_team_barrier, st_team_stopped
+from smallthinker_edge._native.capture cimport (
+    Capture, capture_attention, capture_ffn, capture_neurons, capture_output, captured)
+from smallthinker_edge._native.core cimport st_team_barrier, st_team_size, st_team_stopped
 from smallthinker_edge._native.experts cimport expert_phases, neuron_units
 from smallthinker_edge._native.head cimport first_head_units, head_phase
 from smallthinker_edge._native.weights cimport Layer, read_row
@@ -19,6 +21,8 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
     cdef Call *call = <Call *>arg
     cdef Scratch *scratch = call.buffers.scratch + tid
     cdef const Layer *layer
+    cdef const Capture *capture
+    cdef int threads = st_team_size(call.team)
     cdef int64_t l, last = call.weights.shape.layers - 1, next_units = shared_inputs(call, projection_units(call))
     embed(call, tid, scratch, next_units)
     if call.no_row:
@@ -26,6 +30,9 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
     end_part(call, tid, TIME_OTHER)
     for l in range(last + 1):
         layer = call.weights.layers + l
+        capture = call.capture if captured(call.capture, l) else NULL
+        if capture != NULL:
+            capture_attention(capture, call.weights, call.buffers, l, call.n, tid, threads)
         projection_phase(call, layer, l, tid, scratch)
         st_team_barrier(call.team, attention_units(call, layer))
         if st_team_stopped(call.team):
@@ -34,11 +41,15 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
         st_team_barrier(call.team, shared_inputs(call, output_units(call)))
         if st_team_stopped(call.team):
             return
+        if capture != NULL:
+            capture_output(capture, call.weights, call.buffers, l, call.n, tid, threads)
         output_phase(call, layer, tid, scratch)
         st_team_barrier(call.team, shared_inputs(call, neuron_units(call, layer)))
         if st_team_stopped(call.team):
             return
         end_part(call, tid, TIME_ATTENTION)
+        if capture != NULL:
+            capture_ffn(capture, call.weights, call.buffers, l, call.n, tid, threads)
         if l == last:
             next_units = shared_inputs(call, first_head_units(call))
         if not expert_phases(call, layer, l, tid, scratch, next_units):
@@ -47,6 +58,8 @@ cdef inline void forward(void *arg, int tid) noexcept nogil:
             return
         if st_team_stopped(call.team):
             return
+        if capture != NULL:
+            capture_neurons(capture, call.weights, call.buffers, l, call.n, tid, threads)
         end_part(call, tid, TIME_EXPERTS)
     if call.logits != NULL:
         head_phase(call, tid, scratch)
