@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ from smallthinker_edge.files.checkpoint import (
 from smallthinker_edge.files.checkpoint_tokenizer import chat_templates, read_vocabulary, special_ids
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile
+from smallthinker_edge.files.gguf_entries import aligned
+from smallthinker_edge.files.imatrix import EMBEDDING, ImportanceMatrix
 from smallthinker_edge.files.torch_file import read_tensors
 from smallthinker_edge.printable import printable
 from smallthinker_edge.text.tokenizer import Tokenizer
@@ -46,7 +49,7 @@ SLICE = 1 << 22  # weights that one thread reads and quantises at a time
 WORKERS = 4
 PERIOD = 4
 PREDICTOR = "model.lm_head_profiler"
-BLOCK = ALIGNMENT = 32
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,15 @@ class Tensor:
 
 
 class Converter:
-    """One conversion: `Converter(folder, type).write(path)`."""
+    """One conversion: `Converter(folder, type).write(path)`. imatrix: of the model, for Q4_0; or None."""
 
-    def __init__(self, folder: str, type_: str) -> None:
+    def __init__(self, folder: str, type_: str, imatrix: ImportanceMatrix | None = None) -> None:
         try:
             import gguf
         except ImportError:
             raise SmallThinkerError("converting needs: pip install 'smallthinker_edge[convert]'") from None
         self.gguf = gguf
-        self.folder = folder
+        self.folder, self.imatrix = folder, imatrix
         self.config = CheckpointConfig(folder)
         self.checkpoint = Checkpoint(folder)
         self.type = gguf.GGMLQuantizationType[type_.upper()]
@@ -121,15 +124,17 @@ class Converter:
 
     def _pieces(self, file: PartialFile, tensor: Tensor, at: int) -> Iterator[Callable[[], None]]:
         """What writes a tensor whose data begins at byte `at`, piece by piece."""
-        for source, shape in tensor.sources:
+        for number, (_, shape) in enumerate(tensor.sources):
             size = math.prod(shape)
-            for first in range(0, size, SLICE):
-                count = min(SLICE, size - first)
-                yield functools.partial(self._write_piece, file, tensor.type, source, first, count, at)
+            step = SLICE if len(shape) == 1 else max(1, SLICE // shape[-1]) * shape[-1]  # whole rows of a matrix
+            for first in range(0, size, step):
+                count = min(step, size - first)
+                yield functools.partial(self._write_piece, file, tensor, number, first, count, at)
                 at += self._bytes(count, tensor.type)
 
-    def _write_piece(self, file: PartialFile, type_: Any, source: str, first: int, count: int, at: int) -> None:
-        if type_ == self.float:
+    def _write_piece(self, file: PartialFile, tensor: Tensor, number: int, first: int, count: int, at: int) -> None:
+        source, _ = tensor.sources[number]
+        if tensor.type == self.float:
             data = self.checkpoint.floats(source, first, count)
             if not np.isfinite(data).all():
                 raise ModelFormatError(
@@ -138,7 +143,12 @@ class Converter:
             file.write(at, data.view(np.uint8))
             return
         try:
-            file.write(at, quantize(type_.name, self.checkpoint.elements(source, first, count)))
+            elements = self.checkpoint.elements(source, first, count)
+            if self.imatrix is not None and len(tensor.shape) > 1:
+                tied = self.tied and tensor.name == EMBEDDING
+                file.write(at, self.imatrix.quantized(tensor.name, number, tensor.shape[-1], elements, tied))
+            else:
+                file.write(at, quantize(tensor.type.name, elements))
         except OverflowError as problem:
             raise ModelFormatError(str(problem), path=self.checkpoint.path_of(source), field=source) from None
 
@@ -294,11 +304,9 @@ class Converter:
         for tensor in tensors:
             for source, shape in tensor.sources:
                 self.checkpoint.check(source, shape)
+            if self.imatrix is not None and tensor.type != self.float and len(tensor.shape) > 1:
+                self.imatrix.check(tensor.name, len(tensor.sources), tensor.shape[-1])
         self.checkpoint.refuse_unread((source for tensor in tensors for source, _ in tensor.sources), self.tied)
-
-
-def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def write_tensors(
@@ -347,6 +355,7 @@ def convert(
     progress: Progress | None = None,
     *,
     bundle: str | os.PathLike[str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes the GGUF file of a Hugging Face checkpoint folder, or of a GGUF file of other types.
 
@@ -358,22 +367,28 @@ def convert(
         progress: called with (tensors done, all tensors, the name in work), while a bundle is checked with layers in
             place of tensors.
         bundle: the expert bundle of the authors' engine, for a GGUF file that was left without experts.
+        imatrix: importance matrix of the model in one of llama.cpp's forms, or ours with products of columns: Q4_0 is
+            then rounded for the least error of outputs, see ImportanceMatrix. None: as llama.cpp rounds without one.
 
     Raises:
         ModelFormatError: a damaged or unsupported checkpoint, naming file and field; a bundle that fits no layout, or
-            two, naming the matrix.
+            two, naming the matrix; an importance matrix that is damaged, or of another model, naming the tensor.
         SmallThinkerError: the [convert] extra is missing. ValueError: an unknown type; a bundle beside a checkpoint
-            folder. OSError: such as a full disk.
+            folder; an importance matrix for another type than Q4_0. OSError: such as a full disk.
     """
     if type_ not in TYPES:
         raise ValueError(f"type must be one of {', '.join(TYPES)}, not {type_!r}")
+    if imatrix is not None and type_ != "q4_0":
+        raise ValueError("an importance matrix is for the type q4_0")
     silent: Progress = lambda done, total, name: None  # noqa: E731
-    if os.path.isfile(folder):
-        from smallthinker_edge.files.requantize import requantize
+    with ExitStack() as stack:
+        importance = None if imatrix is None else stack.enter_context(ImportanceMatrix(imatrix))
+        if os.path.isfile(folder):
+            from smallthinker_edge.files.requantize import requantize
 
-        beside = None if bundle is None else os.fspath(bundle)
-        requantize(os.fspath(folder), os.fspath(target), type_.upper(), progress or silent, beside)
-    elif bundle is not None:
-        raise ValueError("a bundle goes with a GGUF file, not with a checkpoint folder")
-    else:
-        Converter(os.fspath(folder), type_).write(os.fspath(target), progress or silent)
+            beside = None if bundle is None else os.fspath(bundle)
+            requantize(os.fspath(folder), os.fspath(target), type_.upper(), progress or silent, beside, importance)
+        elif bundle is not None:
+            raise ValueError("a bundle goes with a GGUF file, not with a checkpoint folder")
+        else:
+            Converter(os.fspath(folder), type_, importance).write(os.fspath(target), progress or silent)

@@ -23,6 +23,7 @@ from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.atomic import PartialFile, atomic_file, forget
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import SLICE, GGUFFile, TensorInfo, slices
+from smallthinker_edge.files.gguf_entries import string_entry, tensor_entry, u32_array_entry, u32_entry
 from smallthinker_edge.files.packed import (
     ALIGN,
     LAYOUT,
@@ -37,26 +38,7 @@ from smallthinker_edge.files.packed import (
     is_packed,
 )
 
-U32, STRING, ARRAY = 4, 8, 9
 LONGEST_PADDING = 1 << 20  # bytes behind the last tensor: the largest alignment
-
-
-def _text(value: str) -> bytes:
-    raw = value.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _string_entry(key: str, value: str) -> bytes:
-    return _text(key) + struct.pack("<I", STRING) + _text(value)
-
-
-def _u32_array_entry(key: str, values: npt.NDArray[np.uint32]) -> bytes:
-    return _text(key) + struct.pack("<IIQ", ARRAY, U32, values.size) + values.astype("<u4").tobytes()
-
-
-def tensor_entry(name: str, type_number: int, shape: tuple[int, ...], offset: int) -> bytes:
-    head = _text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
-    return head + struct.pack("<IQ", type_number, offset)
 
 
 def _aligned(size: int) -> int:
@@ -199,14 +181,14 @@ def _header(
     entries = [first[a:b] for key, (a, b) in gguf.key_ranges.items() if key not in DROPPED_KEYS]
     table = [[i.name, i.type, list(i.shape), i.offset, i.nbytes] for i in gguf.tensors.values()]
     entries += [
-        _text("general.alignment") + struct.pack("<II", U32, ALIGN),
-        _string_entry("stpk.layout", LAYOUT),
-        _string_entry("stpk.source_tensors", json.dumps(table, separators=(",", ":"))),
-        _string_entry("stpk.source_layout", source),
-        _u32_array_entry("stpk.crc32", sums),
+        u32_entry("general.alignment", ALIGN),
+        string_entry("stpk.layout", LAYOUT),
+        string_entry("stpk.source_tensors", json.dumps(table, separators=(",", ":"))),
+        string_entry("stpk.source_layout", source),
+        u32_array_entry("stpk.crc32", sums),
     ]
     if absent.any():
-        entries.append(_u32_array_entry("stpk.absent", np.flatnonzero(absent).astype(np.uint32)))
+        entries.append(u32_array_entry("stpk.absent", np.flatnonzero(absent).astype(np.uint32)))
     kept = (~absent).sum(1).tolist()
     sizes = [info.nbytes for info in dense] + [blob * count for count in kept]
     starts = np.cumsum([0, *map(_aligned, sizes)]).tolist()

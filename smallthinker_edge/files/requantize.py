@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -16,22 +17,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from smallthinker_edge._native.layouts import TYPES
 from smallthinker_edge._native.quantize import quantize
 from smallthinker_edge.errors import ModelFormatError, SmallThinkerError
 from smallthinker_edge.files.atomic import PartialFile, atomic_file
 from smallthinker_edge.files.config import PREDICTOR_TYPES, ModelConfig, tensor_name
-from smallthinker_edge.files.convert import Progress, aligned, write_tensors
+from smallthinker_edge.files.convert import Progress, write_tensors
 from smallthinker_edge.files.expert_bundle import BundledModel
 from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
-from smallthinker_edge.files.pack import DROPPED_KEYS, tensor_entry
+from smallthinker_edge.files.gguf_entries import aligned, tensor_entry, u32_entry
+from smallthinker_edge.files.imatrix import EMBEDDING, ImportanceMatrix
+from smallthinker_edge.files.pack import DROPPED_KEYS
 from smallthinker_edge.files.packed import is_packed
 
 SLICE = 1 << 20  # weights at a time, whole blocks of every type; NumPy takes some 20 bytes for each on the way
 ROW = 1 << 12  # the package works on 16 rows at once, which then stay in the cache
-U32 = 4
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}
+PREDICTOR = tensor_name("lm_head_profiler")
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -52,19 +56,31 @@ class _Converted:
 
 
 class Requantizer:
-    """One conversion of an open file."""
+    """One conversion of an open file. imatrix: of the model, for Q4_0; or None."""
 
-    def __init__(self, gguf: Any, source: GGUFFile | BundledModel, type_: str) -> None:
+    def __init__(
+        self, gguf: Any, source: GGUFFile | BundledModel, type_: str, imatrix: ImportanceMatrix | None = None
+    ) -> None:
         self.gguf, self.source = gguf, source
         self.numbers = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
         self.targets = [self._target(info, self._type(info, type_)) for info in source.tensors.values()]
         after = {target.source.name: replace(target.source, type=target.type) for target in self.targets}
-        ModelConfig.from_gguf(_Converted(source, after))
-        self.type = type_
+        self.config = ModelConfig.from_gguf(_Converted(source, after))
+        self.type, self.imatrix = type_, imatrix
+        for target in self.targets:
+            if imatrix is not None and self._weighted(target):
+                imatrix.check(target.source.name, math.prod(target.source.shape[2:]), target.source.shape[0])
+
+    def _weighted(self, target: Target) -> bool:
+        """Whether its columns have importance: of a transposed down the rows would."""
+        if self.imatrix is None or target.type != "Q4_0" or target.source.type == "Q4_0":
+            return False
+        transposed = self.config.down_transposed and "ffn_down_exps" in target.source.name
+        return len(target.source.shape) > 1 and not transposed and target.source.name != PREDICTOR
 
     def _type(self, info: TensorInfo, type_: str) -> str:
         """Norms and routers are float32 always, as llama.cpp wants them; the predictor stays what can run."""
-        if info.name == tensor_name("lm_head_profiler"):
+        if info.name == PREDICTOR:
             return info.type if info.type in PREDICTOR_TYPES else "Q4_0"
         return "F32" if "norm" in info.name or "ffn_gate_inp" in info.name else type_
 
@@ -81,8 +97,7 @@ class Requantizer:
         first = self.source.file().read(0, self.source.header_end).tobytes()
         dropped = {*DROPPED_KEYS, "general.file_type"}
         entries = [first[a:b] for key, (a, b) in self.source.key_ranges.items() if key not in dropped]
-        key = b"general.file_type"
-        entries.append(struct.pack("<Q", len(key)) + key + struct.pack("<II", U32, FILE_TYPES[self.type]))
+        entries.append(u32_entry("general.file_type", FILE_TYPES[self.type]))
         infos = [
             tensor_entry(target.source.name, TYPES[target.type].number, target.source.shape, start)
             for target, start in zip(self.targets, starts, strict=False)
@@ -97,13 +112,18 @@ class Requantizer:
         """What writes a tensor whose data begins at byte `at`, piece by piece."""
         block, size = self.gguf.GGML_QUANT_SIZES[self.gguf.GGMLQuantizationType[target.source.type]]
         elements = target.source.nbytes // size * block
-        for first in range(0, elements, SLICE):
-            count = min(SLICE, elements - first)
-            start, stop = (n // block * size for n in (first, first + count))
-            to = at + first * target.bytes // elements
-            yield functools.partial(self._write_piece, file, target, start, stop - start, to)
+        part, step = elements, SLICE
+        if self._weighted(target):  # whole rows of a matrix
+            columns, rows = target.source.shape[:2]
+            part, step = columns * rows, max(1, SLICE // columns) * columns
+        for matrix, begin in enumerate(range(0, elements, part)):
+            for first in range(begin, begin + part, step):
+                count = min(step, begin + part - first)
+                start, stop = (n // block * size for n in (first, first + count))
+                to = at + first * target.bytes // elements
+                yield functools.partial(self._write_piece, file, target, matrix, start, stop - start, to)
 
-    def _write_piece(self, file: PartialFile, target: Target, start: int, count: int, at: int) -> None:
+    def _write_piece(self, file: PartialFile, target: Target, matrix: int, start: int, count: int, at: int) -> None:
         info = target.source
         path = self.source.paths[info.part]
         raw = self.source.stored(info.name)[start : start + count]
@@ -118,9 +138,16 @@ class Requantizer:
                 file.write(at, values.view(np.uint8))
             else:
                 values = raw.view(np.uint16) if info.type == "BF16" else self._floats(info.type, raw)
-                file.write(at, quantize(target.type, values))
+                file.write(at, self._quantized(target, matrix, values))
         except OverflowError as problem:
             raise ModelFormatError(str(problem), path=path, field=info.name) from None
+
+    def _quantized(self, target: Target, matrix: int, values: Any) -> npt.NDArray[np.uint8]:
+        if self.imatrix is None or not self._weighted(target):
+            return quantize(target.type, values)
+        name = target.source.name
+        tied = self.config.tied and name == EMBEDDING
+        return self.imatrix.quantized(name, matrix, target.source.shape[0], values, tied)
 
     def _floats(self, type_: str, raw: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         if type_ == "F32":
@@ -144,7 +171,14 @@ def _readable(gguf: Any) -> Iterator[Any]:
                 yield kind
 
 
-def requantize(source: str, target: str, type_: str, progress: Progress, bundle: str | None = None) -> None:
+def requantize(
+    source: str,
+    target: str,
+    type_: str,
+    progress: Progress,
+    bundle: str | None = None,
+    imatrix: ImportanceMatrix | None = None,
+) -> None:
     """Writes a GGUF file's model with all matrices as Q4_0, Q8_0 or F16; arguments and errors as in convert.convert."""
     try:
         import gguf
@@ -159,4 +193,4 @@ def requantize(source: str, target: str, type_: str, progress: Progress, bundle:
         if os.path.exists(target) and any(os.path.samefile(target, path) for path in paths):
             raise ValueError("the target is the file that is converted")
         whole = file if bundle is None else stack.enter_context(BundledModel(file, bundle, progress))
-        Requantizer(gguf, whole, type_).write(target, progress)
+        Requantizer(gguf, whole, type_, imatrix).write(target, progress)
