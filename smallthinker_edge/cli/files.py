@@ -116,6 +116,9 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bundle", metavar="FILE", help="expert bundle of the authors' engine, for a GGUF without experts"
     )
+    parser.add_argument(
+        "--imatrix", metavar="FILE", help="importance matrix by which q4_0 is rounded: of `imatrix`, or llama.cpp's"
+    )
     parser.add_argument("--kl", metavar="TEXT", help="measure on this text file how far the result is from its source")
 
 
@@ -128,7 +131,11 @@ def convert(arguments: argparse.Namespace) -> int:
         open(arguments.kl, "rb").close()  # before minutes are spent
     with showing_notes(), checking_arguments():
         with progress() as show:
-            write_gguf(arguments.folder, arguments.output, arguments.type, show, bundle=arguments.bundle)
+            write_gguf(
+                *(arguments.folder, arguments.output, arguments.type, show),
+                bundle=arguments.bundle,
+                imatrix=arguments.imatrix,
+            )
         if arguments.kl is not None:
             print_kl(arguments.folder, arguments.output, arguments.kl)
     return OK

@@ -82,6 +82,37 @@ def trace(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def imatrix_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--text", required=True, metavar="FILE", help="text file of at least one window of tokens")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="importance matrix to write, for convert")
+    parser.add_argument(
+        "--window", type=positive_int, default=512, metavar="N", help="tokens from an empty context (default: 512)"
+    )
+    parser.add_argument(
+        "--products", action="store_true", help="also of pairs of columns: a larger file, and a far smaller error"
+    )
+    parser.add_argument(
+        "--parse-special", action="store_true", help="recognise special tokens in the text, as in chats"
+    )
+
+
+def imatrix(arguments: argparse.Namespace) -> int:
+    from smallthinker_edge.measure.evaluate import read_text
+    from smallthinker_edge.measure.imatrix import measure_importance
+
+    text = read_text(arguments.text)
+    with open_model(arguments) as model, checking_arguments(), progress() as show:
+        tokens = model.tokenize(text, parse_special=arguments.parse_special)
+        measure_importance(
+            *(model, tokens, arguments.output, arguments.window),
+            products=arguments.products,
+            dataset=Path(arguments.text).name,
+            progress=show,
+        )
+    return OK
+
+
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
@@ -120,5 +151,6 @@ def report(arguments: argparse.Namespace) -> int:
 COMMANDS = (
     Command("bench", "time memory and kernels of this machine", bench_arguments, bench),
     Command("trace", "record which experts a text uses", trace_arguments, trace),
+    Command("imatrix", "measure on a text what matters to a quantisation", imatrix_arguments, imatrix),
     Command("report", "run prompts, and draw where time, memory and experts went", report_arguments, report),
 )
