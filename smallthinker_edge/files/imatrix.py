@@ -2,7 +2,7 @@
 
 convert.py and requantize.py quantise by them, measure/imatrix.py measures and writes them. Both of llama.cpp's forms
 are read: the binary one (.dat) and the GGUF one, which is the one written. Ours may also have, in tensors that
-llama.cpp passes over, the sums of products of all pairs of columns: with these an error is made up for in other columns.
+llama.cpp passes over, the sums of products of all pairs of columns: with these other columns make up for an error.
 """
 
 from __future__ import annotations
