@@ -233,7 +233,7 @@ class ImportanceMatrix:
         where later ones make up for it, and U[j][k] / U[j][j]."""
         moments = sums.astype(np.float64)
         mean = float(np.trace(moments)) / len(moments)
-        if not mean >= 0:
+        if not (mean >= 0 and np.abs(moments - moments.T).max() <= 1e-3 * np.abs(np.diagonal(moments)).max()):
             self._refuse("are no sums of products", products)
         if mean == 0:
             return np.empty(0, np.float32), np.empty((0, 0), np.float32)

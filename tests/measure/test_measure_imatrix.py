@@ -66,17 +66,19 @@ def read(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("types", ["F32", "Q8_0", "Q4_0", "transposed"])
 def test_sums_are_those_of_the_reference(tmp_path: Path, types: str) -> None:
     options = SHAPE | ({"types": "Q4_0", "down_transposed": True} if types == "transposed" else {"types": types})
+    if types != "F32":
+        options["n_experts_used"] = SHAPE["n_experts"]  # activations in 8 bits would choose others here and there
     path = write_model(tmp_path / "m.gguf", **options)
     tokens = np.random.default_rng(0).integers(0, 250, 2 * WINDOW + 9).tolist()
     with SmallThinker(path) as model:
         measure_importance(model, tokens, tmp_path / "i.gguf", WINDOW, products=True, dataset="words.txt")
     found, inputs = read(tmp_path / "i.gguf"), expected(path, tokens)
-    tolerance = 1e-4 if types == "F32" else 0.1  # activations in 8 bits; experts flip where routers are that close
+    tolerance = 2e-3 if types == "F32" else 0.1  # keys and values in fp16; activations in 8 bits
     for name, x in inputs.items():
         name, _, expert = name.partition(" ")
         number = int(expert or 0)
         squares = found[name + ".weight.in_sum2"][number]
-        assert abs(found[name + ".weight.counts"][number, 0] - len(x)) <= (0 if types == "F32" else 3), name
+        assert found[name + ".weight.counts"][number, 0] == len(x), name
         assert np.linalg.norm(squares - (x * x).sum(0)) <= tolerance * np.linalg.norm((x * x).sum(0)) + 1e-12, name
         if "gate" in name:
             continue
@@ -85,7 +87,7 @@ def test_sums_are_those_of_the_reference(tmp_path: Path, types: str) -> None:
         assert np.linalg.norm(products - x.T @ x) <= tolerance * np.linalg.norm(x.T @ x) + 1e-12, name
     for layer in range(3):
         gate = found[f"blk.{layer}.ffn_gate_exps.weight.in_products"]
-        every = found[f"blk.{layer}.ffn_gate_exps.weight.in_sum2"].sum(0) / SHAPE["n_experts_used"]
+        every = found[f"blk.{layer}.ffn_gate_exps.weight.in_sum2"].sum(0) / options["n_experts_used"]
         assert np.allclose(np.diagonal(gate), every, rtol=1e-3), "of all tokens, whatever their experts"
         for same, first in (("attn_k", "attn_q"), ("attn_v", "attn_q"), ("ffn_up_exps", "ffn_gate_exps")):
             for ending in (".weight.in_sum2", ".weight.counts"):
