@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,8 +21,10 @@ from gguf_files import write_model
 from smallthinker_edge import SmallThinker, SmallThinkerError
 from smallthinker_edge.files.convert import convert
 from smallthinker_edge.files.hot_experts import load_profile
+from smallthinker_edge.files.imatrix import ImportanceMatrix
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.files.packed import verify
+from smallthinker_edge.measure.imatrix import measure_importance
 from smallthinker_edge.opening import plan_memory
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -108,6 +111,23 @@ class Workplace:
     def profile_seeds(self) -> Iterator[bytes]:
         yield json.dumps({"format": "smallthinker-hot-experts-1", "uses": [1.5] * 8}).encode()
 
+    @cached_property
+    def plain(self) -> Path:
+        """What importance matrices are of: weights that are to be quantised."""
+        return self.gguf("plain", types="F16", context_length=64)
+
+    def imatrix_seeds(self) -> Iterator[bytes]:
+        with SmallThinker(self.plain, threads=1) as model:
+            for products in (False, True):
+                measure_importance(model, [i % 256 for i in range(64)], self.input, 32, products=products)
+                yield self.input.read_bytes()
+        with ImportanceMatrix(self.input) as measured:
+            entries = [struct.pack("<i", len(measured.entries))]
+            for name, entry in measured.entries.items():
+                head = struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 64, entry.squares.size)
+                entries.append(head + entry.squares.astype("<f4").tobytes())
+        yield b"".join(entries)
+
     # Targets.
 
     def read_gguf(self, data: bytes) -> None:
@@ -129,6 +149,10 @@ class Workplace:
     def requantize(self, data: bytes) -> None:
         self.input.write_bytes(data)
         convert(self.input, self.folder / "out", "q8_0")
+
+    def quantize_by_imatrix(self, data: bytes) -> None:
+        self.input.write_bytes(data)
+        convert(self.plain, self.folder / "out", "q4_0", imatrix=self.input)
 
     def load_session(self, data: bytes) -> None:
         self.input.write_bytes(data)
@@ -176,6 +200,7 @@ TARGETS: dict[str, tuple[str, str, mutations.Mutation]] = {
     "gguf": ("read_gguf", "gguf_seeds", mutations.change_gguf),
     "packed": ("read_packed", "packed_seeds", mutations.change_gguf),
     "requantize": ("requantize", "gguf_seeds", mutations.change_gguf),
+    "imatrix": ("quantize_by_imatrix", "imatrix_seeds", mutations.change_gguf),
     "session": ("load_session", "session_seeds", mutations.change_session),
     "profile": ("load_profile", "profile_seeds", mutations.change_json),
     "json": ("read_json", "json_seeds", change_json_file),
