@@ -22,6 +22,7 @@ COLUMNS = (
     "attention, F16",
     "attention, Q8_0",
 )
+ENGINES = ("ours", "llama.cpp")
 MADE = "`make bench-docs` writes this page from the .json beside it; [README.md](README.md) says how it was measured."
 
 
@@ -62,8 +63,9 @@ def tokens_page(models: dict[str, Any]) -> str:
     rows = []
     for name, model in models.items():
         for cpu, counted in model["cpus"].items():
-            millions = [f"{counted[engine] / 1e6:.2f} M" for engine in ("ours", "llama.cpp")]
-            rows.append([name, f"{cpu}, `{TABLES[cpu]}`", *millions, f"{counted['ratio']:.3f}"])
+            millions = [f"{counted[engine] / 1e6:.2f} M" if engine in counted else "" for engine in ENGINES]
+            ratio = f"{counted['ratio']:.3f}" if "ratio" in counted else ""
+            rows.append([name, f"{cpu}, `{TABLES[cpu]}`", *millions, ratio])
     counted = "; ".join(f"{name}: {model['date']}, N = {model['tokens']}" for name, model in models.items())
     return "\n\n".join([
         "# ARM: instructions of a decoded token",

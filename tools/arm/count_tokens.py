@@ -60,23 +60,29 @@ def token(qemu: str, options: list[str], cpu: str, program: str | None, model: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="GGUF file")
-    parser.add_argument("--llama", action="append", default=[], metavar="CPU=PROGRAM", help="may be repeated")
+    parser.add_argument(
+        "--llama", action="append", default=[], metavar="CPU=PROGRAM", help="may be repeated; CPU=: without llama.cpp"
+    )
     parser.add_argument("--packed", help="the same model packed: this library loads it faster")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="N and 2 N are decoded (default 16)")
     parser.add_argument("--qemu", default=shutil.which("qemu-aarch64") or "qemu-aarch64")
     parser.add_argument("--name", help="what the model is called in docs/measurements/arm-tokens.json, where it goes")
     arguments = parser.parse_args()
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         plugin = f"{folder}/insn_count.so"
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", plugin, ROOT / "tools/arm/insn_count.c"], check=True)
         for cpu, program in (item.split("=", 1) for item in arguments.llama):
             shared = (arguments.qemu, ["-plugin", plugin], cpu)
             ours, best = token(*shared, None, arguments.packed or arguments.model, arguments.tokens)
-            theirs, their_best = token(*shared, program, arguments.model, arguments.tokens)
-            results[cpu] = {"ours": round(ours), "llama.cpp": round(theirs), "ratio": round(ours / theirs, 3)}
-            print(f"{cpu}: {ours / 1e6:.2f} M instructions a token, llama.cpp {theirs / 1e6:.2f} M, ratio "
-                  f"{ours / theirs:.3f}; best token {best} and {their_best}", flush=True)  # fmt: skip
+            results[cpu] = {"ours": round(ours)}
+            print(f"{cpu}: {ours / 1e6:.2f} M instructions a token, best token {best}", flush=True)
+            if program:
+                theirs, their_best = token(*shared, program, arguments.model, arguments.tokens)
+                results[cpu] |= {"llama.cpp": round(theirs), "ratio": round(ours / theirs, 3)}
+                print(
+                    f"llama.cpp: {theirs / 1e6:.2f} M, ratio {ours / theirs:.3f}; best token {their_best}", flush=True
+                )
     if arguments.name:
         known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         known[arguments.name] = {"date": date.today().isoformat(), "tokens": arguments.tokens, "cpus": results}
