@@ -101,12 +101,14 @@ class Cluster:
 
     def _result(self, future: Future) -> Answer | str:
         """The answer, or the address of a worker that will not be asked again."""
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker
 
         try:
             address, found = future.result()
         except KilledWorker as error:
             return Answer(error_fields("WorkerLost", str(error)), self._expected or "")
+        except (OSError, CancelledError) as error:  # what fails on a worker is returned: this is the way from there
+            raise SmallThinkerError(GONE) from error
         except Exception as error:
             raise SmallThinkerError(f"workers cannot answer: {type(error).__name__}: {error}") from error
         if isinstance(found, Answer):

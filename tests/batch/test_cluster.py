@@ -11,11 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gguf_files
 import pytest
 from batches import answers, run_map, start_map, wait_for_answers, write_batch
 
+from smallthinker_edge.batch.cluster import Cluster
+from smallthinker_edge.errors import SmallThinkerError
 from smallthinker_edge.files.pack import pack
 
 pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
@@ -102,6 +105,16 @@ def test_a_worker_that_is_killed_loses_nothing_and_repeats_nothing(
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert answers(target) == expected
+
+
+def test_a_connection_that_breaks_under_an_answer_is_the_schedulers() -> None:
+    from distributed import CancelledError
+    from distributed.comm import CommClosedError
+
+    for error in (CommClosedError("in <TCP (closed)>: reset by peer"), CancelledError("key")):
+        broken = Mock(**{"result.side_effect": error})
+        with pytest.raises(SmallThinkerError, match="scheduler is gone"):
+            Cluster._result(Mock(spec=Cluster), broken)
 
 
 def test_a_run_that_is_killed_goes_on_with_other_workers(
