@@ -29,8 +29,9 @@ typedef struct st_expert {
     size_t group_bytes;    /* sparse: of the gate's two tiles of 32 neurons, from group to group */
 } st_expert;
 
-/* Fills e; pack: sparse where all three are of one sparse type and f % 32 == 0, tiles where all have these and down is
- * not transposed, else rows. 0, or -1 where a type cannot be read or the sizes do not fit it. */
+/* Fills e; pack: sparse where gate has tiles, up Rows and down Down, or Down transposed, and f % 32 == 0; tiles where
+ * all have these and down is not transposed; else rows. 0, or -1 where a type cannot be read or the sizes do not fit
+ * it. */
 int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int down, int transposed, int pack);
 
 /* Down of a sparse expert's blob. */

@@ -8,6 +8,8 @@
 
 #define ST_ATTN_CHUNK 256 /* positions of one attention unit */
 #define ST_FFN_PART 6     /* groups of 32 neurons whose down is summed before it is weighted */
+#define ST_DOWN_TOKENS 16 /* at most, of a call of down */
+#define ST_UP_TOKENS 16   /* at most, of a call of up: their rows stay in the first cache */
 
 /* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first eight fields. */
 typedef struct st_neurons {
@@ -33,10 +35,13 @@ typedef struct st_neurons {
 #define ST_ROWS(NAME)                                                                                                  \
     void NAME(const uint8_t *w, size_t stride, int64_t nb, const int32_t *index, int64_t n, const st_q8x4 *x,          \
               float *out)
-#define ST_FFN(NAME) void NAME(int64_t nb, st_neurons *const stage[4])
+#define ST_UP(NAME)                                                                                                    \
+    void NAME(const uint8_t *w, size_t stride, int64_t nb, const st_q8x4 *const *x, int64_t n,                         \
+              const uint32_t fires[32], float *up)
+#define ST_FFN(NAME) void NAME(const int tiled[3], int64_t nb, st_neurons *const stage[4])
 #define ST_DOWN(NAME)                                                                                                  \
-    void NAME(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *a,         \
-              float weight, float *y)
+    void NAME(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_active *const *a,  \
+              const float *weight, int64_t n, float *const *y)
 #define ST_DOWN_TRANSPOSED(NAME)                                                                                       \
     void NAME(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1, const st_fired *a,          \
               float weight, float *y)
@@ -48,14 +53,15 @@ typedef struct st_neurons {
               int64_t p1, float scale, float *scores, float *acc, float *m, float *l)
 typedef ST_GEMM(st_gemm);
 typedef ST_ROWS(st_rows);
+typedef ST_UP(st_up);
 typedef ST_FFN(st_ffn);
 typedef ST_DOWN(st_down);
 typedef ST_DOWN_TRANSPOSED(st_down_transposed);
 typedef ST_ATTENTION(st_attention);
 typedef ST_ATTENTION_Q8(st_attention_q8);
 
-/* Kernels over weights are arrays by tiled type (types.h): gemm has all of them, the others have the sparse types and
- * NULL for the rest. */
+/* Kernels over weights are arrays by tiled type (types.h): gemm has all of them, rows and down the sparse types,
+ * down_transposed those that have it, and NULL for the rest. */
 typedef struct st_kernels {
     const char *name;
 
@@ -70,23 +76,29 @@ typedef struct st_kernels {
     /* out[i] = W[index[i]] . x for i < n.  W: Rows layout, nb blocks of 32 columns a row, `stride` bytes apart. */
     st_rows *rows[ST_TILED_COUNT];
 
+    /* up[32 * i + r] = W[r] . x[i] for the rows r < 32 and tokens i < n <= ST_UP_TOKENS where bit i of fires[r] is set,
+     * else 0: the bits of rows, for many tokens. NULL where rows, token by token, is as quick. */
+    st_up *up[ST_TILED_COUNT];
+
     /* One step of the FFN of a few tokens: each of stage[0..3] (NULL: none; all different) goes one stage further.
+     * tiled: the places of the types of gate, up and down, the same for all four (st_expert has them).
      *   stage[0]: its gate is computed, and which neurons fire.
      *   stage[1]: up's rows and down's of those that fire are prefetched (a hint).
      *   stage[2]: up of those that fire, and their activations.
      *   stage[3]: y[d] += W_down[:, its 32 neurons] . h; y has room for whole chunks of ST_DOWN_CHUNK.
      * The steps of different groups share a call because the gate streams from memory, and the rest of the arithmetic
      * fits into its waits.  nb: d / 32. */
-    st_ffn *ffn[ST_TILED_COUNT];
+    st_ffn *ffn;
 
-    /* y[o - 128 * c0] += weight * (W_down . h)[o] for the outputs o of chunks c0..c1 (128 each; y has room for whole
-     * chunks), summed by parts of ST_FFN_PART groups: each part's sum is weighted and added by itself, as for one token
-     * (ffn) it has to be.  down: Down layout of d outputs and 32 * groups neurons, its lines 64-byte aligned;
-     * a[groups]. */
+    /* For each of n <= ST_DOWN_TOKENS tokens y[o - 128 * c0] += weight * (W_down . h)[o] for the outputs o of chunks
+     * c0..c1 (128 each; y has room for whole chunks), summed by parts of ST_FFN_PART groups: each part's sum is
+     * weighted and added by itself, as for one token (ffn) it has to be.  down: Down layout of d outputs and 32 *
+     * groups neurons, its lines 64-byte aligned; a: of each token [groups]. */
     st_down *down[ST_TILED_COUNT];
 
-    /* The same over Down transposed. For every block b of 32 outputs, the products h[k] * scale[index[k]][b] of a group
-     * are rounded to bytes q[k] by the rule of quantize, and their sum with the nibbles is taken times their scale. */
+    /* The same of one token over Down transposed. For every block b of 32 outputs, the products h[k] *
+     * scale[index[k]][b] of a group are rounded to bytes q[k] by the rule of quantize, and their sum with the nibbles
+     * is taken times their scale. */
     st_down_transposed *down_transposed[ST_TILED_COUNT];
 
     /* g[32] (gate, before relu) and up[32] (read only where g > 0) -> the 32 neurons' st_active. */
@@ -129,7 +141,7 @@ typedef struct st_kernels {
  *   half <= hd / 2 (rope)                      _read_rope_dim()
  *   k <= n (top_k)                             _read_sizes(): at most as many experts are used as there are
  *   a predictor's inner width % 32 == 0        predictor_size() of files/config.py
- *   experts of one sparse type, f % 32 == 0    st_expert_init(): others stay GGUF rows
+ *   sparse types of up and down, f % 32 == 0   st_expert_init(): others are tiles or stay GGUF rows
  *   room for whole chunks of 128, alignment    buffer_sizes() of buffers.pyx and Arena.take(): no file decides */
 
 /* What every table's ffn does alike (src/kernels/neurons.c). */
@@ -138,6 +150,8 @@ typedef struct st_kernels {
 void st_neurons_choose(st_neurons *n);
 /* What stood at a stage stands at the next one; the first is free. */
 void st_neurons_advance(st_neurons *stage[4]);
+/* In which of n <= ST_UP_TOKENS tokens with these gates [n][32] each of 32 neurons fires: bits. */
+void st_neurons_tokens(const float *gate, int64_t n, uint32_t fires[32]);
 /* up[32] from the values of the neurons that fired; zero for the others. */
 void st_neurons_spread(const st_neurons *n, const float *value, float *up);
 /* Gate times up of the neurons that fired, for a transposed down. */

@@ -36,23 +36,47 @@ enum {
     ST_SUPER = ST_Q6_K_COLUMNS                               /* columns of a super-block of the K types */
 };
 
-/* Rows, Q4_0 ("up"; one row is read alone when its neuron fires): per row, uint16 scale[nb], then the blocks
- * of 16 nibble bytes in order. nb = cols / 32. The row takes 18 * nb bytes, as in GGUF. */
+/* Rows ("up"; one row is read alone when its neuron fires) take as many bytes a row as in GGUF: a head of scales, the
+ * nibbles, and what is above them. nb = cols / 32 blocks, ns = cols / 256 super-blocks.
+ * Nibbles: 16 bytes for every block in order: byte i has column i in the low nibble and column 16 + i in the high one.
+ * Q4_0: the head is uint16 scale[nb].
+ * Q4_K: the head is uint16 d[ns], dmin[ns], then of the 12 bytes that hold a super-block's scales and minima in GGUF
+ * the first four of every super-block, the second four and the last four. Q5_K: the same, and after the nibbles 16
+ * bytes for every 4 blocks: bit 2*b + h of byte i is the fifth bit of column 16*h + i of block b of these. Q6_K: the
+ * head is uint16 d[ns], int8 scale[2][nb] (of the first 16 columns of the blocks, and of the last). After the nibbles
+ * 16 bytes for every 2 blocks: byte i holds from its low end the two bits above the nibbles of columns i and 16 + i of
+ * the first and of the second. */
 
-/* Down, Q4_0, neuron-major; d padded with zeros to dp, a multiple of 128. Two pieces whose places an st_down_view
- * tells: scales, uint16[dp] for every group of 32 neurons, and a line of dp/2 bytes for every neuron, 64 for each chunk
- * of 128 outputs: byte 16*L + 4*v + k of a chunk holds its output 32*v + 4*L + k in the low nibble and output 32*v + 16
- * + 4*L + k in the high one. The lane order is what interleaving four neurons byte by byte leaves in vector registers
- * of any width. A neuron's line is contiguous because skipping the silent ones then reads long runs: measured on DRAM,
- * 38 % of the rows, two threads: 18 GB/s in runs of 64 bytes, 25 in 384.
+/* Down, neuron-major; d padded with zeros to dp, a multiple of 128. Two pieces whose places an st_down_view tells: a
+ * line for every neuron, and scales, which are read whole.
+ * A line begins with the nibbles, dp/2 bytes, 64 for each chunk of 128 outputs: byte 16*L + 4*v + k of a chunk holds
+ * its output 32*v + 4*L + k in the low nibble and output 32*v + 16 + 4*L + k in the high one. The lane order is what
+ * interleaving four neurons byte by byte leaves in vector registers of any width. A neuron's line is contiguous because
+ * skipping the silent ones then reads long runs: measured on DRAM, 38 % of the rows, two threads: 18 GB/s in runs of 64
+ * bytes, 25 in 384.
+ * Q5_K: then 64 bytes for every 4 chunks: bit 2*v + h of byte 16*L + 4*c + k is the fifth bit of output 32*v + 16*h +
+ * 4*L + k of chunk c of these. Q6_K: then 64 bytes for every 2 chunks: bits 4*(v % 2) + 2*h and the next one of byte
+ * 16*L + 8*c + 4*(v / 2) + k are the upper two of that output.
+ * Scales, Q4_0: uint16[dp] for every group of 32 neurons.
+ * Scales, Q4_K and Q5_K: for every super-block of 8 groups uint16 d[128], dmin[128] for each chunk; then for each
+ * group, for each chunk, 192 bytes that hold the six bits of scale[128] and min[128] as the head of Tile16 does
+ * (above), of output 16*b + r where it has block b and row r. Scales, Q6_K: for every super-block uint16[dp]; then for
+ * each group, for each chunk, int8 scale[2][128], of the first and of the last 16 neurons.
  *
  * Down transposed, Q4_0, of files that quantise a neuron's down along the outputs: as large, and the lines are those
  * of Down; but the scales are uint16[dp/32] for every neuron, its own. */
+enum {
+    ST_DOWN_K_HEAD = 512,     /* of a chunk of a super-block of Q4_K or Q5_K */
+    ST_DOWN_K_SCALES = 192,   /* of a chunk of a group */
+    ST_DOWN_Q6_K_HEAD = 256,  /* likewise of Q6_K */
+    ST_DOWN_Q6_K_SCALES = 256 /* likewise */
+};
+
 typedef struct st_down_view {
     const uint8_t *lines;  /* of neuron 0 */
     const uint8_t *scales; /* of group 0; transposed: of neuron 0 */
     size_t stride;         /* bytes from one neuron's line to the next */
-    size_t scale_stride;   /* from one group's, or neuron's, scales to the next */
+    size_t scale_stride;   /* of one group's, or neuron's, scales; K types: an eighth of a super-block's */
 } st_down_view;
 
 /* Activations, Q8_0: 128 columns. q[0][b][i] is column 32*b + i, q[1][b][i] column 32*b + 16 + i.
@@ -65,12 +89,17 @@ typedef struct st_q8x4 {
 } st_q8x4;
 
 /* The silenced-and-quantised output of 32 neurons of one expert for one token: only neurons whose quantised value is
- * not zero, four at a time (padded with the last index and value 0). value of neuron index[i] = scale * h[i]. */
+ * not zero, in ascending order, four at a time. Up to three entries after the used ones, as far as there is room, and
+ * whatever a last four needs, repeat the last index with value 0: so fours may begin anywhere. value of neuron index[i]
+ * = scale * h[i]. */
 typedef struct st_active {
     int8_t h[32];
     uint8_t index[32];
-    int32_t corr;  /* -8 * sum of h */
-    int32_t quads; /* used entries / 4, rounded up */
+    int32_t corr;     /* -8 * sum of h */
+    int32_t corr_low; /* the same of the first 16 neurons only */
+    int32_t low;      /* used entries of the first 16 neurons */
+    int32_t high;     /* and of the last */
+    int32_t quads;    /* used entries / 4, rounded up */
     float scale;
     int32_t count; /* neurons whose gate was positive */
 } st_active;
@@ -89,8 +118,8 @@ static inline int64_t st_tiles(int64_t rows) { return (rows + ST_TILE_ROWS - 1) 
 
 /* Bytes of a matrix in Tile16; 0 where the type has none (types.h) or the shape does not fit. */
 size_t st_tile16_bytes(int type, int64_t rows, int64_t cols);
-/* Bytes of one neuron's line of Down, and of what is between two groups' scales, or transposed two neurons'; 0
- * likewise. */
+/* Bytes of one neuron's line of Down, and of a group's scales, or transposed a neuron's (K types: an eighth of those of
+ * a super-block); 0 where the type has no Down, or none transposed. */
 size_t st_down_line_bytes(int type, int64_t d);
 size_t st_down_scale_bytes(int type, int transposed, int64_t d);
 

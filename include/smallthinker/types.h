@@ -34,8 +34,16 @@
     X(Q5_K, q5_k)                                                                                                      \
     X(Q6_K, q6_k)
 
-/* Those of them whose experts are computed sparsely: Rows and Down in layout.h, and rows, ffn and down kernels. */
-#define ST_SPARSE_TYPES(X) X(Q4_0, q4_0)
+/* Those of them that also have Rows and Down (layout.h), with rows and down kernels: experts whose up and down are of
+ * these are computed sparsely. */
+#define ST_SPARSE_TYPES(X)                                                                                             \
+    X(Q4_0, q4_0)                                                                                                      \
+    X(Q4_K, q4_k)                                                                                                      \
+    X(Q5_K, q5_k)                                                                                                      \
+    X(Q6_K, q6_k)
+
+/* Those of these that also have Down transposed. */
+#define ST_TRANSPOSED_TYPES(X) X(Q4_0, q4_0)
 
 /* Types of the GGUF format that are only known by name, for messages: X(NAME, number). */
 #define ST_OTHER_TYPES(X)                                                                                              \

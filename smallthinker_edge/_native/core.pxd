@@ -92,6 +92,8 @@ cdef extern from "smallthinker/kernels.h" nogil:
     enum:
         ST_ATTN_CHUNK
         ST_FFN_PART
+        ST_DOWN_TOKENS
+        ST_UP_TOKENS
     ctypedef struct st_neurons:
         const st_q8x4 *x
         const uint8_t *gate
@@ -110,9 +112,11 @@ cdef extern from "smallthinker/kernels.h" nogil:
                           int64_t n, float *y, int64_t ldy) noexcept nogil
     ctypedef void st_rows(const uint8_t *w, size_t stride, int64_t nb, const int32_t *index, int64_t n,
                           const st_q8x4 *x, float *out) noexcept nogil
-    ctypedef void st_ffn(int64_t nb, st_neurons *const *stage) noexcept nogil
+    ctypedef void st_up(const uint8_t *w, size_t stride, int64_t nb, const st_q8x4 *const *x, int64_t n,
+                        const uint32_t *fires, float *up) noexcept nogil
+    ctypedef void st_ffn(const int *tiled, int64_t nb, st_neurons *const *stage) noexcept nogil
     ctypedef void st_down(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
-                          const st_active *a, float weight, float *y) noexcept nogil
+                          const st_active *const *a, const float *weight, int64_t n, float *const *y) noexcept nogil
     ctypedef void st_down_transposed(const st_down_view *down, int64_t d, int64_t groups, int64_t c0, int64_t c1,
                                      const st_fired *a, float weight, float *y) noexcept nogil
     ctypedef void st_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
@@ -124,7 +128,8 @@ cdef extern from "smallthinker/kernels.h" nogil:
         const char *name
         st_gemm *gemm[1]  # and the others: by st_tiled()
         st_rows *rows[1]
-        st_ffn *ffn[1]
+        st_up *up[1]
+        st_ffn *ffn
         st_down *down[1]
         st_down_transposed *down_transposed[1]
         st_attention *attention
@@ -140,6 +145,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
         void (*top_k)(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids) noexcept nogil
     void st_neurons_choose(st_neurons *n)
     void st_neurons_advance(st_neurons **stage)
+    void st_neurons_tokens(const float *gate, int64_t n, uint32_t *fires)
     void st_neurons_spread(const st_neurons *n, const float *value, float *up)
     void st_neurons_multiply(const st_neurons *n, const float *value, st_fired *out)
 

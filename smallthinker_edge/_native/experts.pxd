@@ -1,6 +1,6 @@
 # cython: cdivision=True
 # Gate, up and down of the chosen experts, as the layout of their blobs wants it.
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from smallthinker_edge._native.buffers cimport FEW_TOKENS, NEURON_TOKENS, NEURON_UNIT, Buffers, Scratch
@@ -11,6 +11,7 @@ from smallthinker_edge._native.weights cimport Layer, Shape, dequantize
 cdef enum:
     ROWS_CHUNK = 256  # outputs of one down unit over GGUF rows; a multiple of every block size
     TILES_CHUNK = 64  # and over tiles
+    UP_TOKENS = 4     # of an expert, from which on up is computed row by row for all of them
 
 
 cdef inline bint few_tokens(const Call *call, const Layer *layer) noexcept nogil:
@@ -122,7 +123,7 @@ cdef inline void parts_phase(Call *call, const Layer *layer, int64_t l, int tid,
 
 cdef inline void ffn_step(const Call *call, const Layer *layer, Scratch *scratch) noexcept nogil:
     """Moves what is on its way through the FFN of a few tokens a stage further; stage 0 is free afterwards."""
-    call.weights.kernels.ffn[layer.expert.tiled[0]](call.weights.shape.d // 32, scratch.stage)
+    call.weights.kernels.ffn(layer.expert.tiled, call.weights.shape.d // 32, scratch.stage)
     st_neurons_advance(scratch.stage)
 
 
@@ -211,7 +212,7 @@ cdef inline void neurons_sparse(const Call *call, const Layer *layer, const uint
     cdef const st_kernels *kernels = call.weights.kernels
     cdef const Shape *shape = &call.weights.shape
     cdef Buffers *buffers = call.buffers
-    cdef int64_t i, nb = shape.d // 32, m = buffers.list_start[e + 1] - buffers.list_start[e]
+    cdef int64_t i, first, turns, nb = shape.d // 32, m = buffers.list_start[e + 1] - buffers.list_start[e]
     cdef const int32_t *slots = buffers.list_slot + buffers.list_start[e]
     cdef const st_q8x4 **rows = scratch.rows + buffers.batch
     cdef st_neurons *neurons = scratch.neurons
@@ -221,10 +222,17 @@ cdef inline void neurons_sparse(const Call *call, const Layer *layer, const uint
     for i in range(m):
         rows[i] = xq[slots[i] // shape.used]
     kernels.gemm[layer.expert.tiled[0]](blob, shape.f, nb, 2 * g, 2 * g + 2, rows, m, scratch.gate, 32)
+    if m >= UP_TOKENS and kernels.up[layer.expert.tiled[1]] != NULL and not shape.down_transposed:
+        turns = (m + ST_UP_TOKENS - 1) // ST_UP_TOKENS
+        for i in range(turns):
+            first = m * i // turns
+            up_of_many(call, layer, blob, g, slots + first, rows + first, m * (i + 1) // turns - first,
+                       scratch.gate + first * 32, scratch)
+        return
     for i in range(m):
         memcpy(neurons.g, scratch.gate + i * 32, 32 * sizeof(float))
         st_neurons_choose(neurons)
-        kernels.rows[layer.expert.tiled[0]](blob + layer.expert.up_at, layer.expert.stride, nb, neurons.index,
+        kernels.rows[layer.expert.tiled[1]](blob + layer.expert.up_at, layer.expert.stride, nb, neurons.index,
                                             neurons.fired, rows[i], value)
         if shape.down_transposed:
             st_neurons_multiply(neurons, value, buffers.fired + slots[i] * shape.groups + g)
@@ -233,23 +241,46 @@ cdef inline void neurons_sparse(const Call *call, const Layer *layer, const uint
             kernels.activate(neurons.g, up, buffers.active + slots[i] * shape.groups + g)
 
 
+cdef inline void up_of_many(const Call *call, const Layer *layer, const uint8_t *blob, int64_t g, const int32_t *slots,
+                            const st_q8x4 *const *x, int64_t m, const float *gate, Scratch *scratch) noexcept nogil:
+    """Up of a group for at most ST_UP_TOKENS tokens with these gates [m][32], and their activations."""
+    cdef const st_kernels *kernels = call.weights.kernels
+    cdef const Shape *shape = &call.weights.shape
+    cdef float *up = scratch.neurons_of_unit
+    cdef uint32_t fires[32]
+    cdef int64_t i
+    st_neurons_tokens(gate, m, fires)
+    kernels.up[layer.expert.tiled[1]](blob + layer.expert.up_at + 32 * g * layer.expert.stride, layer.expert.stride,
+                                      shape.d // 32, x, m, fires, up)
+    for i in range(m):
+        kernels.activate(gate + i * 32, up + i * 32, call.buffers.active + slots[i] * shape.groups + g)
+
+
 cdef inline void down_sparse(const Call *call, const Layer *layer, const uint8_t *blob, int64_t e,
                              int64_t unit) noexcept nogil:
     cdef const st_kernels *kernels = call.weights.kernels
     cdef const Shape *shape = &call.weights.shape
     cdef Buffers *buffers = call.buffers
-    cdef int64_t i, slot, c0 = unit * down_step(call), c1 = min(c0 + down_step(call), output_chunks(shape))
+    cdef int64_t i, slot, n = 0, c0 = unit * down_step(call), c1 = min(c0 + down_step(call), output_chunks(shape))
+    cdef int64_t m = buffers.list_start[e + 1] - buffers.list_start[e]
+    cdef int64_t turns = (m + ST_DOWN_TOKENS - 1) // ST_DOWN_TOKENS
     cdef st_down_view down = st_expert_down(&layer.expert, blob)
+    cdef const st_active *active[ST_DOWN_TOKENS]
+    cdef float weight[ST_DOWN_TOKENS]
+    cdef float *y[ST_DOWN_TOKENS]
     cdef float *x
     for i in range(buffers.list_start[e], buffers.list_start[e + 1]):
         slot = buffers.list_slot[i]
         x = buffers.x + slot // shape.used * shape.d_padded + c0 * ST_DOWN_CHUNK
         if shape.down_transposed:
-            kernels.down_transposed[layer.expert.tiled[0]](&down, shape.d, shape.groups, c0, c1,
+            kernels.down_transposed[layer.expert.tiled[2]](&down, shape.d, shape.groups, c0, c1,
                                                            buffers.fired + slot * shape.groups, buffers.weight[slot], x)
-        else:
-            kernels.down[layer.expert.tiled[0]](&down, shape.d, shape.groups, c0, c1,
-                                                buffers.active + slot * shape.groups, buffers.weight[slot], x)
+            continue
+        active[n], weight[n], y[n] = buffers.active + slot * shape.groups, buffers.weight[slot], x
+        n += 1
+        if n * turns >= m or i == buffers.list_start[e + 1] - 1:
+            kernels.down[layer.expert.tiled[2]](&down, shape.d, shape.groups, c0, c1, active, weight, n, y)
+            n = 0
 
 
 # ---------------------------------------------------------------- experts in tiles, every neuron

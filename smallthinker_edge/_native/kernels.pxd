@@ -11,7 +11,9 @@ cdef inline int64_t down_scales(int type, bint transposed, int64_t d, int64_t f)
 
 cdef inline int64_t down_bytes(int type, bint transposed, int64_t d, int64_t f) noexcept nogil:
     """Bytes of the whole; 0 where the type has no Down, or the shape does not fit."""
-    if d <= 0 or f <= 0 or f % 32 or not st_sparse(type):
+    if d <= 0 or f <= 0 or f % 32 or not st_down_scale_bytes(type, transposed, d):
+        return 0
+    if not st_row_bytes(type, d if transposed else f):
         return 0
     return down_scales(type, transposed, d, f) + f * <int64_t>st_down_line_bytes(type, d)
 

@@ -4,7 +4,7 @@
 Never called by the forward pass; doctor.py takes the tables' names from here. Buffers are the caller's NumPy arrays, so
 that a test can put guard zones around them; only their sizes are checked.
 """
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -15,8 +15,8 @@ from smallthinker_edge._native.core cimport *
 Q8X4_BYTES = sizeof(st_q8x4)
 ACTIVE_BYTES = sizeof(st_active)
 FFN_PART = ST_FFN_PART  # groups of 32 neurons whose down is summed before it is weighted
-ACTIVE = np.dtype([("h", "i1", 32), ("index", "u1", 32), ("corr", "i4"), ("quads", "i4"), ("scale", "f4"),
-                   ("count", "i4")])
+ACTIVE = np.dtype([("h", "i1", 32), ("index", "u1", 32), ("corr", "i4"), ("corr_low", "i4"), ("low", "i4"),
+                   ("high", "i4"), ("quads", "i4"), ("scale", "f4"), ("count", "i4")])
 FIRED = np.dtype([("h", "f4", 32), ("index", "u1", 32), ("quads", "i4")])
 
 
@@ -70,37 +70,36 @@ def dequantize(int type, const uint8_t[::1] row, int64_t cols):
     return out
 
 
-def pack_rows(const uint8_t[::1] src, int64_t rows, int64_t cols, bint back=False):
-    """GGUF rows of Q4_0 to the Rows layout, or back."""
-    need(src.shape[0] == rows * <int64_t>st_row_bytes(ST_Q4_0, cols))
+def pack_rows(int type, const uint8_t[::1] src, int64_t rows, int64_t cols, bint back=False):
+    """GGUF rows of a sparse type to the Rows layout, or back."""
+    need(st_sparse(type) and 0 < src.shape[0] == rows * <int64_t>st_row_bytes(type, cols))
     out = np.empty(src.shape[0], np.uint8)
     cdef uint8_t[::1] dst = out
     if back:
-        st_unpack_rows(ST_Q4_0, &src[0], src.shape[0] // rows, rows, cols, &dst[0])
+        st_unpack_rows(type, &src[0], src.shape[0] // rows, rows, cols, &dst[0])
     else:
-        st_pack_rows(ST_Q4_0, &src[0], rows, cols, &dst[0], src.shape[0] // rows)
+        st_pack_rows(type, &src[0], rows, cols, &dst[0], src.shape[0] // rows)
     return out
 
 
-def pack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
-    """GGUF rows [d][f] of Q4_0 to the Down layout; transposed: rows [f][d] to Down transposed."""
-    need(d % 32 == 0 or not transposed)
-    need(src.shape[0] == d * f // 32 * 18 and down_bytes(ST_Q4_0, transposed, d, f) > 0)
-    out = np.empty(down_bytes(ST_Q4_0, transposed, d, f), np.uint8)
+def pack_down(int type, const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
+    """GGUF rows [d][f] to the Down layout; transposed: rows [f][d] to Down transposed."""
+    cdef int64_t size = f * <int64_t>st_row_bytes(type, d) if transposed else d * <int64_t>st_row_bytes(type, f)
+    need(src.shape[0] == size and down_bytes(type, transposed, d, f) > 0)
+    out = np.empty(down_bytes(type, transposed, d, f), np.uint8)
     cdef uint8_t[::1] dst = out
-    cdef st_down_view view = down_view(&dst[0], ST_Q4_0, transposed, d, f)
-    st_pack_down(ST_Q4_0, transposed, &src[0], d, f, &dst[0] + (view.lines - view.scales), &dst[0], &view)
+    cdef st_down_view view = down_view(&dst[0], type, transposed, d, f)
+    st_pack_down(type, transposed, &src[0], d, f, &dst[0] + (view.lines - view.scales), &dst[0], &view)
     return out
 
 
-def unpack_down(const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
+def unpack_down(int type, const uint8_t[::1] src, int64_t d, int64_t f, bint transposed=False):
     """The Down layout, or Down transposed, back to GGUF rows."""
-    need(d % 32 == 0 or not transposed)
-    need(src.shape[0] == down_bytes(ST_Q4_0, transposed, d, f) > 0)
-    out = np.empty(d * f // 32 * 18, np.uint8)
+    need(src.shape[0] == down_bytes(type, transposed, d, f) > 0)
+    out = np.empty(f * st_row_bytes(type, d) if transposed else d * st_row_bytes(type, f), np.uint8)
     cdef uint8_t[::1] dst = out
-    cdef st_down_view view = down_view(&src[0], ST_Q4_0, transposed, d, f)
-    st_unpack_down(ST_Q4_0, transposed, &view, d, f, &dst[0])
+    cdef st_down_view view = down_view(&src[0], type, transposed, d, f)
+    st_unpack_down(type, transposed, &view, d, f, &dst[0])
     return out
 
 
@@ -154,49 +153,75 @@ cdef class Table:
                 self.k.gemm[tiled](&w[0], rows, cols // 32, t0, t1, p, n, &y[0], ldy)
         free(p)
 
-    def rows(self, const uint8_t[::1] w, int64_t cols, const int32_t[::1] index, const uint8_t[::1] x, float[::1] out,
-             int type=ST_Q4_0):
+    def rows(self, int type, const uint8_t[::1] w, int64_t cols, const int32_t[::1] index, const uint8_t[::1] x,
+             float[::1] out):
         need(st_sparse(type) and out.shape[0] >= index.shape[0])
         if index.shape[0]:
             self.k.rows[st_tiled(type)](&w[0], st_row_bytes(type, cols), cols // 32, &index[0], index.shape[0],
                                         <const st_q8x4 *>&x[0], &out[0])
 
-    def ffn(self, const uint8_t[::1] gate, const uint8_t[::1] up, const uint8_t[::1] down, int64_t d, int64_t f,
-            const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y, bint transposed=False,
-            int type=ST_Q4_0):
-        """y += what the groups g0..g1 (32 neurons each) of an expert [f] add to the outputs, one step after another."""
+    def up(self, int type, const uint8_t[::1] w, int64_t cols, const uint8_t[:, ::1] x, const uint32_t[::1] fires,
+           float[::1] out):
+        """32 rows for x: [n][quantised row]; out: [n][32]. False where the table has no such kernel."""
+        cdef const st_q8x4 *rows[ST_UP_TOKENS]
+        cdef int64_t i, n = x.shape[0]
+        need(st_sparse(type) and w.shape[0] == 32 * <int64_t>st_row_bytes(type, cols) and fires.shape[0] == 32)
+        need(1 <= n <= ST_UP_TOKENS and out.shape[0] >= 32 * n)
+        need(x.shape[1] >= (cols + 127) // 128 * <int64_t>sizeof(st_q8x4) and int(np.max(fires)) >> n == 0)
+        if self.k.up[st_tiled(type)] == NULL:
+            return False
+        for i in range(n):
+            rows[i] = <const st_q8x4 *>&x[i, 0]
+        self.k.up[st_tiled(type)](&w[0], st_row_bytes(type, cols), cols // 32, rows, n, &fires[0], &out[0])
+        return True
+
+    def ffn(self, types, const uint8_t[::1] gate, const uint8_t[::1] up, const uint8_t[::1] down, int64_t d, int64_t f,
+            const uint8_t[::1] x, int64_t g0, int64_t g1, float[::1] y, bint transposed=False):
+        """y += what the groups g0..g1 (32 neurons each) of an expert [f] add to the outputs, one step after another.
+        types: of gate, up and down."""
         cdef int64_t g, groups = f // 32, nb = d // 32
+        cdef int gate_type = types[0], up_type = types[1], down_type = types[2]
+        cdef int[3] tiled = [st_tiled(gate_type), st_tiled(up_type), st_tiled(down_type)]
         cdef st_neurons[4] neurons
         cdef st_neurons *stage[4]
         need(d % 32 == 0 and f % 32 == 0 and 0 <= g0 < g1 <= groups)
-        cdef int64_t tile_bytes = st_tile16_bytes(type, 16, d)
-        need(st_sparse(type) and gate.shape[0] == f // 16 * tile_bytes and up.shape[0] == f // 16 * tile_bytes)
-        need(down.shape[0] == down_bytes(type, transposed, d, f) and y.shape[0] >= (d + 127) // 128 * 128)
+        cdef int64_t tile_bytes = st_tile16_bytes(gate_type, 16, d)
+        need(tile_bytes > 0 and gate.shape[0] == f // 16 * tile_bytes)
+        need(st_sparse(up_type) and up.shape[0] == f * <int64_t>st_row_bytes(up_type, d))
+        need(down.shape[0] == down_bytes(down_type, transposed, d, f) and y.shape[0] >= (d + 127) // 128 * 128)
         need(x.shape[0] >= (d + 127) // 128 * <int64_t>sizeof(st_q8x4))
         memset(stage, 0, sizeof(stage))
         for g in range(g0, g1 + 3):
             if g < g1:
                 stage[0] = &neurons[g % 4]
                 stage[0].gate, stage[0].up = &gate[2 * g * tile_bytes], &up[0]
-                stage[0].up_stride = st_row_bytes(type, d)
-                stage[0].down = down_view(&down[0], type, transposed, d, f)
+                stage[0].up_stride = st_row_bytes(up_type, d)
+                stage[0].down = down_view(&down[0], down_type, transposed, d, f)
                 stage[0].x, stage[0].transposed = <const st_q8x4 *>&x[0], transposed
                 stage[0].y, stage[0].group = &y[0], g
-            self.k.ffn[st_tiled(type)](nb, stage)
+            self.k.ffn(tiled, nb, stage)
             st_neurons_advance(stage)
 
-    def down(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,
-             float[::1] y, int type=ST_Q4_0):
-        """Chunks c0..c1 of 128 outputs; active: f / 32 entries of dtype ACTIVE."""
+    def down(self, int type, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, active, float weight,
+             float[::1] y):
+        """Chunks c0..c1 of 128 outputs; active: f / 32 entries of dtype ACTIVE of each token, whose outputs follow one
+        another in y."""
         cdef const uint8_t[::1] a = active.view(np.uint8)
         cdef st_down_view view = down_view(&w[0], type, False, d, f)
         need(w.shape[0] == down_bytes(type, False, d, f) > 0)
         need(0 <= c0 < c1 <= (d + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK)
         need(a.shape[0] >= f // 32 * <int64_t>sizeof(st_active) and y.shape[0] >= (c1 - c0) * ST_DOWN_CHUNK)
-        self.k.down[st_tiled(type)](&view, d, f // 32, c0, c1, <const st_active *>&a[0], weight, &y[0])
+        cdef int64_t n = a.shape[0] // (f // 32) // <int64_t>sizeof(st_active), t, width = (c1 - c0) * ST_DOWN_CHUNK
+        cdef const st_active *of[ST_DOWN_TOKENS]
+        cdef float weights[ST_DOWN_TOKENS]
+        cdef float *outs[ST_DOWN_TOKENS]
+        need(1 <= n <= ST_DOWN_TOKENS and y.shape[0] >= n * width)
+        for t in range(n):
+            of[t], weights[t], outs[t] = <const st_active *>&a[0] + t * (f // 32), weight, &y[t * width]
+        self.k.down[st_tiled(type)](&view, d, f // 32, c0, c1, of, weights, n, outs)
 
-    def down_transposed(self, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, fired, float weight,
-                        float[::1] y, int type=ST_Q4_0):
+    def down_transposed(self, int type, const uint8_t[::1] w, int64_t d, int64_t f, int64_t c0, int64_t c1, fired,
+                        float weight, float[::1] y):
         """The same over Down transposed; fired: f / 32 entries of dtype FIRED."""
         cdef const uint8_t[::1] a = fired.view(np.uint8)
         cdef st_down_view view = down_view(&w[0], type, True, d, f)

@@ -5,7 +5,7 @@ Called by smallthinker_edge/measure. A new kernel is one `apply_` function and o
 that is the tests' work.
 """
 from cpython.buffer cimport PyBuffer_FillInfo
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -92,11 +92,43 @@ cdef void apply_rows(const Job *j, const uint8_t *item, int tid) noexcept nogil:
                       j.out + tid * j.out_stride)
 
 
+cdef void apply_up(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """All groups for all tokens; every third neuron fires in each. By rows where the table has nothing better, as the
+    forward pass does."""
+    cdef int64_t g, i, t, n, stride = st_row_bytes(j.type, j.cols)
+    cdef uint32_t fires[32]
+    cdef int32_t index[32]
+    cdef const uint8_t *w
+    cdef float *up = j.out + tid * j.out_stride
+    for i in range(32):
+        fires[i] = <uint32_t>0x49249249 << i % 3
+    if j.tokens < 32:
+        for i in range(32):
+            fires[i] &= (<uint32_t>1 << j.tokens) - 1
+    for g in range(j.rows // 32):
+        w = item + 32 * g * stride
+        if j.k.up[j.tiled] != NULL:
+            j.k.up[j.tiled](w, stride, j.cols // 32, j.xq, j.tokens, fires, up)
+            continue
+        for t in range(j.tokens):
+            n = 0
+            for i in range(32):
+                index[n] = <int32_t>i
+                n += fires[i] >> t & 1
+            j.k.rows[j.tiled](w, stride, j.cols // 32, index, n, j.xq[t], up)
+
+
 cdef void apply_down(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """A whole matrix [cols][rows]: rows are the neurons, as everywhere here."""
     cdef st_down_view view = down_view(item, j.type, False, j.cols, j.rows)
-    j.k.down[j.tiled](&view, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, j.active, 1e-3,
-                      j.out + tid * j.out_stride)
+    cdef const st_active *active[ST_DOWN_TOKENS]
+    cdef float weight[ST_DOWN_TOKENS]
+    cdef float *y[ST_DOWN_TOKENS]
+    cdef int64_t t
+    for t in range(j.tokens):
+        active[t], weight[t], y[t] = j.active, 1e-3, j.out + tid * j.out_stride + t * ((j.cols + 127) // 128 * 128)
+    j.k.down[j.tiled](&view, j.cols, j.rows // 32, 0, (j.cols + ST_DOWN_CHUNK - 1) // ST_DOWN_CHUNK, active, weight,
+                      j.tokens, y)
 
 
 cdef void apply_down_transposed(const Job *j, const uint8_t *item, int tid) noexcept nogil:
@@ -115,7 +147,7 @@ cdef void step_ffn(const st_kernels *k, const st_expert *expert, const uint8_t *
         neurons.up, neurons.up_stride = blob + expert.up_at, expert.stride
         neurons.down = st_expert_down(expert, blob)
         neurons.x, neurons.transposed, neurons.y, neurons.group = x, expert.transposed, y, group
-    k.ffn[expert.tiled[0]](expert.d // 32, stage)
+    k.ffn(expert.tiled, expert.d // 32, stage)
     if blob != NULL:
         memcpy(neurons.g, gate + 32 * group, 32 * sizeof(float))
         st_neurons_choose(neurons)
@@ -196,20 +228,21 @@ ctypedef void (*apply_t)(const Job *job, const uint8_t *item, int tid) noexcept 
 cdef enum:
     NO_TYPE
     TILED    # an array by tiled type, all there
-    SPARSE   # those of the sparse types
+    SPARSE   # those of the sparse types; ffn: an expert whose three are of one
+    TRANSPOSED  # those that Down transposed has
 
 cdef struct Named:
     const char *name
     apply_t apply
     int types
 
-cdef Named[17] APPLY
+cdef Named[18] APPLY
 APPLY[0] = Named("read", apply_read, NO_TYPE)
 APPLY[1] = Named("gemm", apply_gemm, TILED)
 APPLY[2] = Named("rows", apply_rows, SPARSE)
 APPLY[3] = Named("ffn", apply_ffn, SPARSE)
 APPLY[4] = Named("down", apply_down, SPARSE)
-APPLY[5] = Named("down_transposed", apply_down_transposed, SPARSE)
+APPLY[5] = Named("down_transposed", apply_down_transposed, TRANSPOSED)
 APPLY[6] = Named("attention", apply_attention, NO_TYPE)
 APPLY[7] = Named("attention_q8", apply_attention_q8, NO_TYPE)
 APPLY[8] = Named("quantize", apply_quantize, NO_TYPE)
@@ -221,6 +254,7 @@ APPLY[13] = Named("to_f16", apply_to_f16, NO_TYPE)
 APPLY[14] = Named("from_f16", apply_from_f16, NO_TYPE)
 APPLY[15] = Named("rope", apply_rope, NO_TYPE)
 APPLY[16] = Named("top_k", apply_top_k, NO_TYPE)
+APPLY[17] = Named("up", apply_up, SPARSE)
 
 
 def _named_kernels():
@@ -233,7 +267,8 @@ def _named_kernels():
             result[family] = (i, family, -1)
             continue
         for number in range(ST_TYPE_NUMBERS):
-            if st_tiled(number) >= 0 if APPLY[i].types == TILED else st_sparse(number):
+            if (st_tiled(number) >= 0 if APPLY[i].types == TILED
+                    else st_down_scale_bytes(number, APPLY[i].types == TRANSPOSED, 32) > 0):
                 result[f"{family}_{st_type_of(number).name.decode().lower()}"] = (i, family, number)
     return result
 
@@ -412,9 +447,11 @@ cdef class Timer:
         need(kernel != "read" or stride % (streams * ST_READ_STEP) == 0)
         need(family != "ffn" or (rows % 32 == 0 and cols % 128 == 0))
         need(kernel != "top_k" or tokens <= cols)
+        need(family != "down" or tokens <= ST_DOWN_TOKENS)
         need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
         need(kernel != "attention_q8" or (2 * rows <= tokens <= ST_ATTN_CHUNK and cols % 32 == 0))
         picks = family in ("rows", "ffn")
+        need(family != "up" or (tokens <= ST_UP_TOKENS and rows % 32 == 0))
         need(not np.any(np.asarray(chosen) < 0) and (not picks or np.all(np.asarray(chosen) < rows)))
         job.k, job.team, job.data, job.stride, job.items = self.k, self.team, &data[0], stride, data.shape[0] // stride
         job.first, job.count, job.rows, job.cols, job.tokens = first % job.items, count, rows, cols, tokens
@@ -438,7 +475,8 @@ cdef class Timer:
             self.k.quantize(&x[0], cols // 32 * 32, <st_q8x4 *>&quantized[i * q_bytes])
         job.xq = <const st_q8x4 *const *>&p[0]
         job.out_stride = (rows * max(tokens, 1) + rows * (cols + 2 * ST_ATTN_CHUNK + 2) * kernel.startswith("attention")
-                          + 2 * cols + chosen.shape[0] + 1024) // 64 * 64
+                          + tokens * (cols + ST_DOWN_CHUNK) * (family == "down") + 2 * cols + chosen.shape[0]
+                          + 1024) // 64 * 64
         outputs = Memory(self.threads * job.out_stride * 4)
         cdef uint8_t[::1] out = outputs
         job.out = <float *>&out[0]
@@ -449,12 +487,17 @@ cdef class Timer:
         return started
 
     @staticmethod
+    def line_bytes(str kernel, int64_t cols):
+        """Bytes of a neuron's line of down, of a kernel over these."""
+        return st_down_line_bytes(KERNELS[kernel][2], cols)
+
+    @staticmethod
     def item_bytes(str kernel, int64_t rows, int64_t cols, int64_t tokens=1, bint transposed=False):
         """Bytes of one item that a kernel reads, 0 where it reads none."""
         _, family, type_ = KERNELS[kernel]
         if family == "gemm":
             return st_tile16_bytes(type_, rows, cols)
-        if family == "rows":
+        if family in ("rows", "up"):
             return rows * st_row_bytes(type_, cols)
         if family == "ffn":
             return expert_bytes(type_, cols, rows, transposed)

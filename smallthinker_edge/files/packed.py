@@ -24,7 +24,7 @@ from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
 from smallthinker_edge.files.gguf import GGUFFile, StoredBytes, TensorInfo, slices
 
 # Of the blobs. It changes whenever experts of any type come to stand otherwise: files of earlier layouts are refused.
-LAYOUT = "tile16-5"
+LAYOUT = "tile16-6"
 ALIGN = 4096
 EXPERT_ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 Bytes = npt.NDArray[np.uint8]

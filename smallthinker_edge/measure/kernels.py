@@ -7,12 +7,13 @@ opens a model: the shapes are those of the real ones, the weights are arbitrary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from smallthinker_edge._native import kernels
-from smallthinker_edge._native.timing import Timer
+from smallthinker_edge._native.layouts import TYPES
+from smallthinker_edge._native.timing import KERNELS, Timer
 from smallthinker_edge.measure.limits import Bytes, ReadLimit, rate, warm_up
 
 
@@ -41,7 +42,7 @@ class Case:
     Attributes:
         kernel: a name of Timer.kernels(). what: where the forward pass uses it.
         rows, cols, tokens: as Timer.run() has them.
-        active: share of the rows that a kernel which skips reads. transposed: the down of ffn_q4_0 is.
+        active: share of the rows that a kernel which skips reads. transposed: the down of ffn_* is.
         streamed: whether the forward pass reads its operand from memory; then it is timed that way too.
     """
 
@@ -57,19 +58,29 @@ class Case:
 
 def cases(shape: Shape) -> list[Case]:
     """Every kernel at the sizes of a model."""
+
+    def of(family: str) -> list[str]:
+        return [name for name, (_, its, _) in KERNELS.items() if its == family]
+
     d, f, heads = shape.d_model, shape.d_ffn, shape.n_heads * shape.head_dim
     group = shape.n_heads // shape.n_kv_heads
     return [
         Case("gemm_q4_0", "gate", f, d),
         Case("gemm_q4_0", "output", d, heads),
         Case("gemm_q4_0", "gate, 64 tokens", f, d, 64, streamed=False),
-        *(Case(name, "head, 512 rows", 512, d) for name in Timer.kernels() if name.startswith("gemm_")),
-        Case("rows_q4_0", f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
+        *(Case(name, "head, 512 rows", 512, d) for name in of("gemm")),
+        *(Case(name, f"up, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE) for name in of("rows")),
         Case("rows_q4_0", "up, all", f, d),
-        Case("ffn_q4_0", f"expert, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
+        *(Case(name, "up, 16 tokens", f, d, 16, active=1 / 3, streamed=False) for name in of("up")),
+        *(Case(name, f"expert, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE) for name in of("ffn")),
         Case("ffn_q4_0", f"transposed down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE, transposed=True),
-        Case("down_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
+        *(Case(name, f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE) for name in of("down")),
         Case("down_q4_0", "down, all", f, d),
+        *(
+            Case(name, "down, 16 tokens", f, d, 16, active=ACTIVE_SHARE, streamed=False)
+            for name in of("down")
+            if name != "down_q4_0"
+        ),
         Case("down_transposed_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("down_transposed_q4_0", "down, all", f, d),
         Case("attention", f"{group} heads, 256 positions", group, shape.head_dim, 256),
@@ -86,8 +97,8 @@ def cases(shape: Shape) -> list[Case]:
     ]
 
 
-# Kernels that compute only the active neurons.
-CHOOSING = ("rows_q4_0", "ffn_q4_0", "down_q4_0", "down_transposed_q4_0")
+# Families of kernels that compute only the active neurons.
+CHOOSING = ("rows", "ffn", "down", "down_transposed")
 
 
 @dataclass(frozen=True)
@@ -135,18 +146,19 @@ def bytes_of(case: Case) -> int:
     """Weights, keys or values that one call reads: for kernels that skip, what is left, and all scales of down unless
     each neuron has its own."""
     whole = Timer.item_bytes(case.kernel, case.rows, case.cols, case.tokens, case.transposed)
-    if case.kernel == "rows_q4_0":
-        return whole // case.rows * len(choose_rows(case.rows, case.active))
-    padded = -(-case.cols // 128) * 128
+    _, family, number = KERNELS[case.kernel]
+    if family not in CHOOSING:
+        return whole
     active = len(choose_rows(case.rows, case.active))
-    own_scales = case.transposed or case.kernel == "down_transposed_q4_0"
-    down = (active if own_scales else case.rows) * padded // 16 + active * padded // 2
-    if case.kernel == "ffn_q4_0":
-        gate = case.rows * case.cols // 32 * 18
-        return gate + gate // case.rows * active + down
-    if case.kernel.startswith("down"):
-        return down
-    return whole
+    if family in ("rows", "down_transposed"):
+        return whole // case.rows * active
+    lines = Timer.line_bytes(case.kernel, case.cols)
+    if family == "down":
+        return whole - (case.rows - active) * lines
+    info = next(info for info in TYPES.values() if info.number == number)
+    row = case.cols // info.columns * info.bytes
+    down = f"down_transposed_{case.kernel[4:]}" if case.transposed else f"down_{case.kernel[4:]}"
+    return (case.rows + active) * row + bytes_of(replace(case, kernel=down, transposed=False))
 
 
 def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bool, seconds: float) -> float:
@@ -156,7 +168,8 @@ def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bo
     )
     items = memory.size // stride if streaming else timer.threads
     view = memory[: items * stride]
-    chosen = choose_rows(case.rows, case.active) if case.kernel in CHOOSING else None
+    family = KERNELS[case.kernel][1]
+    chosen = choose_rows(case.rows, case.active) if family in CHOOSING else None
     active = None
     if case.kernel.startswith("down") and chosen is not None:
         active = active_groups(table, case.rows, chosen, case.kernel == "down_transposed_q4_0")
@@ -171,7 +184,7 @@ def time_case(timer: Timer, table: str, case: Case, memory: Bytes, streaming: bo
             rows=case.rows,
             cols=case.cols,
             tokens=case.tokens,
-            index=chosen if case.kernel in ("rows_q4_0", "ffn_q4_0") else None,
+            index=chosen if family in ("rows", "ffn") else None,
             active=active,
             transposed=case.transposed,
         )
@@ -204,7 +217,7 @@ def bench_kernels(
                     if count > 1 and not case.streamed and case.rows == 0:
                         continue  # operations on activations are small: no threads share one
                     size, multiplies = bytes_of(case), 0
-                    if case.kernel.startswith(("gemm", "rows", "down")):
+                    if case.kernel.startswith(("gemm", "rows", "up", "down")):
                         multiplies = round(case.rows * case.cols * case.tokens * case.active)
                     for streaming in (False, True) if case.streamed else (False,):
                         taken = time_case(timer, table, case, memory, streaming, seconds)

@@ -12,6 +12,13 @@ void st_neurons_choose(st_neurons *n) {
     }
 }
 
+void st_neurons_tokens(const float *gate, int64_t n, uint32_t fires[32]) {
+    memset(fires, 0, 32 * sizeof *fires);
+    for (int64_t t = 0; t < n; t++)
+        for (int i = 0; i < 32; i++)
+            fires[i] |= (uint32_t)!(gate[32 * t + i] <= 0) << t;
+}
+
 void st_neurons_advance(st_neurons *stage[4]) {
     for (int i = 3; i > 0; i--)
         stage[i] = stage[i - 1];

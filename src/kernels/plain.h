@@ -3,7 +3,8 @@
 #ifndef SMALLTHINKER_PLAIN_H
 #define SMALLTHINKER_PLAIN_H
 
-#include <stdint.h>
+#include "smallthinker/layout.h"
+
 #include <string.h>
 
 /* What 16 blocks of 32 outputs each multiply the nibbles of a group's neurons by, where down is transposed: for the
@@ -13,6 +14,17 @@ typedef struct block_weights {
     int32_t corr[16];
     float scale[16];
 } block_weights;
+
+/* Where the scales of Down stand in a K type (layout.h): the head of group g's super-block, and the group's own; head,
+ * scales: bytes of a chunk of these. */
+static inline const uint8_t *down_k_head(const st_down_view *down, int64_t g) {
+    return down->scales + 8 * down->scale_stride * (size_t)(g / 8);
+}
+
+static inline const uint8_t *down_k_scales(const st_down_view *down, int64_t g, int head, int scales) {
+    size_t chunks = down->scale_stride / (size_t)(head / 8 + scales);
+    return down_k_head(down, g) + chunks * (size_t)(head + g % 8 * scales);
+}
 
 /* Where part `step` of `steps` of n things begins. */
 static inline int64_t share(int64_t n, int64_t step, int64_t steps) { return n * step / steps; }

@@ -142,6 +142,61 @@ static ST_ROWS(rows_q4_0) {
     }
 }
 
+/* Column i of block b in the nibbles of Rows, and in what is above them (layout.h). */
+static int row_code(int type, const uint8_t *nibbles, const uint8_t *above, int64_t b, int i) {
+    int code = nibbles[16 * b + i % 16] >> (i / 16 * 4) & 15;
+    if (type == ST_Q5_K)
+        code |= (above[b / 4 * 16 + i % 16] >> (b % 4 * 2 + i / 16) & 1) << 4;
+    if (type == ST_Q6_K)
+        code |= (above[b / 2 * 16 + i % 16] >> (b % 2 * 4 + i / 16 * 2) & 3) << 4;
+    return code;
+}
+
+/* As gemm_k. */
+static void rows_k(int type, const uint8_t *w, size_t stride, int64_t nb, const int32_t *index, int64_t n,
+                   const st_q8x4 *x, float *out) {
+    int64_t ns = nb / 8;
+    for (int64_t k = 0; k < n; k++) {
+        const uint8_t *head = w + stride * (size_t)index[k], *nibbles = head + 16 * ns, *above = nibbles + 16 * nb;
+        float sum = 0;
+        for (int64_t b = 0; b < nb; b++) {
+            uint8_t packed[12], scale[8], min[8];
+            float by = x[b / 4].scale[b % 4 * 4];
+            int dot = 0;
+            for (int i = 0; i < 3; i++)
+                memcpy(packed + 4 * i, head + 4 * ((i + 1) * ns + b / 8), 4);
+            st_k_scales(packed, scale, min);
+            for (int i = 0; i < ST_BLOCK; i++)
+                dot += q8_at(x, b, i) * row_code(type, nibbles, above, b, i);
+            sum += (float)dot * (u16_f32(head + 2 * (b / 8)) * (float)scale[b % 8] * by);
+            sum += u16_f32(head + 2 * (ns + b / 8)) * (float)min[b % 8] *
+                   ((float)x[b / 4].corr[b % 4 * 4] * (0.125f * by));
+        }
+        out[k] = sum;
+    }
+}
+
+static ST_ROWS(rows_q4_k) { rows_k(ST_Q4_K, w, stride, nb, index, n, x, out); }
+
+static ST_ROWS(rows_q5_k) { rows_k(ST_Q5_K, w, stride, nb, index, n, x, out); }
+
+static ST_ROWS(rows_q6_k) {
+    int64_t ns = nb / 8;
+    for (int64_t k = 0; k < n; k++) {
+        const uint8_t *head = w + stride * (size_t)index[k], *nibbles = head + 18 * ns, *above = nibbles + 16 * nb;
+        const int8_t *scale = (const int8_t *)head + 2 * ns;
+        float sum = 0;
+        for (int64_t b = 0; b < nb; b++) {
+            int dot[2] = {0, 0};
+            for (int i = 0; i < ST_BLOCK; i++)
+                dot[i / 16] += q8_at(x, b, i) * (row_code(ST_Q6_K, nibbles, above, b, i) - 32);
+            int scaled = dot[0] * scale[b] + dot[1] * scale[nb + b];
+            sum += (float)scaled * (u16_f32(head + 2 * (b / 8)) * x[b / 4].scale[b % 4 * 4]);
+        }
+        out[k] = sum;
+    }
+}
+
 static void activate(const float *g, const float *up, st_active *out) {
     float h[32], amax = 0;
     memset(out, 0, sizeof *out);
@@ -162,17 +217,22 @@ static void activate(const float *g, const float *up, st_active *out) {
         out->index[used] = (uint8_t)i;
         out->h[used++] = (int8_t)q;
         sum += q;
+        if (i < 16) {
+            out->low = used;
+            out->corr_low = -8 * sum;
+        }
     }
     if (used == 0 && !(amax <= 0)) /* only NaN or infinity: keep one entry so that the scale is seen */
-        used = 1;
+        used = out->low = 1;
+    out->high = used - out->low;
     out->corr = -8 * sum;
     out->quads = (used + 3) / 4;
-    for (int i = used; i < 4 * out->quads; i++)
+    for (int i = used; used > 0 && i < 4 * out->quads + 3 && i < 32; i++)
         out->index[i] = out->index[used - 1];
 }
 
 /* What outputs o of Down get from the 32 neurons of group g. */
-static float down_group(const st_down_view *down, int64_t g, int64_t o, const st_active *a) {
+static float down_q4_0_group(const st_down_view *down, int64_t g, int64_t o, const st_active *a) {
     const uint8_t *lines = down->lines + down->stride * 32 * (size_t)g;
     int64_t byte = o / 128 * 64 + (o % 16 / 4) * 16 + (o % 128 / 32) * 4 + o % 4;
     int shift = o % 32 >= 16 ? 4 : 0, dot = 0;
@@ -181,17 +241,73 @@ static float down_group(const st_down_view *down, int64_t g, int64_t o, const st
     return (float)dot * (u16_f32(down->scales + down->scale_stride * (size_t)g + 2 * o) * a->scale);
 }
 
-static ST_DOWN(down_q4_0) {
-    (void)d;
+/* The code that the line of a neuron has for output o, of chunks * 128. */
+static int down_code(int type, const uint8_t *line, int64_t chunks, int64_t o) {
+    int64_t c = o / 128, v = o % 128 / 32, h = o % 32 / 16, L = o % 16 / 4, k = o % 4;
+    int code = line[64 * c + 16 * L + 4 * v + k] >> (4 * h) & 15;
+    line += 64 * chunks;
+    if (type == ST_Q5_K)
+        code |= (line[c / 4 * 64 + 16 * L + c % 4 * 4 + k] >> (2 * v + h) & 1) << 4;
+    if (type == ST_Q6_K)
+        code |= (line[c / 2 * 64 + 16 * L + c % 2 * 8 + v / 2 * 4 + k] >> (v % 2 * 4 + 2 * h) & 3) << 4;
+    return code;
+}
+
+static float down_k_group(int type, const st_down_view *down, int64_t g, int64_t o, const st_active *a) {
+    const uint8_t *lines = down->lines + down->stride * 32 * (size_t)g;
+    const uint8_t *super = down->scales + 8 * down->scale_stride * (size_t)(g / 8);
+    int64_t chunks = (int64_t)down->scale_stride / (ST_DOWN_K_HEAD / 8 + ST_DOWN_K_SCALES), r = o % 128;
+    const uint8_t *head = super + ST_DOWN_K_HEAD * (o / 128);
+    const uint8_t *six = super + ST_DOWN_K_HEAD * chunks + ST_DOWN_K_SCALES * (g % 8 * chunks + o / 128);
+    int above = six[128 + r % 64] >> (r / 64 * 2), dot = 0;
+    float scale = u16_f32(head + 2 * r) * (float)((six[r] & 15) | (above & 3) << 4);
+    float min = u16_f32(head + 256 + 2 * r) * (float)(six[r] >> 4 | (above >> 4 & 3) << 4);
+    for (int i = 0; i < 4 * a->quads; i++)
+        dot += a->h[i] * down_code(type, lines + down->stride * a->index[i], chunks, o);
+    return (float)dot * (scale * a->scale) + min * ((float)a->corr * (0.125f * a->scale));
+}
+
+static float down_q4_k_group(const st_down_view *down, int64_t g, int64_t o, const st_active *a) {
+    return down_k_group(ST_Q4_K, down, g, o, a);
+}
+
+static float down_q5_k_group(const st_down_view *down, int64_t g, int64_t o, const st_active *a) {
+    return down_k_group(ST_Q5_K, down, g, o, a);
+}
+
+static float down_q6_k_group(const st_down_view *down, int64_t g, int64_t o, const st_active *a) {
+    const uint8_t *lines = down->lines + down->stride * 32 * (size_t)g;
+    const uint8_t *super = down->scales + 8 * down->scale_stride * (size_t)(g / 8);
+    int64_t chunks = (int64_t)down->scale_stride / (ST_DOWN_Q6_K_HEAD / 8 + ST_DOWN_Q6_K_SCALES);
+    const int8_t *scale =
+        (const int8_t *)super + ST_DOWN_Q6_K_HEAD * chunks + ST_DOWN_Q6_K_SCALES * (g % 8 * chunks + o / 128) + o % 128;
+    int dot[2] = {0, 0};
+    for (int i = 0; i < 4 * a->quads; i++)
+        dot[a->index[i] / 16] += a->h[i] * (down_code(ST_Q6_K, lines + down->stride * a->index[i], chunks, o) - 32);
+    return (float)(dot[0] * scale[0] + dot[1] * scale[128]) * (u16_f32(super + 2 * o) * a->scale);
+}
+
+typedef float down_group(const st_down_view *down, int64_t g, int64_t o, const st_active *a);
+
+static void down_all(down_group *group, const st_down_view *down, int64_t groups, int64_t c0, int64_t c1,
+                     const st_active *a, float weight, float *y) {
     for (int64_t o = c0 * ST_DOWN_CHUNK; o < c1 * ST_DOWN_CHUNK; o++)
         for (int64_t part = 0; part < groups; part += ST_FFN_PART) {
             float sum = 0;
             for (int64_t g = part; g < part + ST_FFN_PART && g < groups; g++)
                 if (a[g].quads)
-                    sum += down_group(down, g, o, a + g);
+                    sum += group(down, g, o, a + g);
             y[o - c0 * ST_DOWN_CHUNK] += weight * sum;
         }
 }
+
+#define DOWN(NAME, name)                                                                                               \
+    static ST_DOWN(down_##name) {                                                                                      \
+        (void)d;                                                                                                       \
+        for (int64_t t = 0; t < n; t++)                                                                                \
+            down_all(down_##name##_group, down, groups, c0, c1, a[t], weight[t], y[t]);                                \
+    }
+ST_SPARSE_TYPES(DOWN)
 
 /* Byte k of what block b of 32 outputs multiplies the nibbles of neuron a->index[k] by; scales: of a group's first
  * neuron; stride: from one neuron's to the next. Returns the scale of the bytes. */
@@ -235,17 +351,24 @@ static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
         }
 }
 
-static ST_FFN(ffn_q4_0) {
+#define GEMM_OF(NAME, name) [ST_TILED_##NAME] = gemm_##name,
+#define ROWS_OF(NAME, name) [ST_TILED_##NAME] = rows_##name,
+#define GROUP_OF(NAME, name) [ST_TILED_##NAME] = down_##name##_group,
+static st_gemm *const gemm_of[ST_TILED_COUNT] = {ST_TILED_TYPES(GEMM_OF)};
+static st_rows *const rows_of[ST_TILED_COUNT] = {ST_SPARSE_TYPES(ROWS_OF)};
+static down_group *const group_of[ST_TILED_COUNT] = {ST_SPARSE_TYPES(GROUP_OF)};
+
+static ST_FFN(ffn) {
     int64_t padded = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * ST_DOWN_CHUNK;
     if (stage[3] && stage[3]->transposed) {
         for (int64_t b = 0; b < padded / ST_BLOCK && stage[3]->output.quads; b++)
             transposed_group(&stage[3]->down, stage[3]->group, b, &stage[3]->output, stage[3]->y + b * ST_BLOCK);
     } else if (stage[3] && stage[3]->active.quads)
         for (int64_t o = 0; o < padded; o++)
-            stage[3]->y[o] += down_group(&stage[3]->down, stage[3]->group, o, &stage[3]->active);
+            stage[3]->y[o] += group_of[tiled[2]](&stage[3]->down, stage[3]->group, o, &stage[3]->active);
     if (stage[2]) {
         float value[32], up[32];
-        rows_q4_0(stage[2]->up, stage[2]->up_stride, nb, stage[2]->index, stage[2]->fired, stage[2]->x, value);
+        rows_of[tiled[1]](stage[2]->up, stage[2]->up_stride, nb, stage[2]->index, stage[2]->fired, stage[2]->x, value);
         if (stage[2]->transposed) {
             st_neurons_multiply(stage[2], value, &stage[2]->output);
         } else {
@@ -254,7 +377,7 @@ static ST_FFN(ffn_q4_0) {
         }
     }
     if (stage[0]) {
-        gemm_q4_0(stage[0]->gate, 32, nb, 0, 2, &stage[0]->x, 1, stage[0]->g, 32);
+        gemm_of[tiled[0]](stage[0]->gate, 32, nb, 0, 2, &stage[0]->x, 1, stage[0]->g, 32);
         st_neurons_choose(stage[0]);
     }
 }

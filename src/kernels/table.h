@@ -12,9 +12,12 @@
 #define ST_ENTER_GEMM(NAME, name) k->gemm[ST_TILED_##NAME] = gemm_##name;
 #define ST_ENTER_SPARSE(NAME, name)                                                                                    \
     k->rows[ST_TILED_##NAME] = rows_##name;                                                                            \
-    k->ffn[ST_TILED_##NAME] = ffn_##name;                                                                              \
-    k->down[ST_TILED_##NAME] = down_##name;                                                                            \
-    k->down_transposed[ST_TILED_##NAME] = down_transposed_##name;
-#define ST_ENTER_MATRICES ST_TILED_TYPES(ST_ENTER_GEMM) ST_SPARSE_TYPES(ST_ENTER_SPARSE)
+    k->down[ST_TILED_##NAME] = down_##name;
+#define ST_ENTER_TRANSPOSED(NAME, name) k->down_transposed[ST_TILED_##NAME] = down_transposed_##name;
+#define ST_ENTER_MATRICES                                                                                              \
+    ST_TILED_TYPES(ST_ENTER_GEMM)                                                                                      \
+    ST_SPARSE_TYPES(ST_ENTER_SPARSE)                                                                                   \
+    ST_TRANSPOSED_TYPES(ST_ENTER_TRANSPOSED)                                                                           \
+    k->ffn = ffn;
 
 #endif

@@ -43,7 +43,7 @@ int st_expert_init(st_expert *e, int64_t d, int64_t f, int gate, int up, int dow
     e->up_at = e->rows[0];
     e->down_at = e->up_at + e->rows[1];
     e->bytes = e->down_at + e->rows[2];
-    if (pack && gate == up && up == down && st_sparse(gate) && f % ST_BLOCK == 0)
+    if (pack && e->tiled[0] >= 0 && st_sparse(up) && st_down_scale_bytes(down, transposed, d) && f % ST_BLOCK == 0)
         make_sparse(e);
     else if (pack && !transposed && e->tiled[0] >= 0 && e->tiled[1] >= 0 && e->tiled[2] >= 0)
         make_tiles(e);

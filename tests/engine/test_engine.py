@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Q5_K": {"types": "Q5_K", "d_model": 256, "d_ffn": 256},
     "Q6_K": {"types": "Q6_K", "d_model": 256, "d_ffn": 256},
     "Q4_K_M": {"types": {"default": "Q4_K", "down": "Q6_K", "head": "Q6_K"}, "d_model": 256, "d_ffn": 512},
+    "Q5_K_M": {"types": {"default": "Q5_K", "down": "Q6_K", "head": "Q6_K"}, "d_model": 256, "d_ffn": 512},
+    "Q4_0, down in Q5_K": {"types": {"default": "Q4_0", "down": "Q5_K"}, "d_ffn": 256},
     "Q2_K": {"types": "Q2_K", "d_model": 256, "d_ffn": 256},
     "Q3_K": {"types": "Q3_K", "d_model": 256, "d_ffn": 256},
     "Q5_0": {"types": "Q5_0"},
@@ -88,7 +90,7 @@ def test_quantised_activations_stay_close_to_the_reference(variant: str, table: 
 
 
 @pytest.mark.parametrize("table", kernels.tables())
-@pytest.mark.parametrize("variant", ["plain", "transposed down", "Q8_0", "Q4_K_M", "Q5_K"])
+@pytest.mark.parametrize("variant", ["plain", "transposed down", "Q8_0", "Q4_K", "Q4_K_M", "Q5_K", "Q6_K"])
 def test_logits_do_not_depend_on_threads_or_chunks(path: str, variant: str, table: str, tmp_path: Path) -> None:
     ids = tokens(600 if table != "ref" else 150)
     if VARIANTS[variant]:

@@ -20,6 +20,7 @@ from smallthinker_edge._native.layouts import TYPES as TYPE_INFOS
 
 INFOS = {info.number: info for info in TYPE_INFOS.values() if info.tiled}
 TYPES = {number: T(number) for number in INFOS}
+SPARSE = [number for number, info in INFOS.items() if info.sparse]
 GUARD = 64
 pytestmark = pytest.mark.parametrize("name", kernels.tables())
 
@@ -166,16 +167,37 @@ def test_gemm_gives_the_same_bits_for_any_batch_and_any_tiles(name: str, type_: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cols", [32, 96, 128, 160, 1536])
-def test_rows_multiplies_the_chosen_rows(name: str, cols: int, kind: str) -> None:
-    raw, w = weights(2, 40, cols, extreme=kind == "extreme")
+@pytest.mark.parametrize("cols", [32, 96, 128, 160, 1280, 1536])
+@pytest.mark.parametrize("type_", SPARSE)
+def test_rows_multiplies_the_chosen_rows(name: str, type_: int, cols: int, kind: str) -> None:
+    cols = columns(type_, cols)
+    raw, w = weights(type_, 40, cols, extreme=kind == "extreme")
     xq = quantized(name, inputs(kind, (1, cols)))
     x = values_of(xq, cols)[0]
     for count in (0, 1, 5):
         index = np.random.default_rng(count).permutation(40)[:count].astype(np.int32)
         out = Guarded(count)
-        Table(name).rows(kernels.pack_rows(raw, 40, cols), cols, index, xq[0], out.inner)
+        Table(name).rows(type_, kernels.pack_rows(type_, raw, 40, cols), cols, index, xq[0], out.inner)
         assert_close(out.check(), w[index] @ x, np.abs(w[index]) @ np.abs(x))
+
+
+@pytest.mark.parametrize("cols", [256, 1280, 1536, 8448])
+@pytest.mark.parametrize("type_", SPARSE)
+def test_up_of_many_tokens_gives_the_bits_of_rows(name: str, type_: int, cols: int) -> None:
+    table, rows = Table(name), kernels.pack_rows(type_, weights(type_, 32, cols)[0], 32, cols)
+    xq = quantized(name, inputs("normal", (16, cols)))
+    for n in (1, 5, 16):
+        fires = np.random.default_rng(n).integers(0, 1 << n, 32).astype(np.uint32)
+        fires[3] = 0
+        up = Guarded(32 * n)
+        if not table.up(type_, rows, cols, xq[:n], fires, up.inner):
+            continue
+        for i in range(n):
+            index = np.flatnonzero(fires >> i & 1).astype(np.int32)
+            expected, values = np.zeros(32, np.float32), np.empty(len(index), np.float32)
+            table.rows(type_, rows, cols, index, xq[i], values)
+            expected[index] = values
+            assert np.array_equal(up.check()[32 * i : 32 * i + 32], expected)
 
 
 def activated(name: str, g: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -220,9 +242,11 @@ def test_activate_carries_nan(name: str) -> None:
 
 @pytest.mark.parametrize("silent", [0.0, 0.6, 0.97, 1.0])
 @pytest.mark.parametrize(("d", "f"), [(128, 32), (256, 96), (200, 768), (1800, 64)])
-def test_down_adds_the_weighted_product(name: str, d: int, f: int, silent: float) -> None:
-    raw, w = weights(2, d, f, extreme=silent == 0.0)
-    packed = kernels.pack_down(raw, d, f)
+@pytest.mark.parametrize("type_", SPARSE)
+def test_down_adds_the_weighted_product(name: str, type_: int, d: int, f: int, silent: float) -> None:
+    f = columns(type_, f)
+    raw, w = weights(type_, d, f, extreme=silent == 0.0)
+    packed = kernels.pack_down(type_, raw, d, f)
     g = np.where(np.random.default_rng(2).random(f) < silent, -1, np.abs(inputs("normal", (f,), 3))).astype(np.float32)
     active = activated(name, g, inputs("normal", (f,), 4))
     h = neuron_values(active)
@@ -231,7 +255,7 @@ def test_down_adds_the_weighted_product(name: str, d: int, f: int, silent: float
         y = Guarded(128 * (c1 - c0))
         start = inputs("normal", (128 * (c1 - c0),), 5)
         y.inner[:] = start
-        Table(name).down(packed, d, f, c0, c1, active, 0.37, y.inner)
+        Table(name).down(type_, packed, d, f, c0, c1, active, 0.37, y.inner)
         rows = w[128 * c0 : 128 * c1]
         got = y.check()[: len(rows)]
         magnitude = 0.37 * (np.abs(rows) @ np.abs(h)) + np.abs(start[: len(rows)])
@@ -265,7 +289,7 @@ def transposed_values(raw: np.ndarray, h: np.ndarray, d: int) -> tuple[np.ndarra
 @pytest.mark.parametrize(("d", "f"), [(128, 32), (256, 96), (224, 768), (1824, 64), (32, 32)])
 def test_down_transposed_adds_the_weighted_product(name: str, d: int, f: int, kind: str) -> None:
     raw = weights(2, f, d, extreme=kind == "extreme")[0]
-    packed = kernels.pack_down(raw, d, f, True)
+    packed = kernels.pack_down(2, raw, d, f, True)
     g, up = np.abs(inputs(kind, (f,), 3)), inputs(kind, (f,), 4)
     silent = {"0.6 silent": 0.6, "0.97 silent": 0.97, "silent": 1.0}.get(kind, 0.0)
     g[np.random.default_rng(2).random(f) < silent] *= -1
@@ -276,7 +300,7 @@ def test_down_transposed_adds_the_weighted_product(name: str, d: int, f: int, ki
         y = Guarded(128 * (c1 - c0))
         start = inputs("normal", (128 * (c1 - c0),), 5)
         y.inner[:] = start
-        Table(name).down_transposed(packed, d, f, c0, c1, fired(g, up), 0.37, y.inner)
+        Table(name).down_transposed(2, packed, d, f, c0, c1, fired(g, up), 0.37, y.inner)
         part = slice(128 * c0, min(128 * c1, d))
         count = part.stop - part.start
         got = y.check()[:count]
@@ -295,7 +319,8 @@ def test_down_transposed_carries_what_is_no_number(name: str, bad: float) -> Non
     g, up = np.ones(f, np.float32), inputs("normal", (f,), 4)
     up[40] = bad
     y = np.zeros(256, np.float32)
-    Table(name).down_transposed(kernels.pack_down(weights(2, f, d)[0], d, f, True), d, f, 0, 2, fired(g, up), 1, y)
+    packed = kernels.pack_down(2, weights(2, f, d)[0], d, f, True)
+    Table(name).down_transposed(2, packed, d, f, 0, 2, fired(g, up), 1, y)
     assert not np.isfinite(y[:d]).any()
     g[40] = np.nan
     assert np.isnan(fired(g, up)["h"]).sum() == 1
@@ -304,10 +329,10 @@ def test_down_transposed_carries_what_is_no_number(name: str, bad: float) -> Non
 def test_down_transposed_is_that_of_plain_c(name: str) -> None:
     """But for the order in which floats are added."""
     d, f = 352, 32
-    packed = kernels.pack_down(weights(2, f, d)[0], d, f, True)
+    packed = kernels.pack_down(2, weights(2, f, d)[0], d, f, True)
     active, y = fired(inputs("normal", (f,), 1), inputs("normal", (f,), 2)), np.zeros((2, 384), np.float32)
     for table, out in zip((name, "ref"), y, strict=True):
-        Table(table).down_transposed(packed, d, f, 0, 3, active, 1, out)
+        Table(table).down_transposed(2, packed, d, f, 0, 3, active, 1, out)
     assert np.array_equal(*y)
 
 
@@ -381,27 +406,43 @@ def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_
         assert np.abs(m.check() - s.max(1)).max() < 1e-3
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+# Types of gate, up and down, and whether down is transposed: those that files have, and others that may stand together.
+EXPERTS = [
+    (T.Q4_0, T.Q4_0, T.Q4_0, False),
+    (T.Q4_0, T.Q4_0, T.Q4_0, True),
+    (T.Q4_K, T.Q4_K, T.Q4_K, False),
+    (T.Q4_K, T.Q4_K, T.Q6_K, False),
+    (T.Q5_K, T.Q5_K, T.Q5_K, False),
+    (T.Q5_K, T.Q5_K, T.Q6_K, False),
+    (T.Q6_K, T.Q6_K, T.Q6_K, False),
+    (T.Q8_0, T.Q4_0, T.Q5_K, False),
+    (T.Q8_0, T.Q4_K, T.Q4_0, True),
+]
+
+
+@pytest.mark.parametrize("types", EXPERTS)
 @pytest.mark.parametrize("silent", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize(("d", "f"), [(32, 32), (96, 64), (160, 224), (1536, 384)])
+@pytest.mark.parametrize(("d", "f"), [(32, 32), (96, 64), (160, 224), (1280, 64), (1536, 384)])
 def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(
-    name: str, d: int, f: int, silent: float, transposed: bool
+    name: str, d: int, f: int, silent: float, types: tuple[T, T, T, bool]
 ) -> None:
+    gate_type, up_type, down_type, transposed = types
+    d = max(columns(gate_type, d), columns(up_type, d))
+    f = f if transposed else columns(down_type, f)
     table, padded = Table(name), -(-d // 128) * 128
-    gate, up, down = weights(2, f, d, 1)[0], weights(2, f, d, 2)[0], weights(2, d, f, 3)[0]
+    gate = weights(gate_type, f, d, 1)[0].reshape(f, -1)
+    up = weights(up_type, f, d, 2)[0]
+    down = weights(down_type, *((f, d) if transposed else (d, f)), 3)[0]
+    gate[np.random.default_rng(9).random(f) < silent] = 0  # neurons whose gate is 0
     tiles, rows, lines = (
-        kernels.pack_tile16(2, gate, f, d),
-        kernels.pack_rows(up, f, d),
-        kernels.pack_down(down, d, f, transposed),
+        kernels.pack_tile16(gate_type, gate.reshape(-1), f, d),
+        kernels.pack_rows(up_type, up, f, d),
+        kernels.pack_down(down_type, down, d, f, transposed),
     )
     xq = quantized(name, inputs("normal", (1, d)))
-    if silent:  # scales of zero: neurons of which the gate is 0
-        scales = tiles.view(np.uint16).reshape(-1, 144)[:, :16]
-        scales[:] = np.where(np.random.default_rng(9).random((f // 16, 1, 16)) < silent, 0,
-                             scales.reshape(f // 16, -1, 16)).reshape(-1, 16)  # fmt: skip
     g, values = np.empty(f, np.float32), np.empty(f, np.float32)
-    table.gemm(2, tiles, f, d, 0, -(-f // 16), xq, g, f)
-    table.rows(rows, d, np.arange(f, dtype=np.int32), xq[0], values)
+    table.gemm(gate_type, tiles, f, d, 0, -(-f // 16), xq, g, f)
+    table.rows(up_type, rows, d, np.arange(f, dtype=np.int32), xq[0], values)
     values = np.where(g > 0, values, 0).astype(np.float32)
     active = fired(g, values) if transposed else activated(name, g, values)
     run_down = table.down_transposed if transposed else table.down
@@ -409,47 +450,67 @@ def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(
         g1 = min(g0 + kernels.FFN_PART, f // 32)
         y = Guarded(padded)
         y.inner[:] = 0
-        table.ffn(tiles, rows, lines, d, f, xq[0], g0, g1, y.inner, transposed)
+        table.ffn(types[:3], tiles, rows, lines, d, f, xq[0], g0, g1, y.inner, transposed)
         part = np.zeros(f // 32, active.dtype)
         part[g0:g1] = active[g0:g1]
         alone = np.zeros(padded, np.float32)
-        run_down(lines, d, f, 0, padded // 128, part, 1.0, alone)
+        run_down(down_type, lines, d, f, 0, padded // 128, part, 1.0, alone)
         assert np.array_equal(y.check(), alone)
 
 
-def down_case(name: str, d: int, f: int, transposed: bool) -> tuple[Any, np.ndarray, np.ndarray]:
+DOWNS = [*((kind, False) for kind in SPARSE), (int(T.Q4_0), True)]
+
+
+def down_case(name: str, kind: int, d: int, f: int, transposed: bool) -> tuple[Any, np.ndarray, np.ndarray]:
     """The kernel for a layout of down, a down [d][f] in it, and what its neurons give to it."""
     table, g, up = Table(name), inputs("normal", (f,), 1), inputs("normal", (f,), 2)
-    lines = kernels.pack_down(weights(2, d, f)[0], d, f, transposed)
+    lines = kernels.pack_down(kind, weights(kind, *((f, d) if transposed else (d, f)))[0], d, f, transposed)
     if transposed:
         return table.down_transposed, lines, fired(g, up)
     return table.down, lines, activated(name, g, up)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_down_gives_the_same_bits_for_any_chunks(name: str, transposed: bool) -> None:
-    d, f = 1824, 32 * (kernels.FFN_PART + 1)
-    run_down, lines, active = down_case(name, d, f, transposed)
+@pytest.mark.parametrize(("kind", "transposed"), DOWNS)
+def test_down_gives_the_same_bits_for_any_chunks(name: str, kind: int, transposed: bool) -> None:
+    d, f = 1824, columns(kind, 32 * (kernels.FFN_PART + 1))
+    run_down, lines, active = down_case(name, kind, d, f, transposed)
     whole = np.zeros(15 * 128, np.float32)
-    run_down(lines, d, f, 0, 15, active, 0.3, whole)
+    run_down(kind, lines, d, f, 0, 15, active, 0.3, whole)
     for c0, c1 in [(0, 1), (1, 4), (2, 15), (7, 8), (14, 15)]:
         some = np.zeros((c1 - c0) * 128, np.float32)
-        run_down(lines, d, f, c0, c1, active, 0.3, some)
+        run_down(kind, lines, d, f, c0, c1, active, 0.3, some)
         assert np.array_equal(some, whole[c0 * 128 : c1 * 128])
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_down_weights_each_part_by_itself(name: str, transposed: bool) -> None:
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("d", [160, 1824])
+def test_down_gives_the_same_bits_for_any_batch(name: str, kind: int, d: int) -> None:
+    table, f, chunks = Table(name), columns(kind, 224), (d + 127) // 128
+    lines = kernels.pack_down(kind, weights(kind, d, f)[0], d, f)
+    active = [activated(name, inputs("normal", (f,), i), inputs("normal", (f,), 50 + i)) for i in range(16)]
+    active[3] = activated(name, -np.ones(f, np.float32), np.ones(f, np.float32))  # none fires
+    alone = np.zeros((16, chunks * 128), np.float32)
+    for i in range(16):
+        table.down(kind, lines, d, f, 0, chunks, active[i], 0.3, alone[i])
+    for n in (2, 3, 4, 5, 16):
+        y = Guarded(n * chunks * 128)
+        y.inner[:] = 0
+        table.down(kind, lines, d, f, 0, chunks, np.concatenate(active[:n]), 0.3, y.inner)
+        assert np.array_equal(y.check().reshape(n, -1), alone[:n])
+
+
+@pytest.mark.parametrize(("kind", "transposed"), DOWNS)
+def test_down_weights_each_part_by_itself(name: str, kind: int, transposed: bool) -> None:
     """The sum over a token's experts must not depend on whether it is computed alone (by parts) or in a prompt."""
-    d, f = 160, 32 * (kernels.FFN_PART + 1)
-    run_down, lines, active = down_case(name, d, f, transposed)
+    d, f = 160, columns(kind, 32 * (kernels.FFN_PART + 1))
+    run_down, lines, active = down_case(name, kind, d, f, transposed)
     whole = inputs("normal", (256,), 3)
     y = whole.copy()
-    run_down(lines, d, f, 0, 2, active, 0.3, whole)
+    run_down(kind, lines, d, f, 0, 2, active, 0.3, whole)
     for part in (slice(0, kernels.FFN_PART), slice(kernels.FFN_PART, None)):
         some, sums = np.zeros(len(active), active.dtype), np.zeros(256, np.float32)
         some[part] = active[part]
-        run_down(lines, d, f, 0, 2, some, 1.0, sums)
+        run_down(kind, lines, d, f, 0, 2, some, 1.0, sums)
         Table(name).axpy(0.3, sums, y)
     assert np.array_equal(y, whole)
 
@@ -521,8 +582,12 @@ def test_layouts_are_permutations(name: str, rows: int, cols: int) -> None:
         raw = weights(kind, rows, width)[0]
         packed = kernels.pack_tile16(kind, raw, rows, width)
         assert np.array_equal(kernels.unpack_tile16(kind, packed, rows, width), raw)
-    raw = weights(2, rows, cols)[0]
-    assert np.array_equal(kernels.pack_rows(kernels.pack_rows(raw, rows, cols), rows, cols, True), raw)
-    assert np.array_equal(kernels.unpack_down(kernels.pack_down(raw, rows, cols), rows, cols), raw)
+    for kind in SPARSE:
+        width = columns(kind, cols)
+        raw = weights(kind, rows, width)[0]
+        raw[:] = np.random.default_rng(kind).integers(0, 256, raw.shape)
+        there = kernels.pack_rows(kind, raw, rows, width)
+        assert np.array_equal(kernels.pack_rows(kind, there, rows, width, True), raw)
+        assert np.array_equal(kernels.unpack_down(kind, kernels.pack_down(kind, raw, rows, width), rows, width), raw)
     raw = weights(2, 64, cols)[0]
-    assert np.array_equal(kernels.unpack_down(kernels.pack_down(raw, cols, 64, True), cols, 64, True), raw)
+    assert np.array_equal(kernels.unpack_down(2, kernels.pack_down(2, raw, cols, 64, True), cols, 64, True), raw)

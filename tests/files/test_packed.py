@@ -49,7 +49,11 @@ def stpk(gguf: str) -> str:
 
 
 @pytest.mark.parametrize("options", [{}, {"types": "Q8_0"}, {"down_transposed": True}, {"d_model": 160, "head_dim": 16},
-                                     {"types": "F16", "tied": False}])  # fmt: skip
+                                     {"types": "F16", "tied": False},
+                                     *({"types": {"gate": up, "up": up, "down": down}, "d_model": 256, "d_ffn": 256}
+                                       for up, down in (("Q4_K", "Q4_K"), ("Q4_K", "Q6_K"), ("Q5_K", "Q5_K"),
+                                                        ("Q5_K", "Q6_K"), ("Q6_K", "Q6_K"), ("Q4_0", "Q5_K"),
+                                                        ("Q4_K", "Q8_0")))])  # fmt: skip
 def test_unpacking_gives_the_source_back(tmp_path: Path, options: dict[str, Any]) -> None:
     source, target = write_model(tmp_path / "m.gguf", **SHAPE | options), tmp_path / "m.stpk"
     pack(source, target)
@@ -86,8 +90,8 @@ def read_when_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_files_of_an_earlier_layout_are_refused(tmp_path: Path, stpk: str) -> None:
     target = tmp_path / "m.stpk"
-    assert b"tile16-5" in Path(stpk).read_bytes()
-    target.write_bytes(Path(stpk).read_bytes().replace(b"tile16-5", b"tile16-2"))
+    assert b"tile16-6" in Path(stpk).read_bytes()
+    target.write_bytes(Path(stpk).read_bytes().replace(b"tile16-6", b"tile16-2"))
     for open_ in (SmallThinker, packed.verify, lambda path: unpack(path, tmp_path / "back.gguf")):
         with pytest.raises(ModelFormatError, match=r"stpk\.layout.*tile16-2.*: pack the model again"):
             open_(target)

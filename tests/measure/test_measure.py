@@ -17,7 +17,7 @@ from smallthinker_edge.measure import bench, limits, sparsity
 from smallthinker_edge.measure import kernels as kernel_bench
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = kernel_bench.Shape("tiny", 256, 4, 2, 32, 64, 8, 2)
+TINY = kernel_bench.Shape("tiny", 256, 4, 2, 32, 256, 8, 2)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,17 @@ def test_bench_kernels_times_every_case_of_every_table(memory: limits.Bytes) -> 
 
 def test_bytes_of_a_case_are_what_its_kernel_reads() -> None:
     sizes = {(case.kernel, case.what): kernel_bench.bytes_of(case) for case in kernel_bench.cases(TINY)}
-    assert sizes["gemm_q4_0", "gate"] == 64 * 256 * 18 // 32
+    assert sizes["gemm_q4_0", "gate"] == 256 * 256 * 18 // 32
     assert sizes["gemm_q8_0", "head, 512 rows"] == 512 * 256 * 34 // 32
-    assert sizes["rows_q4_0", "up, 38% active"] == 24 * 256 * 18 // 32  # 24 of 64 neurons
-    assert sizes["down_q4_0", "down, all"] == 64 * 256 * 18 // 32
-    assert sizes["down_q4_0", "down, 38% active"] == 256 * 2 * 2 + 24 * 128
-    assert sizes["down_transposed_q4_0", "down, 38% active"] == 24 * (8 * 2 + 128)
-    assert sizes["ffn_q4_0", "transposed down, 38% active"] == (64 + 24) * 256 * 18 // 32 + 24 * 144
+    assert sizes["rows_q4_0", "up, 38% active"] == 97 * 256 * 18 // 32  # 97 of 256 neurons
+    assert sizes["rows_q5_k", "up, 38% active"] == 97 * 176
+    assert sizes["down_q4_0", "down, all"] == 256 * 256 * 18 // 32
+    assert sizes["down_q4_0", "down, 38% active"] == 256 * 2 * 8 + 97 * 128
+    assert sizes["down_q4_k", "down, 38% active"] == 256 * (4 + 8 * 1.5) + 97 * 128
+    assert sizes["down_q6_k", "down, 38% active"] == 256 * (2 + 16) + 97 * 192
+    assert sizes["down_transposed_q4_0", "down, 38% active"] == 97 * (8 * 2 + 128)
+    assert sizes["ffn_q4_0", "transposed down, 38% active"] == (256 + 97) * 256 * 18 // 32 + 97 * 144
+    assert sizes["ffn_q4_k", "expert, 38% active"] == (256 + 97) * 144 + 256 * (4 + 8 * 1.5) + 97 * 128
     assert sizes["attention", "2 heads, 256 positions"] == 2 * 2 * 256 * 32
     assert sizes["quantize", "d"] == 0
 

@@ -59,10 +59,10 @@ def integer_kernels(name: str) -> dict[str, np.ndarray]:
             table.gemm(kind, packed, 40, cols, 0, 3, quantised[:n], y, 40)
             result[f"gemm {kind} {n}"] = y.view(np.uint32)
             if kind == 2:
-                down = kernels.pack_down(raw[: 64 * 11].reshape(-1), 352, 64, True)
+                down = kernels.pack_down(kind, raw[: 64 * 11].reshape(-1), 352, 64, True)
     y = np.zeros(384, np.float32)
     fired = np.array([kernels.multiply(row[:32], row[32:64]) for row in x[:2]], kernels.FIRED)
-    table.down_transposed(down, 352, 64, 0, 3, fired, 0.3, y)
+    table.down_transposed(2, down, 352, 64, 0, 3, fired, 0.3, y)
     return result | {"down transposed": y.view(np.uint32)}
 
 

@@ -92,6 +92,7 @@ void st_neon_activate(const float *g, const float *up, st_active *out) {
     int8x16x2_t q = round32(h, amax > 0 ? 127 / amax : 0);
     int8_t bytes[32];
     int n = 0;
+    out->corr_low = -8 * vaddlvq_s8(q.val[0]);
     for (int half = 0; half < 2; half++) {
         vst1q_s8(bytes + 16 * half, q.val[half]);
         for (uint64_t used = nonzero_bytes(q.val[half]); used; used &= used - 1) {
@@ -99,12 +100,15 @@ void st_neon_activate(const float *g, const float *up, st_active *out) {
             out->index[n] = (uint8_t)i;
             out->h[n++] = bytes[i];
         }
+        if (half == 0)
+            out->low = n;
     }
+    out->high = n - out->low;
     if (n == 0 && !(amax <= 0)) /* only NaN or infinity: keep one entry so that the scale is seen */
-        n = 1;
+        n = out->low = 1;
     out->corr = -8 * sum_bytes(q);
     out->quads = (n + 3) / 4;
-    for (int i = n; i < 4 * out->quads; i++)
+    for (int i = n; n > 0 && i < 4 * out->quads + 3 && i < 32; i++)
         out->index[i] = out->index[n - 1];
     out->scale = amax / 127;
 }

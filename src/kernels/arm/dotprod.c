@@ -28,6 +28,11 @@ static inline int32x4_t row_total(const row_sum acc[4], int32x4_t corr) {
     return vpaddq_s32(vpaddq_s32(acc[0], acc[1]), vpaddq_s32(acc[2], acc[3]));
 }
 
+static inline row_sum row_half(int8x16_t w, int8x16_t x) { return vdotq_s32(vdupq_n_s32(0), w, x); }
+
+static inline int32x4_t wide_total(const row_sum acc[4]) { return row_total(acc, vdupq_n_s32(0)); }
+#define wide4(sum, start) total4(sum, start)
+
 typedef int32x4_t sum8;
 #define ZERO8 vdupq_n_s32(0)
 #define dot8(sum, w0, w1, x, i) NEXT(NEXT(sum, w0, x, i), w1, x, (i) + 1)

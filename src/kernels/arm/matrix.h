@@ -8,6 +8,8 @@
  *   total4(sum, start)                 the four sums, start included once
  *   row_sum, row_dot(corr, low, high, x0, x1), row_total(acc, corr)
  *                                      whole rows: one block of one row; then four rows' sums. corr: {start, 0, 0, 0}
+ *   row_half(w, x), wide_total(acc)    the same of 16 columns, and of codes of up to six bits
+ *   wide4(sum, start)                  total4 of codes of up to six bits
  *   sum8, ZERO8, dot8(sum, w0, w1, x, i), total8(sum)
  *                                      signed bytes (Q8_0): w0 as in NEXT for i, w1 for i + 1
  * Integer sums are exact and what follows them is one code, so the tables agree bit for bit.
@@ -186,12 +188,16 @@ static ST_ROWS(rows_q4_0) {
     }
 }
 
-/* Lane L (16 bytes) of the lines of one group's active neurons: sums of 2 x 4 x 4 outputs, [2 * v + high], which begin
- * at start[v]. h: what the nibbles of a quad's four neurons are multiplied by in outputs 32 * v .. 32 * v + 31 stands
- * at per_quad * quad + per_block * v. */
-ALWAYS_INLINE void down_sums(const uint8_t *lines, size_t line, const uint8_t *index, int quads, const int8_t *h,
-                             int per_quad, int per_block, const int32x4_t start[4], int32x4_t out[8]) {
-    const uint8x16_t nibble = vdupq_n_u8(15);
+/* Lane L (16 bytes) of the lines of some of a group's neurons, codes of `bits` bits (6: less 32): sums of 2 x 4 x 4
+ * outputs, [2 * v + high], which begin at start[v]. lines: of the group's first neuron, from the lane on; above: from
+ * the lane on of the 64 bytes that hold the bits above the nibbles, with place `c` of the chunk within these. h: what
+ * the codes of a quad's four neurons are multiplied by in outputs 32 * v .. 32 * v + 31 stands at per_quad * quad +
+ * per_block
+ * * v. At most 8 quads, of 6 bits 4. */
+ALWAYS_INLINE void down_sums(const int bits, const int c, const uint8_t *lines, const uint8_t *above, size_t line,
+                             const uint8_t *index, int quads, const int8_t *h, int per_quad, int per_block,
+                             const int32x4_t start[4], int32x4_t out[8]) {
+    const uint8x16_t nibble = vdupq_n_u8(15), fifth = vdupq_n_u8(16), pair = vdupq_n_u8(0x30);
     sum4 sum[8];
     for (int i = 0; i < 8; i++)
         sum[i] = EMPTY(start[i / 2]);
@@ -201,23 +207,45 @@ ALWAYS_INLINE void down_sums(const uint8_t *lines, size_t line, const uint8_t *i
         uint16x8_t a0 = vreinterpretq_u16_u8(vzip1q_u8(l0, l1)), a1 = vreinterpretq_u16_u8(vzip2q_u8(l0, l1));
         uint16x8_t b0 = vreinterpretq_u16_u8(vzip1q_u8(l2, l3)), b1 = vreinterpretq_u16_u8(vzip2q_u8(l2, l3));
         uint16x8_t v[4] = {vzip1q_u16(a0, b0), vzip2q_u16(a0, b0), vzip1q_u16(a1, b1), vzip2q_u16(a1, b1)};
-        for (int i = 0; i < 4; i++) {
+        uint8x16_t upper[2] = {nibble, nibble};
+        if (bits > 4) {
+            int half = bits == 5 ? c / 2 : c;
+            l0 = vld1q_u8(above + line * index[0]), l1 = vld1q_u8(above + line * index[1]);
+            l2 = vld1q_u8(above + line * index[2]), l3 = vld1q_u8(above + line * index[3]);
+            a0 = vreinterpretq_u16_u8(half ? vzip2q_u8(l0, l1) : vzip1q_u8(l0, l1));
+            b0 = vreinterpretq_u16_u8(half ? vzip2q_u8(l2, l3) : vzip1q_u8(l2, l3));
+            upper[0] = vreinterpretq_u8_u16(bits == 5 && c % 2 ? vzip2q_u16(a0, b0) : vzip1q_u16(a0, b0));
+            upper[1] = bits == 5 ? upper[0] : vreinterpretq_u8_u16(vzip2q_u16(a0, b0));
+        }
+        UNROLL for (int i = 0; i < 4; i++) {
             int8x16_t four = vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)(h + i * per_block)));
-            uint8x16_t w = vreinterpretq_u8_u16(v[i]);
-            int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, nibble)), high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
+            uint8x16_t w = vreinterpretq_u8_u16(v[i]), first = vandq_u8(w, nibble), last = vshrq_n_u8(w, 4);
+            if (bits == 5) { /* bits 2 * i and 2 * i + 1 of a byte, moved to bit 4 */
+                first = vorrq_u8(first, vandq_u8(vshlq_u8(upper[0], vdupq_n_s8((int8_t)(4 - 2 * i))), fifth));
+                last = vorrq_u8(last, vandq_u8(vshlq_u8(upper[0], vdupq_n_s8((int8_t)(3 - 2 * i))), fifth));
+            } else if (bits == 6) { /* bits 4 * (i % 2) and 4 * (i % 2) + 2 and the next ones, moved to bit 4 */
+                uint8x16_t u = upper[i / 2];
+                first = vorrq_u8(first, vandq_u8(vshlq_u8(u, vdupq_n_s8((int8_t)(4 - i % 2 * 4))), pair));
+                last = vorrq_u8(last, vandq_u8(vshlq_u8(u, vdupq_n_s8((int8_t)(2 - i % 2 * 4))), pair));
+            }
+            int8x16_t low = vreinterpretq_s8_u8(first), high = vreinterpretq_s8_u8(last);
+            if (bits == 6) {
+                low = vsubq_s8(low, vdupq_n_s8(32));
+                high = vsubq_s8(high, vdupq_n_s8(32));
+            }
             sum[2 * i] = NEXT_SAME(sum[2 * i], low, four);
             sum[2 * i + 1] = NEXT_SAME(sum[2 * i + 1], high, four);
         }
     }
     for (int i = 0; i < 8; i++)
-        out[i] = total4(sum[i], start[i / 2]);
+        out[i] = bits == 4 ? total4(sum[i], start[i / 2]) : wide4(sum[i], start[i / 2]);
 }
 
 /* 16 bytes (lane) of a chunk's 64: 32 outputs of one group, total[8] += scale * (sum over the active neurons). */
 ALWAYS_INLINE void down_lane(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, int lane,
                              float32x4_t total[8]) {
     int32x4_t dot[8], start = vdupq_n_s32(a->corr), starts[4] = {start, start, start, start};
-    down_sums(lines + 16 * lane, line, a->index, a->quads, a->h, 4, 0, starts, dot);
+    down_sums(4, 0, lines + 16 * lane, lines, line, a->index, a->quads, a->h, 4, 0, starts, dot);
     for (int i = 0; i < 8; i++)
         total[i] =
             vfmaq_f32(total[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(load_f16x4(scales + 8 * lane + 32 * i), a->scale));
@@ -256,9 +284,12 @@ static void down_chunk(const st_down_view *down, int64_t chunk, int64_t groups, 
 
 static ST_DOWN(down_q4_0) {
     (void)d;
-    for (int64_t c = c0; c < c1; c++)
-        down_chunk(down, c, groups, c == c0 ? c1 - c0 : 0, a, weight, y + (c - c0) * ST_DOWN_CHUNK);
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t c = c0; c < c1; c++)
+            down_chunk(down, c, groups, c == c0 ? c1 - c0 : 0, a[t], weight[t], y[t] + (c - c0) * ST_DOWN_CHUNK);
 }
+
+#include "sparse_k.h"
 
 /* Where down is transposed, the first 4 blocks of w; scales: theirs of the group's first neuron, `stride` bytes a
  * neuron. Absolute values order as integers, NaN above all. NaN is converted to 0. */
@@ -297,7 +328,7 @@ static void transposed_chunk(const uint8_t *lines, size_t line, const uint8_t *s
         start[v] = vdupq_n_s32(w.corr[v]);
     for (int lane = 0; lane < 4; lane++) {
         int32x4_t dot[8];
-        down_sums(lines + 16 * lane, line, a->index, a->quads, w.h[0][0], sizeof w.h[0], 4, start, dot);
+        down_sums(4, 0, lines + 16 * lane, lines, line, a->index, a->quads, w.h[0][0], sizeof w.h[0], 4, start, dot);
         for (int i = 0; i < 8; i++) {
             float *out = y + 16 * i + 4 * lane;
             vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), vcvtq_f32_s32(dot[i]), w.scale[i / 2]));
@@ -326,72 +357,101 @@ static ST_DOWN_TRANSPOSED(down_transposed_q4_0) {
     }
 }
 
-/* 128 outputs of the 32 neurons n, added to their y. */
-static void down_neurons(const st_neurons *n, int64_t chunk) {
+/* 128 outputs of the 32 neurons n where down is transposed, added to their y. */
+static void chunk_transposed(const st_neurons *n, int64_t chunk) {
     const st_down_view *down = &n->down;
-    const uint8_t *lines = down->lines + 32 * down->stride * (size_t)n->group + 64 * chunk;
-    const uint8_t *scales = down->scales + 2 * ST_DOWN_CHUNK * chunk + down->scale_stride * (size_t)n->group;
-    if (n->transposed) {
-        transposed_chunk(lines, down->stride, down->scales + 32 * down->scale_stride * (size_t)n->group + 8 * chunk,
-                         down->scale_stride, &n->output, n->y + ST_DOWN_CHUNK * chunk);
-        return;
-    }
+    transposed_chunk(down->lines + 32 * down->stride * (size_t)n->group + 64 * chunk, down->stride,
+                     down->scales + 32 * down->scale_stride * (size_t)n->group + 8 * chunk, down->scale_stride,
+                     &n->output, n->y + ST_DOWN_CHUNK * chunk);
+}
+
+/* 128 outputs of group g's 32 neurons, added to y. */
+static void chunk_q4_0(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
+    const uint8_t *lines = down->lines + 32 * down->stride * (size_t)g + 64 * chunk;
+    const uint8_t *scales = down->scales + 2 * ST_DOWN_CHUNK * chunk + down->scale_stride * (size_t)g;
     for (int lane = 0; lane < 4; lane++) {
         float32x4_t total[8];
-        float *y = n->y + ST_DOWN_CHUNK * chunk + 4 * lane;
         for (int i = 0; i < 8; i++)
-            total[i] = vld1q_f32(y + 16 * i);
-        down_lane(lines, down->stride, scales, &n->active, lane, total);
+            total[i] = vld1q_f32(y + 4 * lane + 16 * i);
+        down_lane(lines, down->stride, scales, a, lane, total);
         for (int i = 0; i < 8; i++)
-            vst1q_f32(y + 16 * i, total[i]);
+            vst1q_f32(y + 4 * lane + 16 * i, total[i]);
     }
 }
 
 GEMM(Q4_0, q4_0)
 GEMM(Q8_0, q8_0)
 
-enum { GATE_STEP = 8 }; /* blocks of a gate tile between parts of up; whole st_q8x4 */
+/* Blocks of a tile for one token, added to sum. */
+static void tile_q4_0(const uint8_t *tile, int64_t nb, const st_q8x4 *x, float32x4_t sum[4]) {
+    quads_q4_0(4, 1, tile, nb, 0, &x, (float32x4_t(*)[4])sum);
+}
+
+static void tile_q8_0(const uint8_t *tile, int64_t nb, const st_q8x4 *x, float32x4_t sum[4]) {
+    quads_q8_0(4, 1, tile, nb, 0, &x, (float32x4_t(*)[4])sum);
+}
+
+enum { GATE_STEP = 8 }; /* blocks of a gate tile between parts of up; whole st_q8x4, whole super-blocks */
 
 static inline void prefetch_bytes(const uint8_t *p, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64)
         __builtin_prefetch(p + i);
 }
 
+/* What ffn needs of each type. */
+#define GATE_OF(NAME, name) [ST_TILED_##NAME] = {tile_##name, ST_TILE_BYTES(NAME)},
+#define UP_OF(NAME, name) [ST_TILED_##NAME] = {rows_##name, ST_##NAME##_BYTES, ST_##NAME##_COLUMNS / ST_BLOCK},
+#define CHUNK_OF(NAME, name) [ST_TILED_##NAME] = chunk_##name,
+static const struct {
+    void (*tile)(const uint8_t *tile, int64_t nb, const st_q8x4 *x, float32x4_t sum[4]);
+    int64_t bytes; /* of a block of a tile, on average */
+} gate_of[ST_TILED_COUNT] = {ST_TILED_TYPES(GATE_OF)};
+static const struct {
+    st_rows *rows;
+    int64_t bytes, blocks; /* of so many blocks of 32 columns of a row */
+} up_of[ST_TILED_COUNT] = {ST_SPARSE_TYPES(UP_OF)};
+static void (*const chunk_of[ST_TILED_COUNT])(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a,
+                                              float *y) = {ST_SPARSE_TYPES(CHUNK_OF)};
+
 /* A tile's blocks come from memory in order; four rows of up at a time, chunks of down and the prefetches of stage[1]
  * go between them, so that the one's arithmetic covers the other's waiting. As on x86; not measured on a board. */
-static ST_FFN(ffn_q4_0) {
+static ST_FFN(ffn) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
-    int64_t bytes = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK * 64;
+    int64_t chunks = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK;
+    int64_t tile_bytes = gate_of[tiled[0]].bytes, row = nb / up_of[tiled[1]].blocks * up_of[tiled[1]].bytes;
+    int64_t line = 64 * chunks + above_bytes(tiled[2], chunks);
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
     int64_t fours = up ? (up->fired + 3) / 4 : 0, quads = 0;
     if (down)
         quads = down->transposed ? down->output.quads : down->active.quads;
-    int64_t chunks = quads ? bytes / 64 : 0;
+    int64_t todo = quads ? chunks : 0;
     float value[32], spread[32];
     for (int tile = 0; tile < 2; tile++) {
-        float32x4_t sum[TOKENS][4];
-        memset(sum, 0, sizeof *sum);
+        float32x4_t sum[4];
+        memset(sum, 0, sizeof sum);
         for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
-            if (gate) {
-                const st_q8x4 *part = gate->x + b / 4;
-                quads_q4_0(4, 1, gate->gate + (tile * nb + b) * ST_TILE_Q4_0_BYTES,
-                           nb - b < GATE_STEP ? nb - b : GATE_STEP, 0, &part, sum);
-            }
+            if (gate)
+                gate_of[tiled[0]].tile(gate->gate + (tile * nb + b) * tile_bytes,
+                                       nb - b < GATE_STEP ? nb - b : GATE_STEP, gate->x + b / 4, sum);
             if (up) {
                 int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
-                rows_q4_0(up->up, up->up_stride, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0, up->x,
-                          value + k0);
+                up_of[tiled[1]].rows(up->up, up->up_stride, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0,
+                                     up->x, value + k0);
             }
-            for (int64_t c = share(chunks, step, steps); c < share(chunks, step + 1, steps); c++)
-                down_neurons(down, c);
+            for (int64_t c = share(todo, step, steps); c < share(todo, step + 1, steps); c++) {
+                if (down->transposed)
+                    chunk_transposed(down, c);
+                else
+                    chunk_of[tiled[2]](&down->down, down->group, c, &down->active, down->y + ST_DOWN_CHUNK * c);
+            }
             if (ahead)
                 for (int64_t k = share(ahead->fired, step, steps); k < share(ahead->fired, step + 1, steps); k++) {
-                    prefetch_bytes(ahead->down.lines + ahead->down.stride * (size_t)ahead->index[k], (size_t)bytes);
-                    prefetch_bytes(ahead->up + ahead->up_stride * (size_t)ahead->index[k], (size_t)nb * 18);
+                    prefetch_bytes(ahead->down.lines + ahead->down.stride * (size_t)ahead->index[k], (size_t)line);
+                    prefetch_bytes(ahead->up + ahead->up_stride * (size_t)ahead->index[k], (size_t)row);
                 }
         }
         if (gate)
-            store_rows(sum[0], ST_TILE_ROWS, gate->g + 16 * tile);
+            store_rows(sum, ST_TILE_ROWS, gate->g + 16 * tile);
     }
     if (gate)
         st_neurons_choose(gate);

@@ -52,6 +52,20 @@ static inline int32x4_t row_total(const row_sum acc[4], int32x4_t corr) {
     return vpadalq_s16(vdupq_laneq_s32(corr, 0), pairs);
 }
 
+static inline row_sum row_half(int8x16_t w, int8x16_t x) {
+    sum4 sum = multiply(w, x);
+    return vaddq_s16(sum.low, sum.high);
+}
+
+static inline int32x4_t wide_total(const row_sum acc[4]) {
+    return vpaddq_s32(vpaddq_s32(vpaddlq_s16(acc[0]), vpaddlq_s16(acc[1])),
+                      vpaddq_s32(vpaddlq_s16(acc[2]), vpaddlq_s16(acc[3])));
+}
+
+static inline int32x4_t wide4(sum4 sum, int32x4_t start) {
+    return vaddq_s32(start, vpaddq_s32(vpaddlq_s16(sum.low), vpaddlq_s16(sum.high)));
+}
+
 /* Signed bytes: two products fit 16 bits (2 x 128 x 127 = 32512). */
 typedef struct sum8 {
     int32x4_t low, high;

@@ -68,12 +68,15 @@ ALWAYS_INLINE void tile_k(const int five, const uint8_t *tile, int64_t nb, const
 }
 
 #define GEMM_K(name, five)                                                                                             \
+    static void tile_##name(const uint8_t *tile, int64_t nb, const st_q8x4 *x, float32x4_t sum[4]) {                   \
+        tile_k(five, tile, nb, x, sum);                                                                                \
+    }                                                                                                                  \
     static ST_GEMM(gemm_##name) {                                                                                      \
         for (int64_t tile = t0; tile < t1; tile++)                                                                     \
             for (int64_t t = 0; t < n; t++) {                                                                          \
                 int64_t bytes = ST_TILE_K_HEAD + 8 * (five ? ST_TILE_Q5_K_BYTES : ST_TILE_Q4_K_BYTES);                 \
                 float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};                 \
-                tile_k(five, w + tile * (nb / 8) * bytes, nb, x[t], sum);                                              \
+                tile_##name(w + tile * (nb / 8) * bytes, nb, x[t], sum);                                               \
                 store_rows(sum, rows - tile * ST_TILE_ROWS, y + t * ldy + (tile - t0) * ST_TILE_ROWS);                 \
             }                                                                                                          \
     }
@@ -111,21 +114,24 @@ ALWAYS_INLINE int32x4_t block_q6_k(const uint8_t *block, int quad, const st_q8x4
     return vmlaq_s32(scaled, total4(b, zero), vmovl_s16(vget_high_s16(scale)));
 }
 
+static void tile_q6_k(const uint8_t *tile, int64_t nb, const st_q8x4 *x, float32x4_t sum[4]) {
+    for (int64_t b = 0; b < nb; b++) {
+        const uint8_t *super = tile + b / 8 * ST_TILE_Q6_K_SUPER_BYTES;
+        const st_q8x4 *q = x + b / 4;
+        UNROLL for (int i = 0; i < 4; i++) {
+            int32x4_t dot = block_q6_k(super + 32 + b % 8 * ST_TILE_Q6_K_BYTES, i, q, b % 4);
+            float32x4_t d = load_f16x4(super + 8 * i);
+            sum[i] = vfmaq_f32(sum[i], vcvtq_f32_s32(dot), vmulq_n_f32(d, q->scale[b % 4 * 4]));
+        }
+    }
+}
+
 /* One token at a time: Q6_K is the head of ordinary files, which a prompt asks for its last token only. */
 static ST_GEMM(gemm_q6_k) {
     for (int64_t tile = t0; tile < t1; tile++)
         for (int64_t t = 0; t < n; t++) {
-            const uint8_t *super = w + tile * (nb / 8) * ST_TILE_Q6_K_SUPER_BYTES;
             float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
-            for (int64_t b = 0; b < nb; b++) {
-                const uint8_t *block = super + b / 8 * ST_TILE_Q6_K_SUPER_BYTES + 32 + b % 8 * ST_TILE_Q6_K_BYTES;
-                const st_q8x4 *q = x[t] + b / 4;
-                UNROLL for (int i = 0; i < 4; i++) {
-                    float32x4_t d = load_f16x4(super + b / 8 * ST_TILE_Q6_K_SUPER_BYTES + 8 * i);
-                    int32x4_t dot = block_q6_k(block, i, q, b % 4);
-                    sum[i] = vfmaq_f32(sum[i], vcvtq_f32_s32(dot), vmulq_n_f32(d, q->scale[b % 4 * 4]));
-                }
-            }
+            tile_q6_k(w + tile * (nb / 8) * ST_TILE_Q6_K_SUPER_BYTES, nb, x[t], sum);
             store_rows(sum, rows - tile * ST_TILE_ROWS, y + t * ldy + (tile - t0) * ST_TILE_ROWS);
         }
 }

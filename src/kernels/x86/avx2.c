@@ -1,5 +1,6 @@
 /* AVX2 + FMA + F16C: products of a block are summed in 16 bits (8 x 2 x 15 x 127 = 30480 fits), widened once. */
 #define DOT(sum, u, s) _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s))
+#define DOTS(bits) ((bits) == 4 ? 8 : (bits) == 5 ? 4 : 2)
 #define TO_I32(sum) _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
 /* maddubs wants one unsigned operand: |w| times s with w's sign; 2 x 128 x 127 = 32512 fits. */
 #define DOT_SIGNED(w, s)                                                                                               \
@@ -42,6 +43,8 @@ void st_avx2_activate(const float *g, const float *up, st_active *out) {
     unsigned used = ~(unsigned)_mm256_movemask_epi8(_mm256_cmpeq_epi8(q, _mm256_setzero_si256()));
     int8_t bytes[32];
     int n = 0;
+    out->low = __builtin_popcount(used & 0xffff);
+    out->high = __builtin_popcount(used >> 16);
     _mm256_storeu_si256((__m256i *)bytes, q);
     for (; used; used &= used - 1) {
         int i = __builtin_ctz(used);
@@ -49,11 +52,12 @@ void st_avx2_activate(const float *g, const float *up, st_active *out) {
         out->h[n++] = bytes[i];
     }
     if (n == 0 && !(amax <= 0)) /* only NaN or infinity: keep one entry so that the scale is seen */
-        n = 1;
+        n = out->low = 1;
     out->corr = -8 * sum_bytes(q);
+    out->corr_low = -8 * sum_bytes(_mm256_zextsi128_si256(_mm256_castsi256_si128(q)));
     out->quads = (n + 3) / 4;
     out->scale = amax / 127;
-    for (int i = n; i < 4 * out->quads; i++)
+    for (int i = n; n > 0 && i < 4 * out->quads + 3 && i < 32; i++)
         out->index[i] = out->index[n - 1];
 }
 

@@ -37,13 +37,13 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* Blocks b0..b1 of a tile for one token, added to sum. */
-static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, int stream,
-                                  __m512 sum[1]) {
+/* tile_<type>_x<N>: nb blocks of a tile (K types: whole super-blocks) for N tokens, added to total. stream: it comes
+ * from memory, and what follows is prefetched. */
+static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m512 *total) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    tile += b0 * ST_TILE_Q4_0_BYTES;
-    for (int64_t b = b0; b < b1; b++, tile += ST_TILE_Q4_0_BYTES) {
-        const st_q8x4 *q = x + b / 4;
+    __m512 sum = total[0];
+    for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {
+        const st_q8x4 *q = x[0] + b / 4;
         int lane = b % 4;
         __m512i even = _mm512_set1_epi32(q->corr[4 * lane]), odd = _mm512_setzero_si512();
         if (stream)
@@ -55,8 +55,9 @@ static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, c
                                       broadcast4(q->q[1][lane] + 4 * g));
         }
         __m512 s = _mm512_mul_ps(load_f16x16(tile), _mm512_set1_ps(q->scale[4 * lane]));
-        sum[0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), s, sum[0]);
+        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), s, sum);
     }
+    total[0] = sum;
 }
 
 static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
@@ -69,7 +70,7 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
         const __m512i nibble = _mm512_set1_epi8(15);                                                                   \
         __m512 sum[N];                                                                                                 \
         for (int t = 0; t < N; t++)                                                                                    \
-            sum[t] = _mm512_setzero_ps();                                                                              \
+            sum[t] = total[t];                                                                                         \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             __m512i low[4], high[4];                                                                                   \
@@ -102,7 +103,7 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
         const __m512i flip = _mm512_set1_epi8(-128);                                                                   \
         __m512 sum[N];                                                                                                 \
         for (int t = 0; t < N; t++)                                                                                    \
-            sum[t] = _mm512_setzero_ps();                                                                              \
+            sum[t] = total[t];                                                                                         \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             __m512i u[8];                                                                                              \
@@ -126,10 +127,6 @@ static inline void store_rows(const __m512 sum[1], int64_t count, float *y) {
             total[t] = sum[t];                                                                                         \
     }
 
-static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m512 *total) {
-    total[0] = _mm512_setzero_ps();
-    tile_q4_0_part(tile, 0, nb, x[0], stream, total);
-}
 TILE_Q4_0(tile_q4_0_x2, 2)
 TILE_Q4_0(tile_q4_0_x3, 3)
 TILE_Q4_0(tile_q4_0_x4, 4)
@@ -151,6 +148,7 @@ TILE_Q8_0(tile_q8_0_x8, 8)
             __m512 sum[8];                                                                                             \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
                 step = n - t >= 8 ? 8 : n - t >= 4 ? 4 : n - t;                                                        \
+                memset(sum, 0, sizeof sum);                                                                            \
                 switch (step) {                                                                                        \
                 case 8: tile_##name##_x8(p, nb, x + t, t == 0, sum); break;                                            \
                 case 4: tile_##name##_x4(p, nb, x + t, t == 0, sum); break;                                            \
@@ -168,8 +166,8 @@ ST_TILED_TYPES(GEMM)
 
 /* Four blocks (64 nibble bytes) a step, sixteen scales a turn; each block leaves 4 sums, which the replicated scales
  * fit. Two rows share the reads of x: `rows` and `out` have R entries. */
-static inline __attribute__((always_inline)) void rows_r(const int R, const uint8_t *const *rows, int64_t nb,
-                                                         const st_q8x4 *x, float *out) {
+static inline __attribute__((always_inline)) void rows_q4_0_r(const int R, const uint8_t *const *rows, int64_t nb,
+                                                              const st_q8x4 *x, float *out) {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t b = 0; b < nb; b += 16) {
@@ -197,25 +195,49 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
         out[r] = _mm512_reduce_add_ps(sum[r]);
 }
 
-/* 128 outputs of one group of 32 neurons, added to sum[8]. h: what the nibbles of a quad's four neurons are multiplied
- * by in outputs 32 * v .. 32 * v + 31 stands at per_quad * quad + per_block * v. */
-static inline __attribute__((always_inline)) void down_sums(const uint8_t *lines, size_t line, const uint8_t *index,
+/* Codes of `bits` bits that four neurons have for 128 outputs: code[2 * v] of outputs 32 * v on, four bytes an output,
+ * code[2 * v + 1] of outputs 32 * v + 16 on. lines: of the group's first neuron, from the chunk's nibbles on; above:
+ * from the 64 bytes on that hold the bits above them, with place `c` of the chunk within these. */
+static inline __attribute__((always_inline)) void down_quad(const int bits, const int c, const uint8_t *lines,
+                                                            const uint8_t *above, size_t line, const uint8_t index[4],
+                                                            __m512i code[8]) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i l0 = load512(lines + line * index[0]), l1 = load512(lines + line * index[1]);
+    __m512i l2 = load512(lines + line * index[2]), l3 = load512(lines + line * index[3]);
+    __m512i a0 = _mm512_unpacklo_epi8(l0, l1), a1 = _mm512_unpackhi_epi8(l0, l1);
+    __m512i b0 = _mm512_unpacklo_epi8(l2, l3), b1 = _mm512_unpackhi_epi8(l2, l3);
+    __m512i v[4] = {_mm512_unpacklo_epi16(a0, b0), _mm512_unpackhi_epi16(a0, b0), _mm512_unpacklo_epi16(a1, b1),
+                    _mm512_unpackhi_epi16(a1, b1)};
+    __m512i high[2];
+    if (bits > 4) {
+        int half = bits == 5 ? c / 2 : c;
+        l0 = load512(above + line * index[0]), l1 = load512(above + line * index[1]);
+        l2 = load512(above + line * index[2]), l3 = load512(above + line * index[3]);
+        a0 = half ? _mm512_unpackhi_epi8(l0, l1) : _mm512_unpacklo_epi8(l0, l1);
+        b0 = half ? _mm512_unpackhi_epi8(l2, l3) : _mm512_unpacklo_epi8(l2, l3);
+        high[0] = bits == 5 && c % 2 ? _mm512_unpackhi_epi16(a0, b0) : _mm512_unpacklo_epi16(a0, b0);
+        high[1] = bits == 5 ? high[0] : _mm512_unpackhi_epi16(a0, b0);
+    }
+    for (int i = 0; i < 4; i++) {
+        code[2 * i] = _mm512_and_si512(v[i], nibble);
+        code[2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(v[i], 4), nibble);
+        for (int h = 0; bits > 4 && h < 2; h++)
+            code[2 * i + h] =
+                _mm512_or_si512(code[2 * i + h], bits == 5 ? k_fifth(high[0], i, h) : q6_upper(high[i / 2], i, h));
+    }
+}
+
+/* 128 outputs of some of a group's neurons, added to sum[8]. lines, above: see down_quad. h: what the codes of a quad's
+ * four neurons are multiplied by in outputs 32 * v .. 32 * v + 31 stands at per_quad * quad + per_block * v. */
+static inline __attribute__((always_inline)) void down_sums(const int bits, const int c, const uint8_t *lines,
+                                                            const uint8_t *above, size_t line, const uint8_t *index,
                                                             int quads, const int8_t *h, int per_quad, int per_block,
                                                             __m512i sum[8]) {
-    const __m512i nibble = _mm512_set1_epi8(15);
     for (; quads > 0; quads--, index += 4, h += per_quad) {
-        __m512i l0 = load512(lines + line * index[0]), l1 = load512(lines + line * index[1]);
-        __m512i l2 = load512(lines + line * index[2]), l3 = load512(lines + line * index[3]);
-        __m512i a0 = _mm512_unpacklo_epi8(l0, l1), a1 = _mm512_unpackhi_epi8(l0, l1);
-        __m512i b0 = _mm512_unpacklo_epi8(l2, l3), b1 = _mm512_unpackhi_epi8(l2, l3);
-        __m512i v[4] = {_mm512_unpacklo_epi16(a0, b0), _mm512_unpackhi_epi16(a0, b0), _mm512_unpacklo_epi16(a1, b1),
-                        _mm512_unpackhi_epi16(a1, b1)};
-        for (int i = 0; i < 4; i++) {
-            __m512i four = broadcast4(h + i * per_block);
-            sum[2 * i] = _mm512_dpbusd_epi32(sum[2 * i], _mm512_and_si512(v[i], nibble), four);
-            sum[2 * i + 1] =
-                _mm512_dpbusd_epi32(sum[2 * i + 1], _mm512_and_si512(_mm512_srli_epi16(v[i], 4), nibble), four);
-        }
+        __m512i code[8];
+        down_quad(bits, c, lines, above, line, index, code);
+        for (int i = 0; i < 8; i++)
+            sum[i] = _mm512_dpbusd_epi32(sum[i], code[i], broadcast4(h + i / 2 * per_block));
     }
 }
 
@@ -223,12 +245,14 @@ static inline void add_scaled(__m512i sum, __m512 scale, float *y) {
     _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(y)));
 }
 
-/* 128 outputs of one group of 32 neurons: y += scale * (sum over the active neurons). */
-static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
+/* 128 outputs of group g's 32 neurons, added to y. */
+static void chunk_q4_0(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
+    const uint8_t *lines = down->lines + 32 * down->stride * (size_t)g + 64 * chunk;
+    const uint8_t *scales = down->scales + down->scale_stride * (size_t)g + 256 * chunk;
     __m512i sum[8];
     for (int i = 0; i < 8; i++)
         sum[i] = _mm512_set1_epi32(a->corr);
-    down_sums(lines, line, a->index, a->quads, a->h, 4, 0, sum);
+    down_sums(4, 0, lines, lines, down->stride, a->index, a->quads, a->h, 4, 0, sum);
     for (int i = 0; i < 8; i++)
         add_scaled(sum[i], _mm512_mul_ps(load_f16x16(scales + 32 * i), _mm512_set1_ps(a->scale)), y + 16 * i);
 }
@@ -239,7 +263,7 @@ static inline void transposed_chunk(const uint8_t *lines, size_t line, const st_
     __m512i sum[8];
     for (int i = 0; i < 8; i++)
         sum[i] = _mm512_set1_epi32(w->corr[first + i / 2]);
-    down_sums(lines, line, a->index, a->quads, w->h[0][first], sizeof w->h[0], 4, sum);
+    down_sums(4, 0, lines, lines, line, a->index, a->quads, w->h[0][first], sizeof w->h[0], 4, sum);
     for (int i = 0; i < 8; i++)
         add_scaled(sum[i], _mm512_set1_ps(w->scale[first + i / 2]), y + 16 * i);
 }
@@ -369,9 +393,28 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
 #include "attention.h"
 #include "attention_q8_512.h"
 
-#define VECTOR __m512
-#define TILE_VECTORS 1
+#include "sparse_k_512.h"
+
+typedef __m512 tile_sum;
 #include "drivers.h"
+
+/* From how many tokens on all neurons' codes are made once for all: below, most lines are wanted by none. */
+enum { MANY_TOKENS = 4 };
+
+#define DOWN_MANY(name, bits)                                                                                          \
+    static ST_DOWN(down_many_##name) {                                                                                 \
+        if (n < MANY_TOKENS)                                                                                           \
+            down_##name(down, d, groups, c0, c1, a, weight, n, y);                                                     \
+        else                                                                                                           \
+            down_many(bits, down, groups, c0, c1, a, weight, n, y);                                                    \
+    }
+DOWN_MANY(q4_k, 4)
+DOWN_MANY(q5_k, 5)
+DOWN_MANY(q6_k, 6)
+
+#define ENTER_MANY(NAME, name)                                                                                         \
+    k->up[ST_TILED_##NAME] = up_##name;                                                                                \
+    k->down[ST_TILED_##NAME] = down_many_##name;
 
 static float dot(const float *a, const float *b, int64_t n) {
     __m512 s0 = _mm512_setzero_ps(), s1 = s0;
@@ -389,6 +432,9 @@ static float dot(const float *a, const float *b, int64_t n) {
 
 void st_fill_avx512vnni(st_kernels *k) {
     ST_ENTER_MATRICES
+    ENTER_MANY(Q4_K, q4_k)
+    ENTER_MANY(Q5_K, q5_k)
+    ENTER_MANY(Q6_K, q6_k)
     k->attention = attention;
     k->attention_q8 = attention_q8;
     k->dot = dot;

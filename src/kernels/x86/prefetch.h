@@ -20,12 +20,12 @@ static inline void prefetch_ahead(const uint8_t *p, int bytes) {
     }
 }
 
-/* Share i of n of the down rows of a group's active neurons, n chunks of each. lines: the group's first row; line:
- * bytes of a row; index[4 * quads]. A share at a time, between computations: a burst would fill the reorder buffer and
- * stall them. */
+/* Share i of `of` of the down rows of a group's active neurons, n times 64 bytes of each. lines: the group's first row;
+ * line: bytes of a row; index[4 * quads]. A share at a time, between computations: a burst would fill the reorder
+ * buffer and stall them. */
 static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n, const uint8_t *index, int quads,
-                                    int64_t i) {
-    for (int64_t k = 4 * quads * i / n; k < 4 * quads * (i + 1) / n; k++)
+                                    int64_t i, int64_t of) {
+    for (int64_t k = 4 * quads * i / of; k < 4 * quads * (i + 1) / of; k++)
         for (int64_t j = 0; j < n; j++)
             _mm_prefetch((const char *)lines + line * index[k] + 64 * j, _MM_HINT_T0);
 }

@@ -1,10 +1,11 @@
 /* Tiles of Q4_K, Q5_K and Q6_K at 256 bits, included by vec256.h: 16 rows, in two halves, times one to four tokens. */
 
-/* The scales and minima of a head's eight blocks, 16 rows each: six bits in a byte. Two blocks a turn. */
-static inline void k_scales(const uint8_t *head, uint8_t scale[128], uint8_t min[128]) {
+/* Scales and minima of eight blocks of 16 rows, or of 128 outputs of Down, from the 192 bytes that hold their six bits:
+ * a byte each. Two blocks a turn. */
+static inline void k_scales(const uint8_t *six, uint8_t scale[128], uint8_t min[128]) {
     const __m256i low = _mm256_set1_epi8(15), high = _mm256_set1_epi8(0x30);
     for (int i = 0; i < 64; i += 32) {
-        __m256i first = load256(head + 64 + i), last = load256(head + 128 + i), above = load256(head + 192 + i);
+        __m256i first = load256(six + i), last = load256(six + 64 + i), above = load256(six + 128 + i);
         __m256i bits[4] = {_mm256_slli_epi16(above, 4), _mm256_slli_epi16(above, 2), above,
                            _mm256_srli_epi16(above, 2)};
         __m256i four[4] = {first, last, _mm256_srli_epi16(first, 4), _mm256_srli_epi16(last, 4)};
@@ -34,14 +35,12 @@ static inline __attribute__((always_inline)) void tile_k(const int N, const int 
                                                          const st_q8x4 *const *x, int stream, __m256 (*sum)[2]) {
     const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
     const int bytes = five ? ST_TILE_Q5_K_BYTES : ST_TILE_Q4_K_BYTES;
-    for (int t = 0; t < N; t++)
-        sum[t][0] = sum[t][1] = _mm256_setzero_ps();
     for (int64_t super = 0; super < nb; super += 8) {
         uint8_t scale[128], min[128];
         const uint8_t *head = tile;
         if (stream)
             prefetch_ahead(tile, ST_TILE_K_HEAD);
-        k_scales(head, scale, min);
+        k_scales(head + 64, scale, min);
         tile += ST_TILE_K_HEAD;
         for (int b = 0; b < 8; b++, tile += bytes) {
             if (stream)
@@ -121,8 +120,6 @@ static inline __m256i q6_dot(const __m256i w[4], const __m256i x[4]) {
         const __m256i offset[4] = {_mm256_set1_epi8(32), _mm256_set1_epi8(32), _mm256_set1_epi8(32),                   \
                                    _mm256_set1_epi8(32)};                                                              \
         const uint8_t *d = tile;                                                                                       \
-        for (int t = 0; t < N; t++)                                                                                    \
-            sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q6_K_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             if (b % 8 == 0) {                                                                                          \

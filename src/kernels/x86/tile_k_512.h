@@ -1,9 +1,10 @@
 /* Tiles of Q4_K, Q5_K and Q6_K at 512 bits, included by avx512vnni.c: 16 rows times one to eight tokens. */
 
-/* The scales and minima of a head's eight blocks, 16 rows each: six bits in a byte. */
-static inline void k_scales(const uint8_t *head, uint8_t scale[128], uint8_t min[128]) {
+/* Scales and minima of eight blocks of 16 rows, or of 128 outputs of Down, from the 192 bytes that hold their six bits:
+ * a byte each. */
+static inline void k_scales(const uint8_t *six, uint8_t scale[128], uint8_t min[128]) {
     const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(0x30);
-    __m512i first = load512(head + 64), last = load512(head + 128), above = load512(head + 192);
+    __m512i first = load512(six), last = load512(six + 64), above = load512(six + 128);
     enum { OR_AND = 0xf8 }; /* ternary logic: a | b & c */
     _mm512_storeu_si512(
         scale, _mm512_ternarylogic_epi32(_mm512_and_si512(first, low), _mm512_slli_epi16(above, 4), high, OR_AND));
@@ -35,13 +36,13 @@ static inline __attribute__((always_inline)) void tile_k(const int N, const int 
     const __m512i nibble = _mm512_set1_epi8(15);
     const int bytes = five ? ST_TILE_Q5_K_BYTES : ST_TILE_Q4_K_BYTES;
     __m512 sum[8];
-    _Pragma("GCC unroll 8") for (int t = 0; t < N; t++) sum[t] = _mm512_setzero_ps();
+    _Pragma("GCC unroll 8") for (int t = 0; t < N; t++) sum[t] = total[t];
     for (int64_t super = 0; super < nb; super += 8) {
         uint8_t scale[128], min[128];
         const uint8_t *head = tile;
         if (stream)
             prefetch_ahead(tile, ST_TILE_K_HEAD);
-        k_scales(head, scale, min);
+        k_scales(head + 64, scale, min);
         tile += ST_TILE_K_HEAD;
         for (int b = 0; b < 8; b++, tile += bytes) {
             __m512i low[4], high[4];
@@ -108,7 +109,7 @@ static inline __m512i widen_i8x16(const void *p) { return _mm512_cvtepi8_epi32(_
         const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(32);                                    \
         __m512 sum[N], d = _mm512_setzero_ps();                                                                        \
         for (int t = 0; t < N; t++)                                                                                    \
-            sum[t] = _mm512_setzero_ps();                                                                              \
+            sum[t] = total[t];                                                                                         \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q6_K_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             __m512i low[4], high[4];                                                                                   \

@@ -1,6 +1,7 @@
 /* The integer products of the 256-bit tables, included by avx2.c and avxvnni.c. The includer defines, for unsigned
  * bytes u times signed bytes s summed over one block of 32 columns:
  *   DOT(sum, u, s)    sum += u * s, at most 8 times with u <= 15 before TO_I32
+ *   DOTS(bits)        how often with u of so many bits
  *   TO_I32(sum)       eight 32-bit sums of four neighbouring products each
  *   DOT_SIGNED(w, s)  eight 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
 #include "../plain.h"
@@ -81,13 +82,13 @@ static inline int sum_bytes(__m256i bytes) {
     return (int)(_mm_cvtsi128_si64(t) + _mm_extract_epi64(t, 1)) - 32 * 128;
 }
 
-/* Blocks b0..b1 of a tile for one token, added to sum; half h is rows 8h..8h+7. */
-static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, const st_q8x4 *x, int stream,
-                                  __m256 sum[2]) {
+/* tile_<type>_x<N>: nb blocks of a tile (K types: whole super-blocks) for N tokens, added to sum; half h is rows
+ * 8h..8h+7. stream: it comes from memory, and what follows is prefetched. */
+static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 total[1][2]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    tile += b0 * ST_TILE_Q4_0_BYTES;
-    for (int64_t b = b0; b < b1; b++, tile += ST_TILE_Q4_0_BYTES) {
-        const st_q8x4 *q = x + b / 4;
+    __m256 sum[2] = {total[0][0], total[0][1]};
+    for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {
+        const st_q8x4 *q = x[0] + b / 4;
         int lane = b % 4;
         __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
         if (stream)
@@ -106,14 +107,13 @@ static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, c
             sum[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), s, sum[h]);
         }
     }
+    total[0][0] = sum[0];
+    total[0][1] = sum[1];
 }
 
-/* One block of one tile for N tokens; half h is rows 8h..8h+7. */
 #define GEMM_Q4_0(NAME, N)                                                                                             \
     static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[N][2]) {         \
         const __m256i nibble = _mm256_set1_epi8(15);                                                                   \
-        for (int t = 0; t < N; t++)                                                                                    \
-            sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q4_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             if (stream)                                                                                                \
@@ -143,8 +143,6 @@ static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, c
 
 #define GEMM_Q8_0(NAME, N)                                                                                             \
     static void NAME(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[N][2]) {         \
-        for (int t = 0; t < N; t++)                                                                                    \
-            sum[t][0] = sum[t][1] = _mm256_setzero_ps();                                                               \
         for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {                                                 \
             int lane = b % 4;                                                                                          \
             if (stream)                                                                                                \
@@ -165,10 +163,6 @@ static inline void tile_q4_0_part(const uint8_t *tile, int64_t b0, int64_t b1, c
         }                                                                                                              \
     }
 
-static void tile_q4_0_x1(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, __m256 sum[1][2]) {
-    sum[0][0] = sum[0][1] = _mm256_setzero_ps();
-    tile_q4_0_part(tile, 0, nb, x[0], stream, sum[0]);
-}
 GEMM_Q4_0(tile_q4_0_x2, 2)
 GEMM_Q4_0(tile_q4_0_x3, 3)
 GEMM_Q4_0(tile_q4_0_x4, 4)
@@ -201,6 +195,7 @@ static inline void store_rows(const __m256 sum[2], int64_t count, float *y) {
             __m256 sum[4][2];                                                                                          \
             for (int64_t t = 0, step; t < n; t += step) {                                                              \
                 step = n - t >= 4 ? 4 : n - t;                                                                         \
+                memset(sum, 0, sizeof sum);                                                                            \
                 switch (step) {                                                                                        \
                 case 4: tile_##name##_x4(p, nb, x + t, t == 0, sum); break;                                            \
                 case 3: tile_##name##_x3(p, nb, x + t, t == 0, sum); break;                                            \
@@ -217,8 +212,8 @@ ST_TILED_TYPES(GEMM)
 
 /* Two blocks (32 nibble bytes) a step, eight scales a turn; DOT leaves 4 sums a block, which the replicated scales
  * fit. Two rows share the reads of x: `rows` and `out` have R entries. */
-static inline __attribute__((always_inline)) void rows_r(const int R, const uint8_t *const *rows, int64_t nb,
-                                                         const st_q8x4 *x, float *out) {
+static inline __attribute__((always_inline)) void rows_q4_0_r(const int R, const uint8_t *const *rows, int64_t nb,
+                                                              const st_q8x4 *x, float *out) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (int64_t b = 0; b < nb; b += 8) {
@@ -251,31 +246,61 @@ static inline __attribute__((always_inline)) void rows_r(const int R, const uint
         out[r] = sum8(sum[r]);
 }
 
-/* Half (32 bytes of the lines) of 128 outputs of one group of 32 neurons: out[i] are the sums of outputs 16 * i + 8 *
- * half and the seven after it. h: what the nibbles of a quad's four neurons are multiplied by in outputs 32 * v .. 32 *
- * v + 31 stands at per_quad * quad + per_block * v. */
-static inline __attribute__((always_inline)) void down_sums(const uint8_t *lines, size_t line, const uint8_t *index,
+/* Half (32 bytes of the lines) of 128 outputs of some of a group's neurons, codes of `bits` bits: out[i] are the sums
+ * of outputs 16 * i + 8 * half and the seven after it. lines: of the group's first neuron, from the chunk's nibbles of
+ * this half on; above: from the half on of the 64 bytes that hold the bits above them, with place `c` of the chunk
+ * within these. h: what the codes of a quad's four neurons are multiplied by in outputs 32 * v .. 32 * v + 31 stands at
+ * per_quad
+ * * quad + per_block * v. */
+static inline __attribute__((always_inline)) void down_sums(const int bits, const int c, const uint8_t *lines,
+                                                            const uint8_t *above, size_t line, const uint8_t *index,
                                                             int quads, const int8_t *h, int per_quad, int per_block,
                                                             __m256i out[8]) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i sum[8];
     for (int i = 0; i < 8; i++)
         sum[i] = _mm256_setzero_si256();
-    for (; quads > 0; quads--, index += 4, h += per_quad) {
+    if (bits > 4)
+        for (int i = 0; i < 8; i++)
+            out[i] = _mm256_setzero_si256();
+    for (int n = 1; quads > 0; quads--, n++, index += 4, h += per_quad) {
         __m256i l0 = load256(lines + line * index[0]), l1 = load256(lines + line * index[1]);
         __m256i l2 = load256(lines + line * index[2]), l3 = load256(lines + line * index[3]);
         __m256i a0 = _mm256_unpacklo_epi8(l0, l1), a1 = _mm256_unpackhi_epi8(l0, l1);
         __m256i b0 = _mm256_unpacklo_epi8(l2, l3), b1 = _mm256_unpackhi_epi8(l2, l3);
         __m256i v[4] = {_mm256_unpacklo_epi16(a0, b0), _mm256_unpackhi_epi16(a0, b0), _mm256_unpacklo_epi16(a1, b1),
                         _mm256_unpackhi_epi16(a1, b1)};
+        __m256i high[2];
+        if (bits > 4) {
+            int half = bits == 5 ? c / 2 : c;
+            l0 = load256(above + line * index[0]), l1 = load256(above + line * index[1]);
+            l2 = load256(above + line * index[2]), l3 = load256(above + line * index[3]);
+            a0 = half ? _mm256_unpackhi_epi8(l0, l1) : _mm256_unpacklo_epi8(l0, l1);
+            b0 = half ? _mm256_unpackhi_epi8(l2, l3) : _mm256_unpacklo_epi8(l2, l3);
+            high[0] = bits == 5 && c % 2 ? _mm256_unpackhi_epi16(a0, b0) : _mm256_unpacklo_epi16(a0, b0);
+            high[1] = bits == 5 ? high[0] : _mm256_unpackhi_epi16(a0, b0);
+        }
         for (int i = 0; i < 4; i++) {
             __m256i four = broadcast4(h + i * per_block);
-            sum[2 * i] = DOT(sum[2 * i], _mm256_and_si256(v[i], nibble), four);
-            sum[2 * i + 1] = DOT(sum[2 * i + 1], _mm256_and_si256(_mm256_srli_epi16(v[i], 4), nibble), four);
+            __m256i first = _mm256_and_si256(v[i], nibble), last = _mm256_and_si256(_mm256_srli_epi16(v[i], 4), nibble);
+            if (bits == 5) {
+                first = _mm256_or_si256(first, k_fifth(high[0], i, 0));
+                last = _mm256_or_si256(last, k_fifth(high[0], i, 1));
+            } else if (bits == 6) {
+                first = _mm256_or_si256(first, q6_upper(high[i / 2], i, 0));
+                last = _mm256_or_si256(last, q6_upper(high[i / 2], i, 1));
+            }
+            sum[2 * i] = DOT(sum[2 * i], first, four);
+            sum[2 * i + 1] = DOT(sum[2 * i + 1], last, four);
         }
+        if (bits > 4 && n % DOTS(bits) == 0)
+            for (int i = 0; i < 8; i++) {
+                out[i] = _mm256_add_epi32(out[i], TO_I32(sum[i]));
+                sum[i] = _mm256_setzero_si256();
+            }
     }
     for (int i = 0; i < 8; i++)
-        out[i] = TO_I32(sum[i]);
+        out[i] = bits > 4 ? _mm256_add_epi32(out[i], TO_I32(sum[i])) : TO_I32(sum[i]);
 }
 
 static inline void add_scaled(__m256i sum, int32_t start, __m256 scale, float *y) {
@@ -283,11 +308,13 @@ static inline void add_scaled(__m256i sum, int32_t start, __m256 scale, float *y
     _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(y)));
 }
 
-/* 128 outputs of one group of 32 neurons: y += scale * (sum over the active neurons). */
-static inline void down_chunk(const uint8_t *lines, size_t line, const uint8_t *scales, const st_active *a, float *y) {
+/* 128 outputs of group g's 32 neurons, added to y. */
+static void chunk_q4_0(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
+    const uint8_t *lines = down->lines + 32 * down->stride * (size_t)g + 64 * chunk;
+    const uint8_t *scales = down->scales + down->scale_stride * (size_t)g + 256 * chunk;
     for (int half = 0; half < 2; half++, lines += 32, scales += 16, y += 8) {
         __m256i sum[8];
-        down_sums(lines, line, a->index, a->quads, a->h, 4, 0, sum);
+        down_sums(4, 0, lines, lines, down->stride, a->index, a->quads, a->h, 4, 0, sum);
         for (int i = 0; i < 8; i++)
             add_scaled(sum[i], a->corr, _mm256_mul_ps(load_f16x8(scales + 32 * i), _mm256_set1_ps(a->scale)),
                        y + 16 * i);
@@ -299,7 +326,7 @@ static inline void transposed_chunk(const uint8_t *lines, size_t line, const st_
                                     int first, float *y) {
     for (int half = 0; half < 2; half++, lines += 32, y += 8) {
         __m256i sum[8];
-        down_sums(lines, line, a->index, a->quads, w->h[0][first], sizeof w->h[0], 4, sum);
+        down_sums(4, 0, lines, lines, line, a->index, a->quads, w->h[0][first], sizeof w->h[0], 4, sum);
         for (int i = 0; i < 8; i++)
             add_scaled(sum[i], w->corr[first + i / 2], _mm256_set1_ps(w->scale[first + i / 2]), y + 16 * i);
     }
@@ -357,6 +384,7 @@ static inline void add_weighted(float weight, const float *total, float *y) {
 
 #include "attention_q8_256.h"
 
-#define VECTOR __m256
-#define TILE_VECTORS 2
+#include "sparse_k_256.h"
+
+typedef __m256 tile_sum[2];
 #include "drivers.h"
