@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -173,26 +173,30 @@ def markdown(result: Result) -> str:
     return "\n\n".join([*parts, notes(result)]) + "\n"
 
 
+def results_of(folder: Path) -> dict[Path, Result]:
+    """Every .json of a folder, by its file."""
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
 def pages(results: Path = RESULTS) -> dict[Path, str]:
     """The page of every comparison in a folder: its file, and its text made anew from the .json of the same name."""
-    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
-    return {path.with_suffix(".md"): markdown(result) for path, result in found.items() if "runs" in result}
+    return {path.with_suffix(".md"): markdown(it) for path, it in results_of(results).items() if "runs" in it}
 
 
 def pictures(results: Path = RESULTS) -> dict[Path, str]:
     """The picture of each list of figures ("rows") in a folder: its file, and its text made anew."""
-    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    found = results_of(results)
     return {
-        path.with_suffix(".svg"): draw(listed["title"], [_bars(results, row) for row in listed["rows"]])
+        path.with_suffix(".svg"): draw(listed["title"], [_bars(found, path.with_name, row) for row in listed["rows"]])
         for path, listed in found.items()
         if "rows" in listed
     }
 
 
-def _bars(results: Path, row: dict[str, Any]) -> Bars:
+def _bars(found: dict[Path, Result], beside: Callable[[str], Path], row: dict[str, Any]) -> Bars:
     if "result" not in row:
         return Bars(row["name"], row["ours"], row["theirs"], row["ratio"])
-    result = json.loads((results / row["result"]).read_text(encoding="utf-8"))
+    result = found[beside(row["result"])]
     (job,) = [job for job in jobs_of(result) if job_name(job) == row["job"]]
     values = summary(result, job)
     return Bars(row["name"], round(values["ours"], 1), round(values["rival"], 1), values["ratio"])

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from compare import Worker
+from compare import SETTLE_SECONDS, Worker
 from report import publish
 
 from smallthinker_edge import SmallThinker
@@ -26,7 +26,6 @@ from smallthinker_edge.machine.cpus import auto_threads
 from smallthinker_edge.measure.limits import OtherProcesses
 
 FREE = "free"
-SETTLE_SECONDS = 0.1  # threads of the other engine that wait by spinning give up in far less
 PROMPT = "A list of things in a kitchen, with how many there are and where they stand: "
 SCHEMA = {
     "type": "array",
