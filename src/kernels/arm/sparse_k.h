@@ -201,19 +201,6 @@ ALWAYS_INLINE void chunk_k(const int bits, const int c, const st_down_view *down
     }
 }
 
-static void chunk_q4_k(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
-    chunk_k(4, 0, down, g, chunk, a, y);
-}
-
-static void chunk_q5_k(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
-    switch (chunk % 4) {
-    case 0: chunk_k(5, 0, down, g, chunk, a, y); break;
-    case 1: chunk_k(5, 1, down, g, chunk, a, y); break;
-    case 2: chunk_k(5, 2, down, g, chunk, a, y); break;
-    default: chunk_k(5, 3, down, g, chunk, a, y); break;
-    }
-}
-
 /* The two halves of the 32 neurons have their own scales. Sums times scales, and their sum, stay below 1 << 24: exact
  * in floats. */
 ALWAYS_INLINE void chunk_q6_k_c(const int c, const st_down_view *down, int64_t g, int64_t chunk, const st_active *a,
@@ -241,12 +228,7 @@ ALWAYS_INLINE void chunk_q6_k_c(const int c, const st_down_view *down, int64_t g
     }
 }
 
-static void chunk_q6_k(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
-    if (chunk % 2)
-        chunk_q6_k_c(1, down, g, chunk, a, y);
-    else
-        chunk_q6_k_c(0, down, g, chunk, a, y);
-}
+#include "../chunk_k.h"
 
 /* Bytes of a line behind the nibbles of so many chunks. */
 static inline int64_t above_bytes(int tiled, int64_t chunks) {

@@ -234,19 +234,6 @@ static inline __attribute__((always_inline)) void chunk_k(const int bits, const 
     }
 }
 
-static void chunk_q4_k(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
-    chunk_k(4, 0, down, g, chunk, a, y);
-}
-
-static void chunk_q5_k(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
-    switch (chunk % 4) {
-    case 0: chunk_k(5, 0, down, g, chunk, a, y); break;
-    case 1: chunk_k(5, 1, down, g, chunk, a, y); break;
-    case 2: chunk_k(5, 2, down, g, chunk, a, y); break;
-    default: chunk_k(5, 3, down, g, chunk, a, y); break;
-    }
-}
-
 /* The two halves of the 32 neurons have their own scales. Codes are taken as 0..63; 32 times the sum of h is taken off.
  * Sums times scales, and their sum, stay below 1 << 24: exact in floats. */
 static inline __attribute__((always_inline)) void chunk_q6_k_c(const int c, const st_down_view *down, int64_t g,
@@ -279,12 +266,7 @@ static inline __attribute__((always_inline)) void chunk_q6_k_c(const int c, cons
     }
 }
 
-static void chunk_q6_k(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y) {
-    if (chunk % 2)
-        chunk_q6_k_c(1, down, g, chunk, a, y);
-    else
-        chunk_q6_k_c(0, down, g, chunk, a, y);
-}
+#include "../chunk_k.h"
 
 /* What a chunk of a group of Down has for its outputs, for many tokens: codes[quad] as down_quad gives them for neurons
  * 4
