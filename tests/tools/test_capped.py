@@ -48,6 +48,22 @@ def test_version_2_gets_a_limit_without_swap_and_tells_what_it_counted(
     assert group.report() == ["peak memory: 1.0 MiB (1,048,576 bytes)", "limit reached: 3 times; killed for memory: 1"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "group_of_the_command"), [("high", "memory.high", ""), ("around", "memory.max", "own/")]
+)
+def test_other_kinds_of_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, file: str, group_of_the_command: str
+) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu memory")
+    monkeypatch.setattr(capped, "ROOT", tmp_path)
+    FakeCgroup.files = {"memory.events": "low 0\nhigh 5\nmax 3\noom 0\noom_kill 0\n"}
+    group = FakeCgroup(1 << 30, kind)
+    assert (group.path / file).read_text() == str(1 << 30)
+    group.enter()
+    assert (group.path / group_of_the_command / "cgroup.procs").read_text() == str(os.getpid())
+    assert group.report() == [f"limit reached: {5 if kind == 'high' else 3} times; killed for memory: 0"]
+
+
 def test_version_1_tells_what_it_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory").mkdir()
     monkeypatch.setattr(capped, "ROOT", tmp_path)

@@ -1,12 +1,12 @@
 """Holds a packed model to its budget under real memory limits: budgets times contexts times numbers of sessions.
 
     python tools/paging/budget_matrix.py MODEL.stpk [--budgets 768MiB 1GiB] [--contexts 512 2048] [--sessions 1 4]
-        [--kv f16 q8_0] [--output FILE.md]
+        [--kv f16 q8_0] [--limits max high around] [--auto]
 
-Each cell is a process of its own in a memory cgroup whose limit is the budget, from a cold page cache. It fills its
-sessions, forks them, asks for the logits of 300 tokens, generates, saves and loads a session. Refusals with a
-MemoryBudgetError are counted and allowed; being killed for memory is a failure, and a peak beyond the limit cannot be.
-Needs root (cgroups, tools/paging/capped.py).
+Each cell is a process of its own in a memory cgroup whose limit is the budget, from a cold page cache; with --auto it
+is not told the budget, but finds it in its cgroups. It fills its sessions, forks them, asks for the logits of 300
+tokens, generates, saves and loads a session. Refusals with a MemoryBudgetError are counted and allowed; being killed
+for memory is a failure, and a peak beyond a limit that kills cannot be. Needs root (cgroups, tools/paging/capped.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from capped import Cgroup, drop_caches, memory_size, run_in_cgroup
 PROMPT_LOGITS = 300
 
 
-def worker(path: str, memory: int, context: int, count: int, kv: str, result: str) -> None:
+def worker(path: str, memory: int | str, context: int, count: int, kv: str, result: str) -> None:
     """The work of one cell; writes what it did to `result`."""
     import random
 
@@ -66,19 +66,20 @@ def worker(path: str, memory: int, context: int, count: int, kv: str, result: st
     Path(result).write_text(json.dumps(figures))
 
 
-def cell(path: str, memory: int, context: int, sessions: int, kv: str) -> tuple[str, bool]:
+def cell(path: str, memory: int, auto: bool, context: int, sessions: int, kv: str, limit: str) -> tuple[str, bool]:
     """(a row of the table, whether it kept its promise)."""
+    told = "auto" if auto else memory
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
         drop_caches()
-        command = [sys.executable, __file__, path, "--worker", json.dumps([memory, context, sessions, kv, result.name])]
-        code, report = run_in_cgroup(Cgroup(memory), command)
+        command = [sys.executable, __file__, path, "--worker", json.dumps([told, context, sessions, kv, result.name])]
+        code, report = run_in_cgroup(Cgroup(memory, limit), command)
         text = Path(result.name).read_text()
     figures = json.loads(text) if text else {}
     did = "-" if code or not figures else "refused" if not figures["opened"] else f"{figures['done']} done"
     if figures.get("refused"):
         did += f", {figures['refused']} refused"
     slots = f"{figures['planned']} -> {figures['slots']}" if figures.get("opened") else ""
-    row = [f"{memory / 2**20:.0f} MiB", context, sessions, kv, did, slots, "; ".join(report), code]
+    row = [f"{memory / 2**20:.0f} MiB", limit, context, sessions, kv, did, slots, "; ".join(report), code]
     return "| " + " | ".join(map(str, row)) + " |", code == 0
 
 
@@ -89,17 +90,20 @@ def main() -> int:
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2048, 8192])
     parser.add_argument("--sessions", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--kv", nargs="+", default=["f16", "q8_0"])
+    parser.add_argument("--limits", nargs="+", choices=("max", "high", "around"), default=["max"])
+    parser.add_argument("--auto", action="store_true", help="let the library find the budget")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.model, *json.loads(arguments.worker))
         return 0
-    print(
-        "| budget | context | sessions | KV cache | calls | slots | cgroup | exit |\n|---|---|---|---|---|---|---|---|"
-    )
+    columns = ("budget", "limit", "context", "sessions", "KV cache", "calls", "slots", "cgroup", "exit")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     kept = []
-    for each in itertools.product(arguments.budgets, arguments.contexts, arguments.sessions, arguments.kv):
-        row, good = cell(arguments.model, *each)
+    for memory, *each in itertools.product(
+        arguments.budgets, arguments.contexts, arguments.sessions, arguments.kv, arguments.limits
+    ):
+        row, good = cell(arguments.model, memory, arguments.auto, *each)
         kept.append(good)
         print(row, flush=True)
     return 0 if all(kept) else 1

@@ -33,9 +33,14 @@ def memory_size(text: str) -> int:
 
 
 class Cgroup:
-    """A memory cgroup of our own. Raises OSError where it cannot be made."""
+    """A memory cgroup of our own. Raises OSError where it cannot be made.
 
-    def __init__(self, limit: int) -> None:
+    kind: "max", a limit that kills; "high", one that only slows down (version 2); "around", a limit that kills of a
+    group around the command's own, which has none.
+    """
+
+    def __init__(self, limit: int, kind: str = "max") -> None:
+        self.kind = kind
         self.version = 2 if (ROOT / "cgroup.controllers").exists() else 1
         top = ROOT if self.version == 2 else ROOT / "memory"
         if self.version == 2:
@@ -43,9 +48,12 @@ class Cgroup:
         self.path = top / f"capped-{os.getpid()}"
         self.path.mkdir()
         try:
-            self._write("memory.max" if self.version == 2 else "memory.limit_in_bytes", limit)
+            file = "memory.high" if kind == "high" else "memory.max" if self.version == 2 else "memory.limit_in_bytes"
+            self._write(file, limit)
             if self.version == 2 and (self.path / "memory.swap.max").exists():
                 self._write("memory.swap.max", 0)
+            if kind == "around":
+                (self.path / "own").mkdir()
         except OSError:
             self.path.rmdir()
             raise
@@ -55,7 +63,7 @@ class Cgroup:
 
     def enter(self) -> None:
         """Puts the calling process in; called in the child before it runs the command."""
-        self._write("cgroup.procs", os.getpid())
+        self._write("own/cgroup.procs" if self.kind == "around" else "cgroup.procs", os.getpid())
 
     def report(self) -> list[str]:
         """What the cgroup counted, as lines."""
@@ -63,7 +71,8 @@ class Cgroup:
             events = dict(line.split() for line in (self.path / "memory.events").read_text().splitlines())
             peak = self.path / "memory.peak"  # Linux 5.19
             lines = [f"peak memory: {mebibytes(int(peak.read_text()))}"] if peak.exists() else []
-            return [*lines, f"limit reached: {events['max']} times; killed for memory: {events['oom_kill']}"]
+            reached = events["high" if self.kind == "high" else "max"]
+            return [*lines, f"limit reached: {reached} times; killed for memory: {events['oom_kill']}"]
         peak_bytes = int((self.path / "memory.max_usage_in_bytes").read_text())
         control = dict(line.split() for line in (self.path / "memory.oom_control").read_text().splitlines())
         reached = (self.path / "memory.failcnt").read_text().strip()
@@ -73,6 +82,8 @@ class Cgroup:
     def remove(self) -> None:
         for _ in range(50):  # the kernel may need a moment after the last process
             try:
+                if self.kind == "around" and (self.path / "own").exists():
+                    (self.path / "own").rmdir()
                 self.path.rmdir()
                 return
             except OSError:
