@@ -13,8 +13,8 @@ from smallthinker_edge.files.config import ModelConfig, tensor_name
 from smallthinker_edge.files.gguf import TensorInfo
 
 KV_ELEMENT_BYTES = 2  # fp16 keys and values
-# Q4_0: a block of 32 weights is 2 bytes of scale and 16 of nibbles.
-Q4_0_SCALES = 2 / 18
+# Types whose silent neurons are skipped, and the share of their bytes that scales and minima are.
+SCALES = {"Q4_0": 2 / 18, "Q4_K": 16 / 144, "Q5_K": 16 / 176, "Q6_K": 18 / 210}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Traffic:
 
     Attributes:
         dense: attention, router, norms and head, and one row of the embedding.
-        experts: of the experts used: gate whole, up's rows and down's nibbles of active neurons, all scales of down.
+        experts: of the experts used: gate whole, up's rows and down's numbers of active neurons, all scales of down.
         experts_whole: of the same experts, nothing skipped.
         kv_position: keys and values of one position in the layers without a window.
         kv_position_window: the same in the layers that attend to a window.
@@ -56,7 +56,8 @@ class Traffic:
 def traffic_of(tensors: Mapping[str, TensorInfo], config: ModelConfig, active: float) -> Traffic:
     """Traffic of a model of which the share `active` of a used expert's neurons is active.
 
-    Skipping is counted where the engine skips: experts all in Q4_0; others count whole.
+    Skipping is counted where the engine skips: up and down in types of SCALES, a transposed down in Q4_0, the gate in
+    one of them or in Q8_0; other experts count whole.
     """
     embedding = tensors[tensor_name("token_embd")]
     row = embedding.nbytes // config.vocab_size
@@ -70,9 +71,10 @@ def traffic_of(tensors: Mapping[str, TensorInfo], config: ModelConfig, active: f
         gate, up, down = (tensors[tensor_name(f"ffn_{part}_exps", layer)] for part in ("gate", "up", "down"))
         everything = used * (gate.nbytes + up.nbytes + down.nbytes)
         whole += everything
-        if {gate.type, up.type, down.type} == {"Q4_0"}:
-            scales = active if config.down_transposed else 1.0  # a neuron's own, or shared by 32
-            read_of_down = Q4_0_SCALES * scales + active * (1 - Q4_0_SCALES)
+        sparse = {gate.type, up.type, down.type} <= {*SCALES, "Q8_0"} and "Q8_0" not in (up.type, down.type)
+        if sparse and (down.type == "Q4_0" or not config.down_transposed):
+            read = active if config.down_transposed else 1.0  # a neuron's own scales, or shared by 16 or 32
+            read_of_down = SCALES[down.type] * read + active * (1 - SCALES[down.type])
             experts += used * (gate.nbytes + active * up.nbytes + read_of_down * down.nbytes)
         else:
             experts += everything

@@ -60,14 +60,38 @@ def test_traffic_of_the_4b_is_that_of_the_plan() -> None:
 
 def test_traffic_counts_whole_experts_where_nothing_is_skipped(tmp_path: Path) -> None:
     """A file of F32 and F16 tensors has no layout that skips; its dense bytes are those of the file's tensors."""
-    path = gguf_files.write_model(tmp_path / "model.gguf")
+    path = gguf_files.write_model(tmp_path / "model.gguf", types="F16")
     with GGUFFile(path) as file:
         config = ModelConfig.from_gguf(file)
         traffic = traffic_of(file.tensors, config, 0.1)
         experts = sum(t.nbytes for name, t in file.tensors.items() if "_exps" in name)
-    types = {t.type for name, t in file.tensors.items() if "_exps" in name}
     assert traffic.experts_whole == experts * config.n_experts_used // config.n_experts
-    assert (traffic.experts == traffic.experts_whole) == (types != {"Q4_0"})
+    assert traffic.experts == traffic.experts_whole
+
+
+@pytest.mark.parametrize(
+    ("types", "transposed", "of_down"),
+    [
+        (("Q4_K", "Q5_K", "Q6_K"), False, (18 + 0.5 * 192) / 210),
+        (("Q8_0", "Q4_K", "Q4_K"), False, (16 + 0.5 * 128) / 144),
+        (("Q4_0", "Q4_0", "Q5_K"), False, (16 + 0.5 * 160) / 176), (("Q4_K", "Q8_0", "Q4_K"), False, None),
+        (("Q4_K", "Q4_K", "Q4_K"), True, None), (("Q3_K", "Q4_K", "Q4_K"), False, None),
+    ],
+)  # fmt: skip
+def test_traffic_of_mixed_types_skips_where_the_engine_does(
+    types: tuple[str, str, str], transposed: bool, of_down: float | None
+) -> None:
+    names = [f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+    sizes = (1000, 2000, 3000)
+    info = {"token_embd.weight": TensorInfo("token_embd.weight", "F16", (), 0, 100, 0)}
+    info |= {name: TensorInfo(name, t, (), 0, size, 0) for name, t, size in zip(names, types, sizes, strict=True)}
+
+    class Config:
+        tied, down_transposed, window, window_layout = True, transposed, 0, (False,)
+        n_layers, n_experts, n_experts_used, vocab_size, n_kv_heads, head_dim = 1, 4, 4, 10, 1, 32
+
+    expected = 6000 if of_down is None else round(1000 + 0.5 * 2000 + of_down * 3000)
+    assert traffic_of(info, Config(), 0.5).experts == expected  # type: ignore[arg-type]
 
 
 def test_traffic_of_a_transposed_down_has_the_scales_of_active_neurons_only(tmp_path: Path) -> None:
