@@ -126,6 +126,11 @@ class Home:
         close = [wanted] if wanted in names else difflib.get_close_matches(wanted, names, n=1, cutoff=0.84)
         return names[close[0]] if close else None
 
+    def domain_of(self, name: str) -> str:
+        """The domain of the devices with this own name; "" where it is not known, or they have several."""
+        domains = {device.domain for device in self.devices if device.name == name}
+        return domains.pop() if len(domains) == 1 else ""
+
     def said(self, kind: str, sentence: str) -> list[str]:
         """The names of a kind that stand word for word in a sentence, both in the model's form; longest first."""
         spaced = f" {sentence.replace(',', '')} "

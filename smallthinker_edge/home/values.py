@@ -34,6 +34,18 @@ _EVERYWHERE = re.compile(
     r"\b(?:everywhere|(?:whole|entire|all over the) (?:house|home|apartment|flat|place)|every room|all rooms)\b"
 )
 _EVERY = re.compile(r"\b(?:all|every|each)\b")
+# What is done to a device of a domain, where the model took its name for another kind of thing.
+_STARTED = {"vacuum_start": "on", "vacuum_stop": "off"}
+_FITTING = {
+    "light": _STARTED | {
+        f"{other}_{change}": f"brightness_{change}"
+        for other in ("position", "volume", "speed") for change in ("set", "up", "down")
+    },
+    "switch": _STARTED,
+    "fan": _STARTED | {f"{other}_set": "speed_set" for other in ("position", "volume", "brightness")},
+    "media_player": _STARTED | {"position_set": "volume_set"},
+    "cover": {f"{other}_set": "position_set" for other in ("brightness", "volume", "speed")},
+}  # fmt: skip
 _SEVERAL = ("timer_cancel", "alarm_cancel")  # of which there may be several, without a word for the device
 
 
@@ -58,6 +70,7 @@ def command_of(said: Spoken, sentence: str, home: Home, *, alone: bool) -> Comma
             text, everything = without_all(text)
             command |= {"all": True} if everything else {}
         command[slot] = value_of(slot, text, home)
+    command["action"] = action = _FITTING.get(home.domain_of(command.get("device", "")), {}).get(action, action)
     everywhere = _EVERY if action in _SEVERAL else _EVERYWHERE
     if everywhere.search(sentence) and "area" not in command and ACTIONS[action]:
         command["all"] = True

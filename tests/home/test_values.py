@@ -92,3 +92,25 @@ def test_a_name_belongs_to_nobody_where_there_are_several_commands() -> None:
 )  # fmt: skip
 def test_all(said: dict[str, Any], sentence: str, command: dict[str, Any]) -> None:
     assert command_of(said, sentence, Home(), alone=True) == {"action": said["action"]} | command
+
+
+@pytest.mark.parametrize(
+    ("domain", "said", "done"),
+    [
+        ("light", "vacuum_start", "on"), ("light", "vacuum_stop", "off"), ("light", "position_set", "brightness_set"),
+        ("light", "volume_down", "brightness_down"), ("switch", "vacuum_start", "on"),
+        ("fan", "volume_set", "speed_set"),
+        ("cover", "brightness_set", "position_set"), ("media_player", "position_set", "volume_set"),
+        ("vacuum", "vacuum_start", "vacuum_start"), ("light", "on", "on"), ("", "vacuum_start", "vacuum_start"),
+    ],
+)  # fmt: skip
+def test_what_is_done_fits_the_kind_of_device(domain: str, said: str, done: str) -> None:
+    home = Home(devices=(Device("Zwirbel", domain=domain), Device("Desk Lamp", domain="light")))
+    command = command_of({"action": said, "device": ["zwirbel"]}, "the zwirbel please", home, alone=True)
+    assert command == {"action": done, "device": "Zwirbel"}
+
+
+def test_devices_of_several_kinds_with_one_name_say_nothing() -> None:
+    home = Home(devices=(Device("Zwirbel", domain="light"), Device("Zwirbel", domain="vacuum")))
+    command = command_of({"action": "vacuum_start", "device": ["zwirbel"]}, "the zwirbel please", home, alone=True)
+    assert command["action"] == "vacuum_start"
