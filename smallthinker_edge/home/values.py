@@ -56,7 +56,7 @@ def command_of(said: Spoken, sentence: str, home: Home, *, alone: bool) -> Comma
     name of the home in the sentence belongs to it.
     """
     words = {slot: list(values) for slot, values in said.items() if slot != "action"}
-    action = said["action"]
+    action: str = said["action"]
     placed(action, words, sentence if alone else "", home)
     if alone and action in _OF_A_KIND and "device" not in words and (kind := _KIND.search(sentence)):
         words["device"] = [kind[0]]
