@@ -10,6 +10,15 @@
 #define ST_FFN_PART 6     /* groups of 32 neurons whose down is summed before it is weighted */
 #define ST_DOWN_TOKENS 16 /* at most, of a call of down */
 #define ST_UP_TOKENS 16   /* at most, of a call of up: their rows stay in the first cache */
+#define ST_ATTN_TOKENS 8  /* at most, of a call of attention_many */
+
+/* Floats of scratch of attention_many for `rows` = n * G queries of hd: a little more than the scores of each row,
+ * and some keys or values as floats. */
+#define ST_ATTN_ROW (ST_ATTN_CHUNK + 16)
+#define ST_ATTN_KEYS 8
+#define ST_ATTN_VALUES 64
+#define ST_ATTN_SCRATCH(rows, hd)                                                                                      \
+    ((rows) * ST_ATTN_ROW + ST_ATTN_KEYS * (((hd) + 15) / 16 * 16) + ST_ATTN_VALUES * ST_ATTN_VALUES)
 
 /* 32 neurons of one expert on their way through the FFN of one token. The caller sets the first eight fields. */
 typedef struct st_neurons {
@@ -48,6 +57,9 @@ typedef struct st_neurons {
 #define ST_ATTENTION(NAME)                                                                                             \
     void NAME(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n, float scale,     \
               float *scores, float *acc, float *m, float *l)
+#define ST_ATTENTION_MANY(NAME)                                                                                        \
+    void NAME(const float *q, int64_t ldq, int64_t n, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v,     \
+              const int32_t *p0, const int32_t *p1, float scale, float *scratch, float *acc, float *m, float *l)
 #define ST_ATTENTION_Q8(NAME)                                                                                          \
     void NAME(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v, int64_t p0,          \
               int64_t p1, float scale, float *scores, float *acc, float *m, float *l)
@@ -58,6 +70,7 @@ typedef ST_FFN(st_ffn);
 typedef ST_DOWN(st_down);
 typedef ST_DOWN_TRANSPOSED(st_down_transposed);
 typedef ST_ATTENTION(st_attention);
+typedef ST_ATTENTION_MANY(st_attention_many);
 typedef ST_ATTENTION_Q8(st_attention_q8);
 
 /* Kernels over weights are arrays by tiled type (types.h): gemm has all of them, rows and down the sparse types,
@@ -109,6 +122,12 @@ typedef struct st_kernels {
      * q: [G][hd] floats; k, v: [n][hd] fp16; scores: scratch of G * ST_ATTN_CHUNK floats. hd % 8 == 0 for the
      * vector tables; n >= 1. */
     st_attention *attention;
+
+    /* The same for n <= ST_ATTN_TOKENS tokens of a prompt, with its bits, over one page: token i, whose queries are
+     * [G][hd] at q + i * ldq, sees positions p0[i]..p1[i] (0 <= p0 < p1 <= ST_ATTN_CHUNK) of k and v, of which all
+     * between the first and the last one that any of them sees are written.  acc: [n][G][hd]; m, l: [n][G]; scratch:
+     * ST_ATTN_SCRATCH(n * G, hd) floats. */
+    st_attention_many *attention_many;
 
     /* The same over positions p0..p1 (0 <= p0 < p1 <= ST_ATTN_CHUNK) of one KV head in a Q8_0 page.
      * q: 2 * G pointers to quantised rows of hd columns, the queries and then what their rounding left (kv.h), so

@@ -1,7 +1,7 @@
 # cython: cdivision=True
 # Projections, attention over the KV cache, and its output projection.
 from libc.math cimport expf, sqrtf
-from libc.stdint cimport int64_t, uint8_t, uint16_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 from libc.string cimport memset
 
 from smallthinker_edge._native.buffers cimport Buffers, Scratch
@@ -100,6 +100,11 @@ cdef inline int64_t first_chunk(const Layer *layer, int64_t p) noexcept nogil:
     return max(0, p - layer.window + 1) // ST_ATTN_CHUNK if layer.window else 0
 
 
+cdef inline int64_t first_seen(const Layer *layer, int64_t p, int64_t start) noexcept nogil:
+    """The first position of the chunk from `start` on that position p may see, within the chunk."""
+    return max(0, p - layer.window + 1 - start) if layer.window else 0
+
+
 cdef inline int64_t chunks_seen(const Layer *layer, int64_t p) noexcept nogil:
     return p // ST_ATTN_CHUNK - first_chunk(layer, p) + 1
 
@@ -110,15 +115,13 @@ cdef inline void attention_chunk(Call *call, const Layer *layer, int64_t t, int6
     cdef const Shape *shape = &call.weights.shape
     cdef Buffers *buffers = call.buffers
     cdef int64_t hd = shape.hd, G = shape.heads // shape.kv_heads, p = call.position + t, g
-    cdef int64_t start = chunk * ST_ATTN_CHUNK, p0 = 0, p1 = min(ST_ATTN_CHUNK, p + 1 - start)
+    cdef int64_t start = chunk * ST_ATTN_CHUNK, p0 = first_seen(layer, p, start), p1 = min(ST_ATTN_CHUNK, p + 1 - start)
     cdef const uint8_t *k = kv_head(&call.kv, layer, start, 2 * kv_head_)
     cdef const uint8_t *v = kv_head(&call.kv, layer, start, 2 * kv_head_ + 1)
     cdef float scale = 1 / sqrtf(<float>hd)
     cdef float *acc = buffers.partial + part * G * hd
     cdef float *m = buffers.partial_m + part * G
     cdef float *sums = buffers.partial_l + part * G
-    if layer.window:
-        p0 = max(0, p - layer.window + 1 - start)
     if kv_page(&call.kv, layer).type == ST_F16:
         call.weights.kernels.attention(buffers.q + (t * shape.heads + kv_head_ * G) * hd, G, hd,
                                        <const uint16_t *>k + p0 * hd, <const uint16_t *>v + p0 * hd, p1 - p0, scale,
@@ -130,8 +133,30 @@ cdef inline void attention_chunk(Call *call, const Layer *layer, int64_t t, int6
     call.weights.kernels.attention_q8(scratch.queries, G, hd, k, v, p0, p1, scale, scratch.scores, acc, m, sums)
 
 
-cdef inline void merge_chunks(Call *call, int64_t first, int64_t chunks, float *out) noexcept nogil:
-    """out[G][hd]: softmax over the partial results first .. first + chunks - 1 of a KV head, in ascending order."""
+cdef inline void attention_chunks(Call *call, const Layer *layer, int64_t t0, int64_t t1, int64_t kv_head_,
+                                  int64_t chunk, int64_t part, Scratch *scratch) noexcept nogil:
+    """The same of tokens t0 .. t1 - 1, which all see the chunk: into partial results `part` and the next ones."""
+    cdef const Shape *shape = &call.weights.shape
+    cdef Buffers *buffers = call.buffers
+    cdef int64_t hd = shape.hd, G = shape.heads // shape.kv_heads, start = chunk * ST_ATTN_CHUNK, t
+    cdef int32_t p0[ST_ATTN_TOKENS]
+    cdef int32_t p1[ST_ATTN_TOKENS]
+    if t1 - t0 == 1 or kv_page(&call.kv, layer).type != ST_F16:
+        for t in range(t0, t1):
+            attention_chunk(call, layer, t, kv_head_, chunk, part + t - t0, scratch)
+        return
+    for t in range(t0, t1):
+        p0[t - t0] = <int32_t>first_seen(layer, call.position + t, start)
+        p1[t - t0] = <int32_t>min(ST_ATTN_CHUNK, call.position + t + 1 - start)
+    call.weights.kernels.attention_many(
+        buffers.q + (t0 * shape.heads + kv_head_ * G) * hd, shape.heads * hd, t1 - t0, G, hd,
+        <const uint16_t *>kv_head(&call.kv, layer, start, 2 * kv_head_),
+        <const uint16_t *>kv_head(&call.kv, layer, start, 2 * kv_head_ + 1), p0, p1, 1 / sqrtf(<float>hd),
+        scratch.scores, buffers.partial + part * G * hd, buffers.partial_m + part * G, buffers.partial_l + part * G)
+
+
+cdef inline void merge_chunks(Call *call, int64_t first, int64_t step, int64_t chunks, float *out) noexcept nogil:
+    """out[G][hd]: softmax over the partial results first, first + step, ... of the chunks of a KV head, ascending."""
     cdef int64_t hd = call.weights.shape.hd, G = call.weights.shape.heads // call.weights.shape.kv_heads, g, i, j
     cdef const float *acc = call.buffers.partial + first * G * hd
     cdef const float *m = call.buffers.partial_m + first * G
@@ -140,29 +165,34 @@ cdef inline void merge_chunks(Call *call, int64_t first, int64_t chunks, float *
     for g in range(G):
         top = m[g]
         for i in range(1, chunks):
-            if m[i * G + g] > top:
-                top = m[i * G + g]
+            if m[i * step * G + g] > top:
+                top = m[i * step * G + g]
         total = 0
         memset(out + g * hd, 0, hd * sizeof(float))
         for i in range(chunks):
-            w = expf(m[i * G + g] - top)
-            total += w * sums[i * G + g]
-            call.weights.kernels.axpy(w, acc + (i * G + g) * hd, out + g * hd, hd)
+            w = expf(m[i * step * G + g] - top)
+            total += w * sums[i * step * G + g]
+            call.weights.kernels.axpy(w, acc + (i * step * G + g) * hd, out + g * hd, hd)
         for j in range(hd):
             out[g * hd + j] /= total
 
 
+cdef inline int64_t tokens_together(const Call *call) noexcept nogil:
+    """How many tokens of a prompt share each read of keys and values; fewer where threads would be without work."""
+    return max(1, min(ST_ATTN_TOKENS, call.n * call.weights.shape.kv_heads // st_team_size(call.team)))
+
+
 cdef inline int64_t attention_units(const Call *call, const Layer *layer) noexcept nogil:
-    cdef int64_t kv_heads = call.weights.shape.kv_heads
+    cdef int64_t kv_heads = call.weights.shape.kv_heads, together = tokens_together(call)
     if call.n > 1:
-        return call.n * (1 + kv_heads)
+        return call.n + (call.n + together - 1) // together * kv_heads
     return 1 + chunks_seen(layer, call.position) * kv_heads
 
 
 cdef inline void attention_phase(Call *call, const Layer *layer, int64_t l, int tid, Scratch *scratch) noexcept nogil:
     """First every token chooses its experts, and whoever sees the last one choose sends the wants to storage; then
-    attention of one token and KV head a unit, or where there is one token of one chunk of it."""
-    cdef int64_t kv_heads = call.weights.shape.kv_heads, u, chunks
+    attention of a few tokens and one KV head a unit, or where there is one token of one chunk of it."""
+    cdef int64_t kv_heads = call.weights.shape.kv_heads, together = tokens_together(call), u, t0, chunks
     while True:
         u = next_unit(call, tid)
         if u < 0:
@@ -172,22 +202,31 @@ cdef inline void attention_phase(Call *call, const Layer *layer, int64_t l, int 
             if count_down(&call.undecided) == 0:
                 want_experts(call.weights, call.buffers, call.paging, l, call.n, call.trace, scratch)
         elif call.n > 1:
-            prompt_unit(call, layer, (u - call.n) // kv_heads, (u - call.n) % kv_heads, tid, scratch)
+            t0 = (u - call.n) // kv_heads * together
+            prompt_unit(call, layer, t0, min(call.n, t0 + together), (u - call.n) % kv_heads, tid, scratch)
         else:
             chunks = chunks_seen(layer, call.position)
             attention_chunk(call, layer, 0, (u - 1) // chunks, first_chunk(layer, call.position) + (u - 1) % chunks,
                             (u - 1) // chunks * call.buffers.max_chunks + (u - 1) % chunks, scratch)
 
 
-cdef inline void prompt_unit(Call *call, const Layer *layer, int64_t t, int64_t kv_head_, int tid,
+cdef inline void prompt_unit(Call *call, const Layer *layer, int64_t t0, int64_t t1, int64_t kv_head_, int tid,
                              Scratch *scratch) noexcept nogil:
-    """All of one token's chunks for one KV head."""
+    """All chunks of tokens t0 .. t1 - 1 for one KV head."""
     cdef const Shape *shape = &call.weights.shape
-    cdef int64_t i, p = call.position + t, first = tid * call.buffers.max_chunks, chunks = chunks_seen(layer, p)
-    for i in range(chunks):
-        attention_chunk(call, layer, t, kv_head_, first_chunk(layer, p) + i, first + i, scratch)
-    merge_chunks(call, first, chunks,
-                 call.buffers.attn + (t * shape.heads + kv_head_ * (shape.heads // shape.kv_heads)) * shape.hd)
+    cdef int64_t first = first_chunk(layer, call.position + t0), last = (call.position + t1 - 1) // ST_ATTN_CHUNK
+    cdef int64_t parts = tid * call.buffers.max_chunks * ST_ATTN_TOKENS, chunk, start, a, b, t, p
+    for chunk in range(first, last + 1):
+        start = chunk * ST_ATTN_CHUNK
+        a, b = max(t0, start - call.position), t1
+        if layer.window:
+            b = min(t1, start + ST_ATTN_CHUNK + layer.window - 1 - call.position)
+        attention_chunks(call, layer, a, b, kv_head_, chunk, parts + (chunk - first) * ST_ATTN_TOKENS + a - t0, scratch)
+    for t in range(t0, t1):
+        p = call.position + t
+        merge_chunks(call, parts + (first_chunk(layer, p) - first) * ST_ATTN_TOKENS + t - t0, ST_ATTN_TOKENS,
+                     chunks_seen(layer, p),
+                     call.buffers.attn + (t * shape.heads + kv_head_ * (shape.heads // shape.kv_heads)) * shape.hd)
 
 
 cdef inline int64_t output_units(const Call *call) noexcept nogil:
@@ -222,7 +261,7 @@ cdef inline const float *output_inputs(Call *call, const Layer *layer, int tid, 
     if call.n == 1:
         chunks = chunks_seen(layer, call.position)
         for kv_head_ in range(shape.kv_heads):
-            merge_chunks(call, kv_head_ * buffers.max_chunks, chunks,
+            merge_chunks(call, kv_head_ * buffers.max_chunks, 1, chunks,
                          scratch.norm + kv_head_ * (width // shape.kv_heads))
         kernels.quantize(scratch.norm, width // 32 * 32, scratch.xq)
         scratch.rows[0] = scratch.xq

@@ -22,7 +22,7 @@ cdef struct Scratch:
     float *neurons_of_unit  # [gate, up][NEURON_TOKENS][NEURON_UNIT]
     float *row            # [max(d, H*hd, f)] one dequantised row
     int32_t *keys         # [E] of top_k
-    float *scores         # [2 * G][256], or one head
+    float *scores         # [2 * G][256], what attention_many takes, or one head
     st_q8x4 *head         # one head's keys or values, quantised
     const st_q8x4 **queries  # [2 * G] pointers into q8
     float *out            # [batch][64]: a unit's output before it is added to x

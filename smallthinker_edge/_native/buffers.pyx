@@ -61,7 +61,7 @@ def buffer_sizes(config, int64_t batch, int threads, *, bint predictor=True, bin
         "scratch.neurons_of_unit": threads * 2 * NEURON_TOKENS * NEURON_UNIT * 4,
         "scratch.row": threads * max(width, f) * 4,
         "scratch.keys": threads * E * 4,
-        "scratch.scores": threads * (2 * G * ST_ATTN_CHUNK + hd) * 4,
+        "scratch.scores": threads * ST_ATTN_SCRATCH(ST_ATTN_TOKENS * G, hd) * 4,
         "scratch.head": threads * blocks(hd) * sizeof(st_q8x4),
         "scratch.queries": threads * 2 * G * sizeof(void *),
         "scratch.out": threads * n * 64 * 4,
@@ -72,7 +72,7 @@ def buffer_sizes(config, int64_t batch, int threads, *, bint predictor=True, bin
 def partial_sizes(config, int64_t context, int threads):
     """Bytes of attention's unmerged chunks by their names, for the longest context in use."""
     cdef int64_t G = config.n_heads // config.n_kv_heads
-    parts = max(threads, config.n_kv_heads) * chunks_of(context) * G
+    parts = max(threads * ST_ATTN_TOKENS, config.n_kv_heads) * chunks_of(context) * G
     return {"partial": parts * config.head_dim * 4, "partial_m": parts * 4, "partial_l": parts * 4}
 
 

@@ -91,6 +91,7 @@ cdef extern from "smallthinker/expert.h" nogil:
 cdef extern from "smallthinker/kernels.h" nogil:
     enum:
         ST_ATTN_CHUNK
+        ST_ATTN_TOKENS
         ST_FFN_PART
         ST_DOWN_TOKENS
         ST_UP_TOKENS
@@ -121,6 +122,9 @@ cdef extern from "smallthinker/kernels.h" nogil:
                                      const st_fired *a, float weight, float *y) noexcept nogil
     ctypedef void st_attention(const float *q, int64_t G, int64_t hd, const uint16_t *k, const uint16_t *v, int64_t n,
                                float scale, float *scores, float *acc, float *m, float *l) noexcept nogil
+    ctypedef void st_attention_many(const float *q, int64_t ldq, int64_t n, int64_t G, int64_t hd, const uint16_t *k,
+                                    const uint16_t *v, const int32_t *p0, const int32_t *p1, float scale,
+                                    float *scratch, float *acc, float *m, float *l) noexcept nogil
     ctypedef void st_attention_q8(const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k, const uint8_t *v,
                                   int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
                                   float *l) noexcept nogil
@@ -133,6 +137,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
         st_down *down[1]
         st_down_transposed *down_transposed[1]
         st_attention *attention
+        st_attention_many *attention_many
         st_attention_q8 *attention_q8
         void (*quantize)(const float *x, int64_t cols, st_q8x4 *out) noexcept nogil
         void (*activate)(const float *g, const float *up, st_active *out) noexcept nogil
@@ -143,6 +148,7 @@ cdef extern from "smallthinker/kernels.h" nogil:
         void (*from_f16)(const uint16_t *x, float *out, int64_t n) noexcept nogil
         void (*rope)(float *v, const float *cosine, const float *sine, int64_t half) noexcept nogil
         void (*top_k)(const float *x, int64_t n, int64_t k, int32_t *keys, int32_t *ids) noexcept nogil
+    int64_t ST_ATTN_SCRATCH(int64_t rows, int64_t hd)
     void st_neurons_choose(st_neurons *n)
     void st_neurons_advance(st_neurons **stage)
     void st_neurons_tokens(const float *gate, int64_t n, uint32_t *fires)

@@ -246,6 +246,24 @@ cdef class Table:
         for _ in range(repeat):
             self.k.attention(&q[0, 0], G, hd, &k[0, 0], &v[0, 0], n, scale, &scores[0], &acc[0, 0], &m[0], &l[0])
 
+    def attention_many(self, const float[:, :, ::1] q, const uint16_t[:, ::1] k, const uint16_t[:, ::1] v,
+                       const int32_t[::1] p0, const int32_t[::1] p1, float scale, float[::1] scratch,
+                       float[:, :, ::1] acc, float[:, ::1] m, float[:, ::1] l):
+        """q, acc: [tokens][G][hd]; m, l: [tokens][G]; k, v: [256][hd]."""
+        cdef int64_t n = q.shape[0], G = q.shape[1], hd = q.shape[2], i
+        need(1 <= n <= ST_ATTN_TOKENS and p0.shape[0] == p1.shape[0] == acc.shape[0] == m.shape[0] == l.shape[0] == n)
+        need(k.shape[1] == v.shape[1] == acc.shape[2] == hd and k.shape[0] == v.shape[0] == ST_ATTN_CHUNK)
+        need(acc.shape[1] == m.shape[1] == l.shape[1] == G and scratch.shape[0] >= ST_ATTN_SCRATCH(n * G, hd))
+        for i in range(n):
+            need(0 <= p0[i] < p1[i] <= ST_ATTN_CHUNK)
+        self.k.attention_many(&q[0, 0, 0], G * hd, n, G, hd, &k[0, 0], &v[0, 0], &p0[0], &p1[0], scale, &scratch[0],
+                              &acc[0, 0, 0], &m[0, 0], &l[0, 0])
+
+    @staticmethod
+    def attention_scratch(int64_t rows, int64_t hd):
+        """Floats of scratch that attention_many needs for `rows` queries."""
+        return ST_ATTN_SCRATCH(rows, hd)
+
     def kv_store(self, const float[:, ::1] keys, const float[:, ::1] values, int64_t first, uint8_t[::1] k,
                  uint8_t[::1] v):
         """Writes positions first, first + 1, ... of one KV head to the keys k and values v of a Q8_0 page (kv.h)."""

@@ -175,6 +175,20 @@ cdef void apply_attention(const Job *j, const uint8_t *item, int tid) noexcept n
     j.k.attention(j.x, j.rows, j.cols, keys, keys + j.tokens * j.cols, j.tokens, 0.1, scores, out, m, m + j.rows)
 
 
+cdef void apply_attention_many(const Job *j, const uint8_t *item, int tid) noexcept nogil:
+    """The same for ST_ATTN_TOKENS tokens, which all see all positions."""
+    cdef const uint16_t *keys = <const uint16_t *>item
+    cdef int64_t rows = ST_ATTN_TOKENS * j.rows, i
+    cdef float *out = j.out + tid * j.out_stride
+    cdef float *m = out + rows * j.cols
+    cdef int32_t first[ST_ATTN_TOKENS]
+    cdef int32_t last[ST_ATTN_TOKENS]
+    for i in range(ST_ATTN_TOKENS):
+        first[i], last[i] = 0, <int32_t>j.tokens
+    j.k.attention_many(j.x, j.rows * j.cols, ST_ATTN_TOKENS, j.rows, j.cols, keys, keys + j.tokens * j.cols, first, last,
+                       0.1, m + 2 * rows, out, m, m + rows)
+
+
 cdef void apply_attention_q8(const Job *j, const uint8_t *item, int tid) noexcept nogil:
     """The same over a page in Q8_0; the queries and their rests are the first 2 * `rows` inputs."""
     cdef float *out = j.out + tid * j.out_stride
@@ -236,7 +250,7 @@ cdef struct Named:
     apply_t apply
     int types
 
-cdef Named[18] APPLY
+cdef Named[19] APPLY
 APPLY[0] = Named("read", apply_read, NO_TYPE)
 APPLY[1] = Named("gemm", apply_gemm, TILED)
 APPLY[2] = Named("rows", apply_rows, SPARSE)
@@ -255,6 +269,7 @@ APPLY[14] = Named("from_f16", apply_from_f16, NO_TYPE)
 APPLY[15] = Named("rope", apply_rope, NO_TYPE)
 APPLY[16] = Named("top_k", apply_top_k, NO_TYPE)
 APPLY[17] = Named("up", apply_up, SPARSE)
+APPLY[18] = Named("attention_many", apply_attention_many, NO_TYPE)
 
 
 def _named_kernels():
@@ -423,7 +438,7 @@ cdef class Timer:
             kernel: one of kernels(). The threads take items in turns.
             data: 64-byte aligned, followed by memory that may be prefetched (allocate()).
             rows, cols, tokens: of a matrix kernel: its shape and how many inputs it is multiplied with; of attention:
-                query heads, their size and positions; of the others only cols counts, their length.
+                query heads (of each of ST_ATTN_TOKENS tokens in attention_many), their size and positions; of the others only cols counts, their length.
             index: int32, rows that rows_* computes, or neurons of ffn_* that fire. active: [rows / 32] of dtype ACTIVE
                 for down_*, FIRED for down_transposed_*. transposed: the down of ffn_* is.
             streams, ahead: of "read", see bandwidth.h; stride must be a multiple of streams * READ_STEP.
@@ -438,7 +453,8 @@ cdef class Timer:
         cdef const uint8_t[::1] a = np.zeros((rows // 32 + 1) * a_bytes, np.uint8) if active is None else \
             active.view(np.uint8)
         cdef int64_t i, q_bytes = (cols + 127) // 128 * <int64_t>sizeof(st_q8x4)
-        cdef int64_t width = max(cols, 64 + rows * cols if kernel == "attention" else 64)
+        cdef int64_t queries = {"attention": 1, "attention_many": ST_ATTN_TOKENS}.get(kernel, 0) * rows
+        cdef int64_t width = max(cols, 64 + queries * cols)
         cdef double started
         job.apply, job.type, job.tiled = APPLY[<int>place].apply, type_, st_tiled(type_)
         need(stride > 0 and count > 0 and tokens > 0 and 0 <= first)
@@ -448,7 +464,7 @@ cdef class Timer:
         need(family != "ffn" or (rows % 32 == 0 and cols % 128 == 0))
         need(kernel != "top_k" or tokens <= cols)
         need(family != "down" or tokens <= ST_DOWN_TOKENS)
-        need(kernel != "attention" or tokens <= ST_ATTN_CHUNK)
+        need(queries == 0 or tokens <= ST_ATTN_CHUNK)
         need(kernel != "attention_q8" or (2 * rows <= tokens <= ST_ATTN_CHUNK and cols % 32 == 0))
         picks = family in ("rows", "ffn")
         need(family != "up" or (tokens <= ST_UP_TOKENS and rows % 32 == 0))
@@ -475,6 +491,7 @@ cdef class Timer:
             self.k.quantize(&x[0], cols // 32 * 32, <st_q8x4 *>&quantized[i * q_bytes])
         job.xq = <const st_q8x4 *const *>&p[0]
         job.out_stride = (rows * max(tokens, 1) + rows * (cols + 2 * ST_ATTN_CHUNK + 2) * kernel.startswith("attention")
+                          + (queries * (cols + 2) + ST_ATTN_SCRATCH(queries, cols)) * (kernel == "attention_many")
                           + tokens * (cols + ST_DOWN_CHUNK) * (family == "down") + 2 * cols + chosen.shape[0]
                           + 1024) // 64 * 64
         outputs = Memory(self.threads * job.out_stride * 4)
@@ -505,7 +522,7 @@ cdef class Timer:
             return down_bytes(type_, family == "down_transposed", cols, rows)
         if kernel == "attention_q8":
             return 2 * st_kv_head_bytes(ST_Q8_0, cols)
-        if kernel == "attention":
+        if kernel in ("attention", "attention_many"):
             return 2 * 2 * tokens * cols
         return {"dot": 4 * cols, "from_f16": 2 * cols}.get(kernel, 0)
 

@@ -84,6 +84,7 @@ def cases(shape: Shape) -> list[Case]:
         Case("down_transposed_q4_0", f"down, {ACTIVE_SHARE:.0%} active", f, d, active=ACTIVE_SHARE),
         Case("down_transposed_q4_0", "down, all", f, d),
         Case("attention", f"{group} heads, 256 positions", group, shape.head_dim, 256),
+        Case("attention_many", f"several tokens, {group} heads, 256 positions", group, shape.head_dim, 256, streamed=False),
         Case("attention_q8", f"{group} heads, 256 positions", group, shape.head_dim, 256),
         Case("quantize", "d", 0, d, streamed=False),
         Case("rmsnorm", "d", 0, d, streamed=False),

@@ -3,7 +3,7 @@
 #ifndef SMALLTHINKER_PLAIN_H
 #define SMALLTHINKER_PLAIN_H
 
-#include "smallthinker/layout.h"
+#include "smallthinker/kernels.h"
 
 #include <string.h>
 
@@ -36,6 +36,15 @@ static inline void rope(float *v, const float *restrict cosine, const float *res
         low[i] = a * cosine[i] - b * sine[i];
         high[i] = a * sine[i] + b * cosine[i];
     }
+}
+
+/* attention_many by `attention`, token by token. */
+static inline void attention_each(st_attention *attention, const float *q, int64_t ldq, int64_t n, int64_t G,
+                                  int64_t hd, const uint16_t *k, const uint16_t *v, const int32_t *p0,
+                                  const int32_t *p1, float scale, float *scratch, float *acc, float *m, float *l) {
+    for (int64_t i = 0; i < n; i++)
+        attention(q + i * ldq, G, hd, k + p0[i] * hd, v + p0[i] * hd, p1[i] - p0[i], scale, scratch, acc + i * G * hd,
+                  m + i * G, l + i * G);
 }
 
 /* Integers that order as the floats do; NaN above everything, -0 as 0. */

@@ -405,6 +405,10 @@ static ST_ATTENTION(attention) {
     }
 }
 
+static ST_ATTENTION_MANY(attention_many) {
+    attention_each(attention, q, ldq, n, G, hd, k, v, p0, p1, scale, scratch, acc, m, l);
+}
+
 static ST_ATTENTION_Q8(attention_q8) {
     int64_t t0 = p0 / ST_TILE_ROWS;
     gemm_q8_0(k, p1, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G, scores + t0 * ST_TILE_ROWS,
@@ -477,6 +481,7 @@ void st_fill_ref(st_kernels *k) {
     k->quantize = quantize;
     k->activate = activate;
     k->attention = attention;
+    k->attention_many = attention_many;
     k->attention_q8 = attention_q8;
     k->rmsnorm = rmsnorm;
     k->dot = dot;

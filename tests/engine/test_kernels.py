@@ -363,6 +363,47 @@ def test_attention_is_softmax_over_the_chunk(name: str, heads: int, head_dim: in
         assert np.abs(m.check() - s.max(1)).max() < 1e-4
 
 
+@pytest.mark.parametrize("heads", [1, 2, 6, 7])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 128, 136])
+@pytest.mark.parametrize(
+    "seen",
+    [
+        [(0, 1)], [(0, 256), (0, 256)], [(3, 9), (4, 10), (5, 11)], [(0, 253), (0, 254), (0, 255), (0, 256)],
+        [(200, 203), (201, 204), (202, 205), (203, 206)], [(100, 256), (101, 256), (102, 256), (103, 256)],
+        [(0, 63), (0, 64), (0, 65), (0, 66)],
+    ],
+)  # fmt: skip
+def test_attention_of_many_tokens_has_the_bits_of_one_after_another(
+    name: str, heads: int, head_dim: int, seen: list[tuple[int, int]]
+) -> None:
+    rng = np.random.default_rng(heads)
+    n = len(seen)
+    q = rng.standard_normal((n, heads, head_dim)).astype(np.float32) * 3
+    k, v = (rng.standard_normal((256, head_dim)).astype(np.float16) for _ in range(2))
+    written = np.zeros(256, bool)
+    written[min(p0 for p0, _ in seen) : max(p1 for _, p1 in seen)] = True
+    k[~written], v[~written] = np.nan, np.inf  # what is not written must not be looked at
+    first, last = (np.array(ends, np.int32) for ends in zip(*seen, strict=True))
+    scratch, acc, m, lsum = (
+        Guarded(size) for size in (
+            Table.attention_scratch(n * heads, head_dim), n * heads * head_dim, n * heads, n * heads
+        )
+    )  # fmt: skip
+    Table(name).attention_many(
+        q, k.view(np.uint16), v.view(np.uint16), first, last, 0.3, scratch.inner,
+        acc.inner.reshape(n, heads, head_dim), m.inner.reshape(n, heads), lsum.inner.reshape(n, heads),
+    )  # fmt: skip
+    scratch.check()
+    for i, (p0, p1) in enumerate(seen):
+        one = np.empty((heads, head_dim), np.float32)
+        one_m, one_l = np.empty(heads, np.float32), np.empty(heads, np.float32)
+        Table(name).attention(q[i], k[p0:p1].view(np.uint16), v[p0:p1].view(np.uint16), 0.3,
+                              np.empty(heads * 256, np.float32), one, one_m, one_l)  # fmt: skip
+        assert np.array_equal(acc.check().reshape(n, heads, head_dim)[i], one)
+        assert np.array_equal(m.check().reshape(n, heads)[i], one_m)
+        assert np.array_equal(lsum.check().reshape(n, heads)[i], one_l)
+
+
 def test_attention_survives_far_apart_scores(name: str) -> None:
     q = np.full((1, 32), 100, np.float32)
     k = np.stack([np.full(32, 60), np.full(32, -60)]).astype(np.float16)

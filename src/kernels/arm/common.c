@@ -206,6 +206,10 @@ static ST_ATTENTION(attention) {
     }
 }
 
+static ST_ATTENTION_MANY(attention_many) {
+    attention_each(attention, q, ldq, n, G, hd, k, v, p0, p1, scale, scratch, acc, m, l);
+}
+
 /* All ones in the lanes of four positions from p that are in p0..p1. */
 static inline uint32x4_t lanes_q8(int64_t p, int64_t p0, int64_t p1) {
     static const int32_t steps[4] = {0, 1, 2, 3};
@@ -380,6 +384,7 @@ void st_neon_fill_common(st_kernels *k) {
     k->quantize = quantize;
     k->activate = st_neon_activate;
     k->attention = attention;
+    k->attention_many = attention_many;
     k->rmsnorm = rmsnorm;
     k->dot = dot;
     k->axpy = axpy;

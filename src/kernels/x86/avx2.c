@@ -137,6 +137,61 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
     return sum8(sum);
 }
 
+/* What attention_many (attention.h) takes: keys and values that are floats. */
+enum { KEYS = 4, KEY_ROWS = 3, COLUMNS = 32 };
+
+static inline void widen(const uint16_t *x, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += 8)
+        _mm256_storeu_ps(out + i, load_f16x8(x + i));
+}
+
+/* Scores of H rows at KEYS positions, summed as scores_h does. keys: [KEYS][ld]. */
+static inline __attribute__((always_inline)) void key_scores_h(const int H, const float *const *q, int64_t hd,
+                                                               const float *keys, int64_t ld, float scale,
+                                                               float *scores) {
+    __m256 sum[KEY_ROWS][KEYS];
+    for (int h = 0; h < H; h++)
+        for (int p = 0; p < KEYS; p++)
+            sum[h][p] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < hd; i += 8)
+        _Pragma("GCC unroll 4") for (int p = 0; p < KEYS; p++) {
+            __m256 key = _mm256_loadu_ps(keys + p * ld + i);
+            for (int h = 0; h < H; h++)
+                sum[h][p] = _mm256_fmadd_ps(_mm256_loadu_ps(q[h] + i), key, sum[h][p]);
+        }
+    for (int h = 0; h < H; h++)
+        _mm_storeu_ps(scores + h * ST_ATTN_ROW, _mm_mul_ps(sum4x8(sum[h]), _mm_set1_ps(scale)));
+}
+
+/* acc[h] (+)= weights[h][p] * values[p] for J times 8 columns and H rows. */
+static inline __attribute__((always_inline)) void add_values_j(const int H, const int J, const float *weights,
+                                                               const float *values, int64_t n, int first, float *acc,
+                                                               int64_t ld) {
+    __m256 sum[HEADS][4];
+    for (int h = 0; h < H; h++)
+        for (int j = 0; j < J; j++)
+            sum[h][j] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + h * ld + 8 * j);
+    for (int64_t p = 0; p < n; p++)
+        for (int j = 0; j < J; j++) {
+            __m256 value = _mm256_loadu_ps(values + p * COLUMNS + 8 * j);
+            for (int h = 0; h < H; h++)
+                sum[h][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + h * ST_ATTN_ROW + p), value, sum[h][j]);
+        }
+    for (int h = 0; h < H; h++)
+        for (int j = 0; j < J; j++)
+            _mm256_storeu_ps(acc + h * ld + 8 * j, sum[h][j]);
+}
+
+static inline __attribute__((always_inline)) void add_values_h(const int H, const float *weights, const float *values,
+                                                               int64_t columns, int64_t n, int first, float *acc,
+                                                               int64_t ld) {
+    if (columns == COLUMNS)
+        add_values_j(H, 4, weights, values, n, first, acc, ld);
+    else
+        for (int64_t i = 0; i < columns; i += 8)
+            add_values_j(H, 1, weights, values + i, n, first, acc + i, ld);
+}
+
 #include "attention.h"
 
 static float dot(const float *a, const float *b, int64_t n) {
@@ -194,6 +249,7 @@ void st_fill_avx2(st_kernels *k) {
     k->quantize = quantize;
     k->activate = st_avx2_activate;
     k->attention = attention;
+    k->attention_many = attention_many;
     k->attention_q8 = attention_q8;
     k->rmsnorm = rmsnorm;
     k->dot = dot;

@@ -390,6 +390,81 @@ static float softmax_chunk(float *s, int64_t n, float *max) {
     return _mm512_reduce_add_ps(sum);
 }
 
+/* What attention_many (attention.h) takes: keys and values that are floats. */
+enum { KEYS = 8, KEY_ROWS = 3, COLUMNS = 64 };
+
+static inline void widen(const uint16_t *x, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 mask = first_lanes(n - i);
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x + i)));
+    }
+}
+
+/* a's and b's even lanes plus their odd ones, within 128 bits. */
+static inline __m512 hadd16(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+
+/* a's low half plus its high half, and b's. */
+static inline __m512 fold16(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+
+/* Lane i = the sum of a[i]'s lanes, added up in the order of sum4x16. */
+static inline __m256 sum8x16(const __m512 a[8]) {
+    __m512 low = hadd16(fold16(a[0], a[4]), fold16(a[1], a[5])), high = hadd16(fold16(a[2], a[6]), fold16(a[3], a[7]));
+    __m512 s = hadd16(low, high); /* quarters of 0 to 3, twice, and of 4 to 7 */
+    return _mm512_castps512_ps256(_mm512_add_ps(_mm512_shuffle_f32x4(s, s, 0x88), _mm512_shuffle_f32x4(s, s, 0xdd)));
+}
+
+/* Scores of H rows at KEYS positions. keys: [KEYS][ld], zero from hd to ld. */
+static inline __attribute__((always_inline)) void key_scores_h(const int H, const float *const *q, int64_t hd,
+                                                               const float *keys, int64_t ld, float scale,
+                                                               float *scores) {
+    __m512 sum[KEY_ROWS][KEYS];
+    for (int h = 0; h < H; h++)
+        for (int p = 0; p < KEYS; p++)
+            sum[h][p] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < hd; i += 16) {
+        __m512 query[KEY_ROWS];
+        for (int h = 0; h < H; h++)
+            query[h] = _mm512_maskz_loadu_ps(first_lanes(hd - i), q[h] + i);
+        _Pragma("GCC unroll 8") for (int p = 0; p < KEYS; p++) {
+            __m512 key = _mm512_loadu_ps(keys + p * ld + i);
+            for (int h = 0; h < H; h++)
+                sum[h][p] = _mm512_fmadd_ps(query[h], key, sum[h][p]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+        _mm256_storeu_ps(scores + h * ST_ATTN_ROW, _mm256_mul_ps(sum8x16(sum[h]), _mm256_set1_ps(scale)));
+}
+
+/* acc[h] (+)= weights[h][p] * values[p] for up to 64 columns of H rows. */
+static inline __attribute__((always_inline)) void add_values_h(const int H, const float *weights, const float *values,
+                                                               int64_t columns, int64_t n, int first, float *acc,
+                                                               int64_t ld) {
+    __m512 sum[HEADS][4];
+    __mmask16 mask[4];
+    for (int j = 0; j < 4; j++) {
+        mask[j] = columns - 16 * j <= 0 ? 0 : first_lanes(columns - 16 * j);
+        for (int h = 0; h < H; h++)
+            sum[h][j] = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask[j], acc + h * ld + 16 * j);
+    }
+    for (int64_t p = 0; p < n; p++) {
+        __m512 value[4];
+        for (int j = 0; j < 4; j++)
+            value[j] = _mm512_maskz_loadu_ps(mask[j], values + p * COLUMNS + 16 * j);
+        for (int h = 0; h < H; h++) {
+            __m512 s = _mm512_set1_ps(weights[h * ST_ATTN_ROW + p]);
+            for (int j = 0; j < 4; j++)
+                sum[h][j] = _mm512_fmadd_ps(s, value[j], sum[h][j]);
+        }
+    }
+    for (int h = 0; h < H; h++)
+        for (int j = 0; j < 4; j++)
+            _mm512_mask_storeu_ps(acc + h * ld + 16 * j, mask[j], sum[h][j]);
+}
+
 #include "attention.h"
 #include "attention_q8_512.h"
 
@@ -436,6 +511,7 @@ void st_fill_avx512vnni(st_kernels *k) {
     ENTER_MANY(Q5_K, q5_k)
     ENTER_MANY(Q6_K, q6_k)
     k->attention = attention;
+    k->attention_many = attention_many;
     k->attention_q8 = attention_q8;
     k->dot = dot;
     k->rope = rope;
