@@ -42,7 +42,7 @@ mount -t sysfs sysfs /whole/sys
 mount -t cgroup2 cgroup2 /whole/sys/fs/cgroup
 mount -t tmpfs tmpfs /whole/tmp
 mount -t tmpfs tmpfs /whole/dev/shm
-mount -t ext4 /dev/vda /whole/mnt/disk 2>/dev/null
+[ ! -e /whole/dev/vda ] || mount -t ext4 /whole/dev/vda /whole/mnt/disk
 cp /command /whole/tmp/command
 chroot /whole /bin/sh /tmp/command
 echo "@STATUS@ $?"
