@@ -185,8 +185,8 @@ cdef void apply_attention_many(const Job *j, const uint8_t *item, int tid) noexc
     cdef int32_t last[ST_ATTN_TOKENS]
     for i in range(ST_ATTN_TOKENS):
         first[i], last[i] = 0, <int32_t>j.tokens
-    j.k.attention_many(j.x, j.rows * j.cols, ST_ATTN_TOKENS, j.rows, j.cols, keys, keys + j.tokens * j.cols, first, last,
-                       0.1, m + 2 * rows, out, m, m + rows)
+    j.k.attention_many(j.x, j.rows * j.cols, ST_ATTN_TOKENS, j.rows, j.cols, keys, keys + j.tokens * j.cols, first,
+                       last, 0.1, m + 2 * rows, out, m, m + rows)
 
 
 cdef void apply_attention_q8(const Job *j, const uint8_t *item, int tid) noexcept nogil:
@@ -438,7 +438,8 @@ cdef class Timer:
             kernel: one of kernels(). The threads take items in turns.
             data: 64-byte aligned, followed by memory that may be prefetched (allocate()).
             rows, cols, tokens: of a matrix kernel: its shape and how many inputs it is multiplied with; of attention:
-                query heads (of each of ST_ATTN_TOKENS tokens in attention_many), their size and positions; of the others only cols counts, their length.
+                query heads (in attention_many of each of ST_ATTN_TOKENS tokens), their size and positions; of the
+                others only cols counts, their length.
             index: int32, rows that rows_* computes, or neurons of ffn_* that fire. active: [rows / 32] of dtype ACTIVE
                 for down_*, FIRED for down_transposed_*. transposed: the down of ffn_* is.
             streams, ahead: of "read", see bandwidth.h; stride must be a multiple of streams * READ_STEP.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import compare
+import everything
 import gguf_files
+import growth
 import pytest
 import report
 import worker
@@ -110,6 +113,46 @@ def test_traffic_of_a_window_stops_growing() -> None:
     assert traffic.at(64) == 1200 + 64 * 40
     assert traffic.at(164) == 1200 + 164 * 10 + 64 * 30
     assert traffic.whole_at(0) == 1500
+
+
+# All of it
+
+
+def test_steps_of_everything_leave_files_of_different_names(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.touch()
+    for quick, size in ((False, 1 << 30), (True, 1 << 30), (False, 1 << 20)):
+        os.truncate(model, size)  # without blocks
+        steps = list(everything.steps(model, model.with_suffix(".stpk"), tmp_path, "python", quick))
+        assert any(step.output.name == "budgets.json" for step in steps) == (size == 1 << 30)
+        names = [step.output.name for step in steps]
+        assert len(names) == len(set(names))
+        assert "threads-1.json" in names
+        for step in steps:
+            assert step.output.parent == tmp_path
+            named = {str(step.output), str(step.output.with_suffix(""))} & set(step.command)
+            assert named or step.prints, "a step writes the file it is known by"
+    assert everything.folder_name("AMD EPYC(R) 9R14 96-Core", Path("x/4b-q4km.gguf")) == "amd-epyc-9r14-96-core-4b-q4km"
+
+
+def test_a_step_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    step = everything.Step(tmp_path / "a.md", [sys.executable, "-c", "print('half'); raise SystemExit(3)"], prints=True)
+    with pytest.raises(SystemExit, match="exit status 3"):
+        everything.run(step)
+    assert not list(tmp_path.iterdir())
+    everything.run(everything.Step(tmp_path / "a.md", [sys.executable, "-c", "print('whole')"], prints=True))
+    assert (tmp_path / "a.md").read_text() == "whole\n"
+
+
+def test_growth_is_drawn_from_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        growth.draw(tmp_path)
+    rows = [{"memory": f"{n}MiB", "fits": n > 300, "decode": [n / 10, n / 20, n / 5]} for n in (256, 512, 1024)]
+    (tmp_path / "budgets.json").write_text(json.dumps({"budgets": rows}))
+    ((title, _, points),) = growth.panels(tmp_path)
+    assert (title, points) == ("Decoding within a budget", {report.OURS: [(0.5, 51.2), (1.0, 102.4)]})
+    pytest.importorskip("matplotlib")
+    assert growth.draw(tmp_path).read_text().startswith("<?xml")
 
 
 # The worker
