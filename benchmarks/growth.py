@@ -91,6 +91,8 @@ def draw(folder: Path) -> Path:
         ax.set_ylim(bottom=0)
         if label == "tokens":
             ax.set_xscale("log", base=2)
+        elif label == "threads":
+            ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("tokens/s")
     axes[0][0].legend(fontsize=8)
     output = folder / "growth.svg"
