@@ -59,25 +59,12 @@ def steps(model: Path, packed: Path, folder: Path, llama_python: str | None, qui
     yield compare("compare", *(() if quick else ("--packed", str(packed))))
     contexts = ["0", "64"] if quick else ["0", "1024", "4096", "8192", "16384", "32000"]
     prompts = ["8", "32"] if quick else ["8", "32", "128", "512", "2048"]
-    yield compare(
-        "growth",
-        "--contexts",
-        *contexts,
-        "--prompts",
-        *prompts,
-        "--decode",
-        "32",
-        "--repetitions",
-        "3",
-        "--starts",
-        "0",
-    )
+    thrice = ("--repetitions", "3", "--starts", "0")
+    yield compare("growth", "--contexts", *contexts, "--prompts", *prompts, "--decode", "32", *thrice)
     most = auto_threads()
     for threads in sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16) if n < most} | {most}):
-        yield compare(
-            f"threads-{threads}", "--threads", str(threads), "--contexts", "0", "--prompts", "512",
-            "--repetitions", "3", "--starts", "0",
-        )  # fmt: skip
+        alone = ("--threads", str(threads), "--contexts", "0", "--prompts", "512")
+        yield compare(f"threads-{threads}", *alone, *thrice)
     size = model.stat().st_size
     budgets = [f"{round(size * share) >> 20}MiB" for share in (0.25, 0.35, 0.5, 0.7, 0.9, 1.1)]
     short = ["--tokens", "4", "--series", "1"] if quick else []
