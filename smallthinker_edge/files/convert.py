@@ -145,7 +145,7 @@ class Converter:
         try:
             elements = self.checkpoint.elements(source, first, count)
             if self.imatrix is not None and len(tensor.shape) > 1:
-                tied = self.tied and tensor.name == EMBEDDING
+                tied = self._is_tied(tensor)
                 file.write(at, self.imatrix.quantized(tensor.name, number, tensor.shape[-1], elements, tied))
             else:
                 file.write(at, quantize(tensor.type.name, elements))
@@ -299,13 +299,16 @@ class Converter:
     def _tensor(self, name: str, type_: Any, shape: tuple[int, ...], sources: Sources) -> Tensor:
         return Tensor(name + ".weight", type_, shape, sources, self._bytes(math.prod(shape), type_))
 
+    def _is_tied(self, tensor: Tensor) -> bool:
+        return self.tied and tensor.name == EMBEDDING
+
     def _check(self, tensors: list[Tensor]) -> None:
         """Every source is there in its shape, and the checkpoint holds nothing else, before a byte is written."""
         for tensor in tensors:
             for source, shape in tensor.sources:
                 self.checkpoint.check(source, shape)
             if self.imatrix is not None and tensor.type != self.float and len(tensor.shape) > 1:
-                self.imatrix.check(tensor.name, len(tensor.sources), tensor.shape[-1])
+                self.imatrix.check(tensor.name, len(tensor.sources), tensor.shape[-1], self._is_tied(tensor))
         self.checkpoint.refuse_unread((source for tensor in tensors for source, _ in tensor.sources), self.tied)
 
 

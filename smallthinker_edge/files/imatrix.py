@@ -103,8 +103,10 @@ class ImportanceMatrix:
         if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all() and (counts >= 0).all()):
             self._refuse("has sums or counts that are negative or not finite", name)
         seen = counts.astype(np.float64)
-        means = sums / np.where(seen > 0, seen, 1)[:, None]
-        return Entry(np.where(seen[:, None] > 0, means, 0).astype(np.float32), seen)
+        means = np.where(seen[:, None] > 0, sums / np.where(seen > 0, seen, 1)[:, None], 0)
+        if means.size and means.max() > np.finfo(np.float32).max:
+            self._refuse("has sums too large for its counts", name)
+        return Entry(means.astype(np.float32), seen)
 
     def _gguf_entries(self, file: GGUFFile) -> Iterator[tuple[str, Entry]]:
         for name in file.tensors:
@@ -154,11 +156,12 @@ class ImportanceMatrix:
                 values = np.frombuffer(take(4 * count, f"the values of {name}"), "<f4")
                 yield name, self._entry(name, values[None, :], np.array([calls], np.float64))
 
-    def check(self, name: str, matrices: int, columns: int) -> None:
+    def check(self, name: str, matrices: int, columns: int, tied: bool = False) -> None:
         """Raises ModelFormatError where the file has nothing for a tensor of the model, or something of another shape.
 
-        Only an embedding or head may be missing, which llama-imatrix leaves out.
+        Only an embedding or head may be missing, which llama-imatrix leaves out. tied: as of quantized().
         """
+        self._check_products(self._products(HEAD if tied else name), matrices, columns)
         entry = self._entry_of(name)
         if entry is None:
             if name not in (HEAD, EMBEDDING):
@@ -167,11 +170,12 @@ class ImportanceMatrix:
         if entry.squares.size != matrices * columns or len(entry.squares) not in (1, matrices):
             found, asked = list(entry.squares.shape), [matrices, columns]
             self._refuse(f"has importance of shape {found}, the tensor wants {asked}: of another model?", name)
-        products = self._products(name)
+
+    def _check_products(self, products: str | None, matrices: int, columns: int) -> None:
         if products is not None:
-            shape = (*self._open().tensors[products].shape, 1)[:3]
-            if shape[:2] != (columns, columns) or shape[2] not in (1, matrices):
-                self._refuse(f"has products of shape {list(shape)} for {columns} columns", products)
+            shape = self._open().tensors[products].shape
+            if shape not in ((columns, columns), (columns, columns, 1), (columns, columns, matrices)):
+                self._refuse(f"has products of shape {list(shape)} for {matrices} times {columns} columns", products)
 
     def quantized(
         self, name: str, matrix: int, columns: int, values: npt.NDArray[Any], tied: bool = False
@@ -199,7 +203,7 @@ class ImportanceMatrix:
         mean = float(weight.mean(dtype=np.float64))
         if not mean > 0:
             return np.ones(columns, np.float32)
-        return np.asarray(weight / mean + FLOOR, np.float32)
+        return np.asarray(weight / np.float64(mean) + FLOOR, np.float32)
 
     def _entry_of(self, name: str) -> Entry | None:
         return self.entries.get(name) or self.entries.get(first_with_input(name))
@@ -217,7 +221,7 @@ class ImportanceMatrix:
 
     def _feedback(self, products: str, matrix: int, more: float) -> tuple[Floats, Floats] | None:
         """(weight [columns], feedback [columns, columns]) for quantize_rows(); None where no token has been seen."""
-        shared = len(self._open().tensors[products].shape) < 3
+        shared = self._open().tensors[products].shape[2:] in ((), (1,))
         key = products, 0 if shared else matrix
         with self._lock:
             if key not in self._factors:

@@ -69,7 +69,9 @@ class Requantizer:
         self.type, self.imatrix = type_, imatrix
         for target in self.targets:
             if imatrix is not None and self._weighted(target):
-                imatrix.check(target.source.name, math.prod(target.source.shape[2:]), target.source.shape[0])
+                columns, *_ = target.source.shape
+                matrices = math.prod(target.source.shape[2:])
+                imatrix.check(target.source.name, matrices, columns, self._is_tied(target))
 
     def _weighted(self, target: Target) -> bool:
         """Whether its columns have importance: of a transposed down the rows would."""
@@ -142,12 +144,14 @@ class Requantizer:
         except OverflowError as problem:
             raise ModelFormatError(str(problem), path=path, field=info.name) from None
 
+    def _is_tied(self, target: Target) -> bool:
+        return self.config.tied and target.source.name == EMBEDDING
+
     def _quantized(self, target: Target, matrix: int, values: Any) -> npt.NDArray[np.uint8]:
         if self.imatrix is None or not self._weighted(target):
             return quantize(target.type, values)
-        name = target.source.name
-        tied = self.config.tied and name == EMBEDDING
-        return self.imatrix.quantized(name, matrix, target.source.shape[0], values, tied)
+        name, columns = target.source.name, target.source.shape[0]
+        return self.imatrix.quantized(name, matrix, columns, values, self._is_tied(target))
 
     def _floats(self, type_: str, raw: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         if type_ == "F32":

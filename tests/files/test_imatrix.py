@@ -50,6 +50,12 @@ def of_small_model() -> Statistics:
     return statistics(SHAPE["n_layers"], 64, 64, 96, 4)
 
 
+def of_checkpoint(values: dict[str, np.ndarray]) -> Statistics:
+    d, f = values["model.layers.0.block_sparse_moe.experts.0.gate.weight"].shape[::-1]
+    width = values["model.layers.0.self_attn.o_proj.weight"].shape[1]
+    return statistics(LAYERS, d, width, f, EXPERTS)
+
+
 def write_gguf(path: Path, found: Statistics, more: dict[str, np.ndarray] | None = None) -> Path:
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
@@ -112,10 +118,7 @@ def error(data: np.ndarray, values: np.ndarray, weight: np.ndarray) -> float:
 
 
 def test_a_checkpoint_is_rounded_as_its_gguf(tmp_path: Path) -> None:
-    values = write_checkpoint(tmp_path / "hf")
-    d, f = values["model.layers.0.block_sparse_moe.experts.0.gate.weight"].shape[::-1]
-    width = values["model.layers.0.self_attn.o_proj.weight"].shape[1]
-    path = write_gguf(tmp_path / "i", statistics(LAYERS, d, width, f, EXPERTS))
+    path = write_gguf(tmp_path / "i", of_checkpoint(write_checkpoint(tmp_path / "hf")))
     convert(tmp_path / "hf", tmp_path / "f32.gguf", "f16")
     for source, target in ((tmp_path / "hf", "a.gguf"), (tmp_path / "f32.gguf", "b.gguf")):
         convert(source, tmp_path / target, imatrix=path)
@@ -196,6 +199,43 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         more = {"blk.0.attn_q.weight.in_products": products}
         with pytest.raises(ModelFormatError, match="products"):
             convert(source, tmp_path / "q.gguf", imatrix=write_gguf(path, of_small_model(), more))
+
+
+def test_products_of_the_head_are_checked_where_it_is_the_embedding(tmp_path: Path) -> None:
+    products = {"output.weight.in_products": np.eye(96, dtype=np.float32)}
+    imatrix = write_gguf(tmp_path / "i", of_small_model(), products)
+    with pytest.raises(ModelFormatError, match="output.weight.in_products"):
+        convert(write_model(tmp_path / "m.gguf", **SHAPE), tmp_path / "q.gguf", imatrix=imatrix)
+    values = write_checkpoint(tmp_path / "hf", tied=True)
+    write_gguf(tmp_path / "i", of_checkpoint(values), {"output.weight.in_products": np.eye(7, dtype=np.float32)})
+    with pytest.raises(ModelFormatError, match="output.weight.in_products"):
+        convert(tmp_path / "hf", tmp_path / "q.gguf", imatrix=tmp_path / "i")
+    assert not list(tmp_path.glob("q.gguf*"))
+
+
+def test_products_of_one_matrix_may_have_a_dimension_more(tmp_path: Path) -> None:
+    """Experts share those of what goes in: [1, columns, columns] is the same as [columns, columns]."""
+    source, written = write_model(tmp_path / "m.gguf", **SHAPE), []
+    products = np.cov(np.random.default_rng(3).normal(size=(64, 200))).astype(np.float32)
+    for shape in ((64, 64), (1, 64, 64)):
+        more = {"blk.0.ffn_gate_exps.weight.in_products": products.reshape(shape)}
+        convert(source, tmp_path / "q.gguf", imatrix=write_gguf(tmp_path / "i", of_small_model(), more))
+        written.append((tmp_path / "q.gguf").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_tiny_counts_and_importance_weigh_no_column_with_infinity(tmp_path: Path) -> None:
+    source, found = write_model(tmp_path / "m.gguf", **SHAPE), of_small_model()
+    name = "blk.0.attn_q.weight"
+    sums, counts = found[name]
+    with pytest.raises(ModelFormatError, match=name):
+        ImportanceMatrix(write_gguf(tmp_path / "i", {name: (sums, np.full(counts.shape, 1e-44, np.float32))}))
+    written = []
+    for value in (1.0, 1e-45):  # of one column; all others have none
+        found[name] = (np.eye(1, 64, dtype=np.float32) * np.float32(value), np.ones(1))
+        convert(source, tmp_path / "q.gguf", imatrix=write_gguf(tmp_path / "i", found))
+        written.append((tmp_path / "q.gguf").read_bytes())
+    assert written[0] == written[1]
 
 
 THEIRS = """

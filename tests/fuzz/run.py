@@ -155,7 +155,8 @@ def watch(name: str, guided: bool, seconds: float, seed: int, out: Path) -> int:
     tried = max(counts[-1]) if counts else "?"
     print(f"{name}: {tried} inputs; findings: {', '.join(found) or 'none'}", flush=True)
     if found or done.returncode != 0:
-        print(done.stdout[-3000:] + done.stderr[-6000:], file=sys.stderr, flush=True)
+        said = re.sub(r"^(#|stat::).*\n", "", done.stderr, flags=re.MULTILINE)  # but for the guide's own progress
+        print(done.stdout[-3000:] + said[-6000:], file=sys.stderr, flush=True)
     return len(found) or int(done.returncode != 0)
 
 
