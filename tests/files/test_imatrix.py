@@ -204,11 +204,11 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_products_of_the_head_are_checked_where_it_is_the_embedding(tmp_path: Path) -> None:
     products = {"output.weight.in_products": np.eye(96, dtype=np.float32)}
     imatrix = write_gguf(tmp_path / "i", of_small_model(), products)
-    with pytest.raises(ModelFormatError, match="output.weight.in_products"):
+    with pytest.raises(ModelFormatError, match=r"output\.weight\.in_products"):
         convert(write_model(tmp_path / "m.gguf", **SHAPE), tmp_path / "q.gguf", imatrix=imatrix)
     values = write_checkpoint(tmp_path / "hf", tied=True)
     write_gguf(tmp_path / "i", of_checkpoint(values), {"output.weight.in_products": np.eye(7, dtype=np.float32)})
-    with pytest.raises(ModelFormatError, match="output.weight.in_products"):
+    with pytest.raises(ModelFormatError, match=r"output\.weight\.in_products"):
         convert(tmp_path / "hf", tmp_path / "q.gguf", imatrix=tmp_path / "i")
     assert not list(tmp_path.glob("q.gguf*"))
 
