@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,11 +118,13 @@ class SmallThinker(CompletionCalls):
         template = self._file.metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) else None
         self._turns = Turns()
-        self._hash: bytes | None = None
+        # What these hold must not hold the model: it gives its memory back as soon as nobody has it.
+        self._model_hash = cache(partial(model_hash, self._file, self.plan.limit is not None))
+        new = partial(Session, engine, self.config.vocab_size, self.context, self._turns, self.kv, self._model_hash)
         saved = None
         if prefix_folder is not None:
-            saved = SavedPrefixes(prefix_folder, most_saved, self.session, self.kv, self._model_hash)
-        self._sessions = SessionStore(keep_sessions, self.session, saved)
+            saved = SavedPrefixes(prefix_folder, most_saved, new, self.kv, self._model_hash)
+        self._sessions = SessionStore(keep_sessions, new, saved)
         self._saves_prefixes = saved is not None
         self._costs, self._totals = BatchCosts(), Totals()
         store = weakref.ref(self._sessions)  # the engine's memory must not hold what holds the engine
@@ -228,13 +231,6 @@ class SmallThinker(CompletionCalls):
             session.close()
             raise
         return session
-
-    def _model_hash(self) -> bytes:
-        """See session_file.model_hash(): read once, when a session is first saved or loaded."""
-        if self._hash is None:
-            self._open_engine()
-            self._hash = model_hash(self._file, self.plan.limit is not None)
-        return self._hash
 
     def fingerprint(self) -> str:
         """64 hex digits of its weights, but for the experts'; a GGUF and the packed file made of it have the same.

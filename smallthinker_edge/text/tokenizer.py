@@ -10,7 +10,8 @@ from __future__ import annotations
 import codecs
 import ctypes
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
@@ -57,9 +58,14 @@ def _quoted(token: str) -> str:
 
 def _return_free_memory() -> None:
     """Gives freed heap pages back to the system where the C library can (glibc): 15 MB after loading Qwen2."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+@cache  # each CDLL is a cycle
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Tokenizer:
