@@ -1,17 +1,36 @@
-/* Which cached expert goes first. A policy is one row of the table in eviction.c. */
+/* Which cached expert goes first: the one whose next use a forecast puts farthest away. */
 #ifndef SMALLTHINKER_EVICTION_H
 #define SMALLTHINKER_EVICTION_H
 
-typedef struct st_eviction {
-    const char *name;
-    /* The score of an expert that `uses` tokens use at time `now` (in tokens), from its score before (0 when never
-     * used). The expert with the smallest score is evicted. */
-    double (*touch)(double score, double now, double uses);
-    /* What a score is worth at time `now`, in recent uses: touch(0, now, that) orders experts as the score does. */
-    double (*uses)(double score, double now);
-} st_eviction;
+enum { ST_RATES = 4 };
 
-/* The policy of that name, or NULL; NULL asks for the default. */
-const st_eviction *st_eviction_find(const char *name);
+/* An expert's rates of use, in uses a token, each an average in which a token counts half after a half-life of its own.
+ * last: when they were right, in tokens; they fall from then on. */
+typedef struct st_use {
+    double last;
+    float rate[ST_RATES];
+} st_use;
+
+/* Which half-life counts: the one whose rates have forecast the last steps best. A step is what is computed at once: a
+ * token, or a batch of them. All zero, it has seen nothing. */
+typedef struct st_forecast {
+    double now;               /* tokens seen when the step ends that is in progress */
+    double tokens;            /* of this step */
+    double squares[ST_RATES]; /* sum over all experts of the square of their rate */
+    double error[ST_RATES];   /* sum of the squared errors of the rates as forecasts, old steps weighing less */
+    int best;
+} st_forecast;
+
+/* A step begins, unless it has: at its end `now` tokens have been seen, which never falls. */
+void st_forecast_step(st_forecast *forecast, double now);
+/* `uses` tokens of this step use the expert. Called once a step for each expert that is used. */
+void st_forecast_use(st_forecast *forecast, st_use *use, double uses);
+/* Takes it that the expert had so many recent uses, as st_forecast_uses tells them. */
+void st_forecast_start(st_forecast *forecast, st_use *use, double uses);
+
+/* Tokens until the next use, at the rate that counts; infinity where there is none. */
+float st_forecast_wait(const st_forecast *forecast, const st_use *use);
+/* Recent uses: each weighs half after the longest half-life. */
+double st_forecast_uses(const st_forecast *forecast, const st_use *use);
 
 #endif

@@ -14,13 +14,13 @@ typedef int (*st_pager_read)(void *source, int64_t offset, size_t size, void *bu
 typedef struct st_pager_config {
     st_pager_read read;
     void *source;
-    int64_t experts;        /* of all layers together; ids are 0 .. experts - 1 */
+    int64_t experts;        /* of all layers together; ids are 0 .. experts - 1, layer by layer */
+    int64_t layer;          /* experts of a layer */
     const int64_t *offsets; /* of every expert in the file; copied */
     size_t bytes;           /* of one expert, a multiple of 4096 */
     uint8_t *memory;        /* slots * bytes, 4096-aligned; the caller's, must outlive the pager */
     int64_t slots;          /* at the beginning all of them are used: see st_pager_resize */
     int io_threads;
-    const char *policy; /* a name of eviction.c; NULL is the default */
     const uint32_t
         *sums;    /* CRC-32 of every expert, compared when it is first read; copied; NULL: nothing is compared */
     size_t piece; /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
@@ -40,14 +40,14 @@ typedef struct st_pager_stats {
     int64_t disk_ns;                    /* time with a read in progress */
 } st_pager_stats;
 
-/* NULL where memory or threads cannot be had, or the policy is unknown. */
+/* NULL where memory or threads cannot be had. */
 st_pager *st_pager_create(const st_pager_config *config);
 /* NULL is fine; reads in flight are waited for. In the child of a fork it only frees memory. */
 void st_pager_destroy(st_pager *pager);
 
-/* Pins n distinct experts and starts reading those that are absent. uses: how many tokens use each (NULL: one).
- * now: the position in time for eviction, in tokens. At most `slots` experts may be pinned at once; those beyond
- * come as failed reads. */
+/* Pins n distinct experts of a layer and starts reading those that are absent. uses: how many tokens use each (NULL:
+ * one). now: tokens seen when the step ends that this is of (eviction.h); it never falls. At most `slots` experts may
+ * be pinned at once; those beyond come as failed reads. */
 void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now);
 /* Names n distinct experts that will probably be wanted soon, the likeliest and nearest first. They are read while
  * no wanted expert waits, and kept until they are wanted or a later call no longer names them: every call replaces

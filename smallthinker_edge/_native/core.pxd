@@ -202,12 +202,12 @@ cdef extern from "smallthinker/pager.h" nogil:
         st_pager_read read
         void *source
         int64_t experts
+        int64_t layer
         const int64_t *offsets
         size_t bytes
         uint8_t *memory
         int64_t slots
         int io_threads
-        const char *policy
         const uint32_t *sums
         size_t piece
     ctypedef struct st_pager_stats:
@@ -237,11 +237,6 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
-
-cdef extern from "smallthinker/eviction.h" nogil:
-    ctypedef struct st_eviction:
-        pass
-    const st_eviction *st_eviction_find(const char *name)
 
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)

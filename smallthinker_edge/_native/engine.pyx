@@ -294,8 +294,8 @@ cdef class Engine:
             paging.n_held = 0
             if call.failed or call.no_row or stopped:
                 st_pager_ahead(paging.pager, NULL, 0)
+        paging.clock += call.n
         if not (call.failed or call.no_row or stopped):
-            paging.clock += call.n
             self.check_logits()
         end_part(call, 0, TIME_OTHER)
         return stopped

@@ -16,7 +16,6 @@ class ExpertPaging:
         slots: int,
         *,
         io_threads: int = ...,
-        policy: str | None = ...,
         ahead: int = ...,
         piece: int = ...,
         sessions: int | None = ...,

@@ -27,7 +27,7 @@ cdef class ExpertPaging:
         config: ModelConfig.
         path: the packed file. offsets: int64 [L * E], where each expert's blob starts; multiples of 4096.
         blob_bytes: of one expert, a multiple of 4096. slots: how many are kept in memory, at least E.
-        io_threads: reads in flight at once. policy: an eviction policy ("frequency" or "lru"); None: the best.
+        io_threads: reads in flight at once.
         ahead: layers whose routers are asked before their turn, to read their experts ahead; 0 reads none ahead.
         piece: bytes after which such a read gives way to an expert that is wanted now.
         sessions: bytes of the budget set aside for sessions: what they need beyond is taken from the slots, down to E;
@@ -36,11 +36,11 @@ cdef class ExpertPaging:
         cached: read from the system's page cache, and drop nothing from it, where it holds the file.
 
     Raises OSError where the file cannot be opened, OutOfMemoryError where memory or threads are missing, ValueError for
-    an unknown policy or too few slots.
+    too few slots.
     """
 
     def __cinit__(self, config, path, offsets, size_t blob_bytes, int64_t slots, *, int io_threads=IO_THREADS,
-                  policy=None, int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, sessions=None, bint lend=False,
+                  int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, sessions=None, bint lend=False,
                   sums=None, bint cached=False):
         cdef const int64_t[::1] table = offsets
         cdef const uint32_t[::1] checksums = sums
@@ -57,9 +57,8 @@ cdef class ExpertPaging:
             if errno == ENOMEM:
                 raise OutOfMemoryError(f"no memory to open {os.fspath(path)}")
             raise OSError(errno, os.strerror(errno), os.fspath(path))
-        encoded = policy.encode() if policy is not None else b""
         pager.read, pager.source = st_reader_read, self.reader
-        pager.experts, pager.offsets, pager.bytes = experts, &table[0], blob_bytes
+        pager.experts, pager.layer, pager.offsets, pager.bytes = experts, E, &table[0], blob_bytes
         self.experts, self.slot_bytes, self.own_slots, self.least_slots = experts, blob_bytes, slots, E
         self.sessions, self.lend = -1 if sessions is None else sessions, lend
         self.most_slots = slots
@@ -68,13 +67,9 @@ cdef class ExpertPaging:
         self.arena, self.slot_arena = Arena(), Arena()
         self.slot_memory = <uint8_t *>self.slot_arena.take_apart(self.most_slots * blob_bytes)
         pager.memory, pager.slots, pager.io_threads = self.slot_memory, self.most_slots, io_threads
-        pager.policy, pager.piece, pager.sums = NULL, piece, NULL
+        pager.piece, pager.sums = piece, NULL
         if sums is not None:
             pager.sums = &checksums[0]
-        if policy is not None:
-            if st_eviction_find(encoded) == NULL:
-                raise ValueError(f"unknown policy {policy!r}")
-            pager.policy = encoded
         self.state.ahead = min(ahead, <int64_t>config.n_layers - 1)
         self.state.ahead_logits = <float *>self.arena.take((self.state.ahead * E + 1) * 4)
         self.state.ahead_ids = <int32_t *>self.arena.take((self.state.ahead + 1) * E * 4)

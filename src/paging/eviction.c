@@ -1,37 +1,64 @@
-/* Eviction policies. Called by the pager under its lock; they hold no state of their own. */
+/* Forecasts of the next use. Called by the pager under its lock. Why these half-lives, and what others did:
+ * docs/notes/2026-11-30-forecast-eviction.md. */
 #include "smallthinker/eviction.h"
 
 #include <math.h>
-#include <stddef.h>
-#include <string.h>
 
-/* Tokens after which a use counts half. Measured with tools/paging/replay.py: docs/notes/2026-11-24-eviction.md. */
-#define HALF_LIFE 128.0
+static const double half_lives[ST_RATES] = {2, 8, 32, 128};
+enum { FIRST = 2, LONGEST = ST_RATES - 1 }; /* FIRST counts until something is known */
 
-static double lru(double score, double now, double uses) {
-    (void)score;
-    (void)uses;
-    return now;
+/* Steps after which an error weighs half. */
+#define MEMORY 64.0
+
+/* What is left of a rate after so many tokens. */
+static double left(int i, double tokens) { return exp2(-tokens / half_lives[i]); }
+
+void st_forecast_step(st_forecast *forecast, double now) {
+    if (now <= forecast->now)
+        return;
+    forecast->tokens = now - forecast->now;
+    forecast->now = now;
+    int best = FIRST;
+    for (int i = 0; i < ST_RATES; i++)
+        if (forecast->error[i] < forecast->error[best])
+            best = i;
+    forecast->best = best;
+    for (int i = 0; i < ST_RATES; i++) {
+        double rest = left(i, forecast->tokens);
+        /* As if no expert were used; those that are put it right. */
+        forecast->error[i] = forecast->error[i] * exp2(-1 / MEMORY) + forecast->squares[i];
+        forecast->squares[i] *= rest * rest;
+    }
 }
 
-static double lru_uses(double score, double now) { return score > 0 ? exp2((score - now) / HALF_LIFE) : 0; }
-
-/* Uses, each weighing half after HALF_LIFE tokens. The score is log2(sum) + now / HALF_LIFE: it orders experts as
- * their decayed sums do at any time, so that it changes only when its expert is used. 0 is left for "never". */
-static double frequency_uses(double score, double now) { return score != 0 ? exp2(score - now / HALF_LIFE) : 0; }
-
-static double frequency(double score, double now, double uses) {
-    double sum = frequency_uses(score, now) + uses;
-    return sum > 0 ? log2(sum) + now / HALF_LIFE : 0;
+void st_forecast_use(st_forecast *forecast, st_use *use, double uses) {
+    double share = uses / forecast->tokens;
+    double before = fmax(0, forecast->now - forecast->tokens - use->last);
+    for (int i = 0; i < ST_RATES; i++) {
+        double rate = use->rate[i] * left(i, forecast->now - use->last);
+        double updated = rate + (1 - left(i, forecast->tokens)) * share;
+        forecast->error[i] += share * share - 2 * share * use->rate[i] * left(i, before);
+        forecast->squares[i] += updated * updated - rate * rate;
+        use->rate[i] = (float)updated;
+    }
+    use->last = forecast->now;
 }
 
-static const st_eviction policies[] = {{"frequency", frequency, frequency_uses}, {"lru", lru, lru_uses}};
+void st_forecast_start(st_forecast *forecast, st_use *use, double uses) {
+    double rate = fmin(1, uses * (1 - left(LONGEST, 1)));
+    for (int i = 0; i < ST_RATES; i++) {
+        double before = use->rate[i] * left(i, forecast->now - use->last);
+        forecast->squares[i] += rate * rate - before * before;
+        use->rate[i] = (float)rate;
+    }
+    use->last = forecast->now;
+}
 
-const st_eviction *st_eviction_find(const char *name) {
-    if (!name)
-        return &policies[0];
-    for (size_t i = 0; i < sizeof policies / sizeof policies[0]; i++)
-        if (strcmp(policies[i].name, name) == 0)
-            return &policies[i];
-    return NULL;
+float st_forecast_wait(const st_forecast *forecast, const st_use *use) {
+    int i = forecast->best;
+    return 1 / (use->rate[i] * exp2f((float)((use->last - forecast->now) / half_lives[i])));
+}
+
+double st_forecast_uses(const st_forecast *forecast, const st_use *use) {
+    return use->rate[LONGEST] * left(LONGEST, forecast->now - use->last) / (1 - left(LONGEST, 1));
 }

@@ -30,15 +30,17 @@ struct expert {
     uint8_t checked; /* its checksum was right once, or there is none */
     uint8_t unused;  /* read before it was wanted, and not wanted since */
     uint8_t broken;  /* its last read failed: only who needs it tries again */
-    size_t done;     /* bytes read so far */
-    double score;
+    int32_t layer;
+    size_t done; /* bytes read so far */
+    st_use use;
 };
 
 struct st_pager {
     st_pager_config config;
     int64_t *offsets;
     uint32_t *sums; /* or NULL */
-    const st_eviction *policy;
+    st_forecast forecast;
+    int32_t layer, layers; /* the one whose experts were wanted last; how many there are */
     struct expert *experts;
     int32_t *owner; /* of every slot; -1 free */
     int64_t slots;  /* in use: the first ones */
@@ -49,7 +51,6 @@ struct st_pager {
     int64_t n_ahead, pinned;
     int32_t *warm; /* ids to fill free slots with */
     int64_t n_warm, next_warm;
-    double now;
     int wanted_reads, reads; /* in progress: of wanted experts, and of all */
     int64_t reads_since;     /* when `reads` left zero */
     int64_t arrived;         /* when the last wanted expert came, or was asked for where it was there */
@@ -94,18 +95,28 @@ static int32_t find_free(const st_pager *pager) {
     return slot;
 }
 
-/* The slot of the expert with the smallest score that may go; -1 where there is none. */
+/* Tokens until an expert's next use by forecast: the layers until its own has its turn again, then what its rate says.
+ */
+static float next_use(const st_pager *pager, const struct expert *expert) {
+    int32_t ahead = expert->layer - pager->layer;
+    if (ahead <= 0)
+        ahead += pager->layers;
+    return (float)ahead / (float)pager->layers + st_forecast_wait(&pager->forecast, &expert->use);
+}
+
+/* The slot of the expert that may go and is used again last; -1 where there is none. */
 static int32_t find_victim(const st_pager *pager, int ahead_too) {
     int32_t best = -1;
-    double least = 0;
+    float last = 0;
     for (int64_t i = 0; i < pager->slots; i++) {
         const struct expert *expert = pager->experts + pager->owner[i];
         int state = get_state(expert);
         if (expert->pins > 0 || (state != READY && state != PARKED) || (expert->ahead && !ahead_too))
             continue;
-        if (best < 0 || expert->score < least) {
+        float next = next_use(pager, expert);
+        if (best < 0 || next > last) {
             best = (int32_t)i;
-            least = expert->score;
+            last = next;
         }
     }
     return best;
@@ -289,7 +300,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
         return NULL;
     pager->config = *config;
     pager->process = getpid();
-    pager->policy = st_eviction_find(config->policy);
+    pager->layers = (int32_t)(config->experts / config->layer);
     pager->offsets = malloc(experts * sizeof *pager->offsets);
     pager->sums = config->sums ? malloc(experts * sizeof *pager->sums) : NULL;
     pager->experts = calloc(experts, sizeof *pager->experts);
@@ -298,8 +309,8 @@ st_pager *st_pager_create(const st_pager_config *config) {
     pager->ahead = malloc(experts * sizeof *pager->ahead);
     pager->warm = malloc(slots * sizeof *pager->warm);
     pager->threads = calloc((size_t)config->io_threads, sizeof *pager->threads);
-    if (!pager->policy || !pager->offsets || (config->sums && !pager->sums) || !pager->experts || !pager->owner ||
-        !pager->queue || !pager->ahead || !pager->warm || !pager->threads) {
+    if (!pager->offsets || (config->sums && !pager->sums) || !pager->experts || !pager->owner || !pager->queue ||
+        !pager->ahead || !pager->warm || !pager->threads) {
         free_all(pager);
         return NULL;
     }
@@ -308,6 +319,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
         memcpy(pager->sums, config->sums, experts * sizeof *pager->sums);
     for (size_t i = 0; i < experts; i++) {
         pager->experts[i].slot = -1;
+        pager->experts[i].layer = (int32_t)i / (int32_t)config->layer;
         pager->experts[i].checked = !config->sums;
     }
     for (size_t i = 0; i < slots; i++)
@@ -364,14 +376,16 @@ static int count_want(st_pager *pager, struct expert *expert) {
 void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now) {
     int queued = 0;
     pthread_mutex_lock(&pager->mutex);
-    pager->now = now;
+    st_forecast_step(&pager->forecast, now);
+    if (n > 0)
+        pager->layer = pager->experts[ids[0]].layer;
     pager->arrived = nanoseconds();
     for (int64_t i = 0; i < n; i++) /* pin all first, so that none evicts another of the same call */
         pager->pinned += pager->experts[ids[i]].pins++ == 0;
     for (int64_t i = 0; i < n; i++) {
         struct expert *expert = pager->experts + ids[i];
         int parked = get_state(expert) == PARKED;
-        expert->score = pager->policy->touch(expert->score, now, uses ? uses[i] : 1);
+        st_forecast_use(&pager->forecast, &expert->use, uses ? uses[i] : 1);
         if (!count_want(pager, expert))
             continue;
         if (pager->pinned > pager->slots && !parked) { /* the caller's mistake, but no crash */
@@ -503,7 +517,7 @@ static void clear_slot(st_pager *pager, int64_t slot) {
         return;
     int32_t to = pager->free_slots > 0 ? find_free(pager) : find_victim(pager, 0);
     struct expert *victim = to >= 0 && pager->owner[to] >= 0 ? pager->experts + pager->owner[to] : NULL;
-    if (get_state(expert) != READY || to < 0 || (victim && victim->score >= expert->score)) {
+    if (get_state(expert) != READY || to < 0 || (victim && next_use(pager, victim) <= next_use(pager, expert))) {
         free_slot(pager, expert, get_state(expert) == QUEUED ? QUEUED : ABSENT);
         return;
     }
@@ -533,14 +547,14 @@ void st_pager_resize(st_pager *pager, int64_t slots) {
 void st_pager_get_uses(st_pager *pager, double *uses) {
     pthread_mutex_lock(&pager->mutex);
     for (int64_t i = 0; i < pager->config.experts; i++)
-        uses[i] = pager->policy->uses(pager->experts[i].score, pager->now);
+        uses[i] = st_forecast_uses(&pager->forecast, &pager->experts[i].use);
     pthread_mutex_unlock(&pager->mutex);
 }
 
 void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n) {
     pthread_mutex_lock(&pager->mutex);
     for (int64_t i = 0; i < n; i++)
-        pager->experts[ids[i]].score = pager->policy->touch(0, pager->now, uses[i]);
+        st_forecast_start(&pager->forecast, &pager->experts[ids[i]].use, uses[i]);
     pager->n_warm = n < pager->slots ? n : pager->slots;
     pager->next_warm = 0;
     memcpy(pager->warm, ids, (size_t)pager->n_warm * sizeof *ids);

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import replay
 from gguf_files import write_model, write_split_model
 
 from smallthinker_edge import ExpertReadError, MemoryBudgetError, ModelFormatError, SmallThinker
@@ -28,6 +29,7 @@ from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.pack import pack, unpack
 from smallthinker_edge.files.packed import PackedFile
 from smallthinker_edge.machine.memory import process_memory
+from smallthinker_edge.measure.trace import traced
 from smallthinker_edge.model import stall_share
 from smallthinker_edge.plan import make_plan
 
@@ -130,6 +132,20 @@ def check_logits_at_slots(
     assert stats["read_bytes"] >= stats["misses"] * model.plan.slot_bytes
     assert (stats["evictions"] > 0) == (slots < 64)
     assert (stats["prediction_accuracy"] > 0) == (stats["ahead_reads"] > 0) == (ahead > 0)
+
+
+@pytest.mark.parametrize("slots", [18, 24, 40])
+def test_experts_go_as_the_replay_of_their_trace_says(stpk: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_slots(monkeypatch, slots, ahead=0)
+    read_when_wanted(monkeypatch)
+    tokens = np.random.default_rng(5).integers(0, 250, 400).tolist()
+    with SmallThinker(stpk, threads=1) as model:
+        with model.recording() as chunks, model.session() as session:
+            for token in tokens:
+                session.decode([token])
+        trace, hits = traced(model, chunks), model.stats()["hits"]
+    expected = replay.hit_rate("forecast", trace, slots) * trace.routing.size
+    assert hits == pytest.approx(expected, rel=0.01)  # which of two equal ones goes is open
 
 
 def test_memory_of_an_empty_kv_cache_holds_experts_until_it_is_needed(

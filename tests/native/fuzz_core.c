@@ -134,18 +134,35 @@ static void checksum(input *in) {
     free(data);
 }
 
-/* Uses of a profile, as a file may claim them: a score is a number, and orders as uses do. */
+/* Uses of a profile, as a file may claim them, and steps of any length: rates stay numbers between none and one a
+ * token, and order as uses do. */
 static void eviction(input *in) {
-    const st_eviction *policy = st_eviction_find(take(in) % 2 ? "lru" : NULL);
-    double values[3] = {0};
-    memcpy(values, in->data, in->size < sizeof values ? in->size : sizeof values);
-    for (int i = 0; i < 3; i++)
-        values[i] = isfinite(values[i]) ? fabs(values[i]) : 1;
-    double now = fmod(values[0], 1e12);
-    double less = policy->touch(0, now, fmin(values[1], values[2]));
-    double more = policy->touch(0, now, fmax(values[1], values[2]));
-    CHECK(!isnan(less) && !isnan(more) && (less <= more || less == 0));
-    CHECK(!isnan(policy->uses(less, now)) && !isnan(policy->uses(more, now)));
+    st_forecast forecast = {0};
+    st_use use[4] = {{0}};
+    for (int i = 0; i < 4 && in->size >= sizeof(double); i++) {
+        double uses;
+        memcpy(&uses, in->data, sizeof uses);
+        in->data += sizeof uses;
+        in->size -= sizeof uses;
+        st_forecast_start(&forecast, use + i, isfinite(uses) ? fabs(uses) : 1);
+    }
+    for (double now = 0; in->size > 0;) {
+        uint8_t what = take(in);
+        now += what < 8 ? 1e6 : what % 16;
+        st_forecast_step(&forecast, now);
+        if (now > 0)
+            for (int i = 0; i < 4; i++)
+                if (what >> (4 + i) & 1 && use[i].last < now)
+                    st_forecast_use(&forecast, use + i, 1 + (int)(what % 3) * (forecast.tokens - 1) / 2);
+    }
+    for (int i = 0; i < 4; i++) {
+        CHECK(st_forecast_wait(&forecast, use + i) >= 0.999f && st_forecast_uses(&forecast, use + i) >= 0);
+        for (int r = 0; r < ST_RATES; r++)
+            CHECK(use[i].rate[r] >= 0 && use[i].rate[r] < 1.001f && isfinite(forecast.error[r]));
+        for (int k = 0; k < 4; k++)
+            if (use[i].last == use[k].last && use[i].rate[forecast.best] > use[k].rate[forecast.best])
+                CHECK(st_forecast_wait(&forecast, use + i) <= st_forecast_wait(&forecast, use + k));
+    }
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);

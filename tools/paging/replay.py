@@ -19,7 +19,8 @@ import numpy as np
 
 from smallthinker_edge.measure.trace import Trace
 
-HALF_LIFE = 128.0  # tokens, as in src/paging/eviction.c
+HALF_LIFE = 128.0  # tokens
+HALF_LIVES, FIRST, MEMORY = np.array([2.0, 8.0, 32.0, 128.0]), 2, 64.0  # as in src/paging/eviction.c
 Accesses = list[list[int]]  # of every layer of every token, the experts it needs together
 
 
@@ -65,7 +66,7 @@ def lru(slots: int, accesses: Accesses, layers: int) -> Iterator[int]:
 
 
 def frequency(slots: int, accesses: Accesses, layers: int, half_life: float = HALF_LIFE) -> Iterator[int]:
-    """Uses that decay by half every 128 tokens: the pager's default."""
+    """Uses that decay by half every 128 tokens."""
 
     def touch(score: float, now: float) -> float:
         return math.log2((2 ** (score - now / half_life) if score else 0.0) + 1) + now / half_life
@@ -73,6 +74,32 @@ def frequency(slots: int, accesses: Accesses, layers: int, half_life: float = HA
     cache = Scored(slots, touch)
     for i, ids in enumerate(accesses):
         yield cache.access(ids, i // layers + 1)
+
+
+def forecast(slots: int, accesses: Accesses, layers: int) -> Iterator[int]:
+    """The pager's: what src/paging/eviction.c does, token by token, with the rates of all experts side by side."""
+    size = 1 + max(max(ids) for ids in accesses)
+    layer_of, cached = np.zeros(size, np.int64), np.zeros(size, bool)
+    rates, error = np.zeros((size, len(HALF_LIVES))), np.zeros(len(HALF_LIVES))
+    falls, best = 0.5 ** (1 / HALF_LIVES), FIRST
+    before = rates
+    for i, ids in enumerate(accesses):
+        layer = i % layers
+        if layer == 0:
+            best = min(range(len(error)), key=lambda k: (error[k], k != FIRST))
+            before, rates = rates, rates * falls
+            error = error * 0.5 ** (1 / MEMORY) + (before**2).sum(axis=0)
+        yield int(cached[ids].sum())
+        error += (1 - 2 * before[ids]).sum(axis=0)
+        rates[ids] += 1 - falls
+        cached[ids], layer_of[ids] = True, layer
+        kept = np.flatnonzero(cached)
+        over = len(kept) - slots
+        if over > 0:
+            kept = np.setdiff1d(kept, ids)
+            with np.errstate(divide="ignore"):
+                next_use = ((layer_of[kept] - layer - 1) % layers + 1) / layers + 1 / rates[kept, best]
+            cached[kept[np.argsort(-next_use, kind="stable")[:over]]] = False
 
 
 def two_queues(slots: int, accesses: Accesses, layers: int) -> Iterator[int]:
@@ -173,7 +200,8 @@ def belady(slots: int, accesses: Accesses, layers: int) -> Iterator[int]:
 
 
 POLICIES: dict[str, Callable[[int, Accesses, int], Iterator[int]]] = {
-    "lru": lru, "frequency": frequency, "2q": two_queues, "s3-fifo": s3_fifo, "pinned": pinned, "belady": belady,
+    "lru": lru, "frequency": frequency, "forecast": forecast, "2q": two_queues, "s3-fifo": s3_fifo, "pinned": pinned,
+    "belady": belady,
 }  # fmt: skip
 
 
