@@ -2,7 +2,7 @@
 #ifndef SMALLTHINKER_EVICTION_H
 #define SMALLTHINKER_EVICTION_H
 
-enum { ST_RATES = 4 };
+enum { ST_RATES = 5 };
 
 /* An expert's rates of use, in uses a token, each an average in which a token counts half after a half-life of its own.
  * last: when they were right, in tokens; they fall from then on. */
@@ -16,6 +16,8 @@ typedef struct st_use {
 typedef struct st_forecast {
     double now;               /* tokens seen when the step ends that is in progress */
     double tokens;            /* of this step */
+    double known;             /* tokens that the rates are averages of */
+    double grown[ST_RATES];   /* what a rate is multiplied by, which began at zero `known` tokens ago */
     double squares[ST_RATES]; /* sum over all experts of the square of their rate */
     double error[ST_RATES];   /* sum of the squared errors of the rates as forecasts, old steps weighing less */
     int best;
@@ -30,7 +32,7 @@ void st_forecast_start(st_forecast *forecast, st_use *use, double uses);
 
 /* Tokens until the next use, at the rate that counts; infinity where there is none. */
 float st_forecast_wait(const st_forecast *forecast, const st_use *use);
-/* Recent uses: each weighs half after the longest half-life. */
+/* Recent uses: each weighs half after 128 tokens. */
 double st_forecast_uses(const st_forecast *forecast, const st_use *use);
 
 #endif

@@ -23,7 +23,8 @@ typedef struct st_pager_config {
     int io_threads;
     const uint32_t
         *sums;    /* CRC-32 of every expert, compared when it is first read; copied; NULL: nothing is compared */
-    size_t piece; /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
+    size_t piece; /* bytes after which a read ahead gives way to a wanted expert, or a few of them where storage is
+                   * quick; a multiple of 4096 */
 } st_pager_config;
 
 /* Of experts asked for by want: hits + ahead_hits + misses = all. */

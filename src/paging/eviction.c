@@ -4,8 +4,8 @@
 
 #include <math.h>
 
-static const double half_lives[ST_RATES] = {2, 8, 32, 128};
-enum { FIRST = 2, LONGEST = ST_RATES - 1 }; /* FIRST counts until something is known */
+static const double half_lives[ST_RATES] = {2, 8, 32, 128, 512};
+enum { FIRST = 2, USES = 3 }; /* the half-life that counts until something is known, and the one of uses */
 
 /* Steps after which an error weighs half. */
 #define MEMORY 64.0
@@ -24,11 +24,13 @@ void st_forecast_step(st_forecast *forecast, double now) {
             best = i;
     forecast->best = best;
     for (int i = 0; i < ST_RATES; i++) {
-        double rest = left(i, forecast->tokens);
+        double rest = left(i, forecast->tokens), grown = forecast->known > 0 ? 1 / (1 - left(i, forecast->known)) : 1;
+        forecast->grown[i] = grown;
         /* As if no expert were used; those that are put it right. */
-        forecast->error[i] = forecast->error[i] * exp2(-1 / MEMORY) + forecast->squares[i];
+        forecast->error[i] = forecast->error[i] * exp2(-1 / MEMORY) + grown * grown * forecast->squares[i];
         forecast->squares[i] *= rest * rest;
     }
+    forecast->known += forecast->tokens;
 }
 
 void st_forecast_use(st_forecast *forecast, st_use *use, double uses) {
@@ -37,7 +39,7 @@ void st_forecast_use(st_forecast *forecast, st_use *use, double uses) {
     for (int i = 0; i < ST_RATES; i++) {
         double rate = use->rate[i] * left(i, forecast->now - use->last);
         double updated = rate + (1 - left(i, forecast->tokens)) * share;
-        forecast->error[i] += share * share - 2 * share * use->rate[i] * left(i, before);
+        forecast->error[i] += share * share - 2 * share * use->rate[i] * left(i, before) * forecast->grown[i];
         forecast->squares[i] += updated * updated - rate * rate;
         use->rate[i] = (float)updated;
     }
@@ -45,7 +47,8 @@ void st_forecast_use(st_forecast *forecast, st_use *use, double uses) {
 }
 
 void st_forecast_start(st_forecast *forecast, st_use *use, double uses) {
-    double rate = fmin(1, uses * (1 - left(LONGEST, 1)));
+    double rate = fmin(1, uses * (1 - left(USES, 1)));
+    forecast->known = 1e9;
     for (int i = 0; i < ST_RATES; i++) {
         double before = use->rate[i] * left(i, forecast->now - use->last);
         forecast->squares[i] += rate * rate - before * before;
@@ -56,9 +59,10 @@ void st_forecast_start(st_forecast *forecast, st_use *use, double uses) {
 
 float st_forecast_wait(const st_forecast *forecast, const st_use *use) {
     int i = forecast->best;
-    return 1 / (use->rate[i] * exp2f((float)((use->last - forecast->now) / half_lives[i])));
+    float fallen = exp2f((float)((use->last - forecast->now) / half_lives[i]));
+    return 1 / (use->rate[i] * (float)forecast->grown[i] * fallen);
 }
 
 double st_forecast_uses(const st_forecast *forecast, const st_use *use) {
-    return use->rate[LONGEST] * left(LONGEST, forecast->now - use->last) / (1 - left(LONGEST, 1));
+    return use->rate[USES] * left(USES, forecast->now - use->last) / (1 - left(USES, 1));
 }

@@ -8,6 +8,7 @@
 #include "smallthinker/eviction.h"
 #include "smallthinker/thread_start.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -20,6 +21,9 @@ enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
 /* A taker looks again for this long before it sleeps: with all cores asleep, what ends a read has to wake one first.
  * Measured: docs/notes/2026-11-24-reads-of-experts.md. */
 enum { SPIN_NS = 1000000 };
+/* What a wanted expert may wait for a read ahead to give way, where the storage is quick: a whole read costs less of
+ * the processor than pieces do (docs/notes/2026-11-30-cost-of-reads.md). */
+enum { GIVE_WAY_NS = 2000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
 
 struct expert {
@@ -226,6 +230,15 @@ static void check_sum(st_pager *pager, struct expert *expert, uint32_t sum, cons
     }
 }
 
+/* Bytes that a read ahead takes at once: what the storage has read in GIVE_WAY_NS up to now, in whole pieces. */
+static size_t ahead_bytes(const st_pager *pager) {
+    double pieces = 1, read = (double)pager->stats.bytes_read, ns = (double)pager->stats.disk_ns;
+    double most = 1 + (double)pager->config.bytes / (double)pager->config.piece;
+    if (ns > 0)
+        pieces = read * GIVE_WAY_NS / ns / (double)pager->config.piece;
+    return pieces < 2 ? pager->config.piece : (size_t)fmin(pieces, most) * pager->config.piece;
+}
+
 /* Reads an expert to its end, or until it has to give way. Locked, except while it reads. */
 static void read_expert(st_pager *pager, int32_t id) {
     struct expert *expert = pager->experts + id;
@@ -237,8 +250,8 @@ static void read_expert(st_pager *pager, int32_t id) {
     while (expert->done < pager->config.bytes) {
         size_t done = expert->done, size = pager->config.bytes - done;
         int wanted = expert->pins > 0;
-        if (!wanted && size > pager->config.piece)
-            size = pager->config.piece;
+        if (!wanted && size > ahead_bytes(pager))
+            size = ahead_bytes(pager);
         pager->wanted_reads += wanted;
         pthread_mutex_unlock(&pager->mutex);
         int status = pager->config.read(pager->config.source, pager->offsets[id] + (int64_t)done, size, slot + done);

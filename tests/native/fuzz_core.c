@@ -156,7 +156,7 @@ static void eviction(input *in) {
                     st_forecast_use(&forecast, use + i, 1 + (int)(what % 3) * (forecast.tokens - 1) / 2);
     }
     for (int i = 0; i < 4; i++) {
-        CHECK(st_forecast_wait(&forecast, use + i) >= 0.999f && st_forecast_uses(&forecast, use + i) >= 0);
+        CHECK(st_forecast_wait(&forecast, use + i) > 0 && st_forecast_uses(&forecast, use + i) >= 0);
         for (int r = 0; r < ST_RATES; r++)
             CHECK(use[i].rate[r] >= 0 && use[i].rate[r] < 1.001f && isfinite(forecast.error[r]));
         for (int k = 0; k < 4; k++)

@@ -20,7 +20,7 @@ import numpy as np
 from smallthinker_edge.measure.trace import Trace
 
 HALF_LIFE = 128.0  # tokens
-HALF_LIVES, FIRST, MEMORY = np.array([2.0, 8.0, 32.0, 128.0]), 2, 64.0  # as in src/paging/eviction.c
+HALF_LIVES, FIRST, MEMORY = np.array([2.0, 8.0, 32.0, 128.0, 512.0]), 2, 64.0  # as in src/paging/eviction.c
 Accesses = list[list[int]]  # of every layer of every token, the experts it needs together
 
 
@@ -82,12 +82,13 @@ def forecast(slots: int, accesses: Accesses, layers: int) -> Iterator[int]:
     layer_of, cached = np.zeros(size, np.int64), np.zeros(size, bool)
     rates, error = np.zeros((size, len(HALF_LIVES))), np.zeros(len(HALF_LIVES))
     falls, best = 0.5 ** (1 / HALF_LIVES), FIRST
-    before = rates
+    before, grown = rates, np.ones(len(HALF_LIVES))
     for i, ids in enumerate(accesses):
         layer = i % layers
         if layer == 0:
             best = min(range(len(error)), key=lambda k: (error[k], k != FIRST))
-            before, rates = rates, rates * falls
+            grown = 1 / (1 - falls ** (i // layers)) if i else grown
+            before, rates = rates * grown, rates * falls
             error = error * 0.5 ** (1 / MEMORY) + (before**2).sum(axis=0)
         yield int(cached[ids].sum())
         error += (1 - 2 * before[ids]).sum(axis=0)
@@ -98,7 +99,7 @@ def forecast(slots: int, accesses: Accesses, layers: int) -> Iterator[int]:
         if over > 0:
             kept = np.setdiff1d(kept, ids)
             with np.errstate(divide="ignore"):
-                next_use = ((layer_of[kept] - layer - 1) % layers + 1) / layers + 1 / rates[kept, best]
+                next_use = ((layer_of[kept] - layer - 1) % layers + 1) / layers + 1 / (rates[kept, best] * grown[best])
             cached[kept[np.argsort(-next_use, kind="stable")[:over]]] = False
 
 
