@@ -12,6 +12,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
 
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
@@ -43,6 +44,12 @@ CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 TO_LATIN1 = dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for character, byte in BYTE_OF.items()}
 
 
+_TOKEN = f"[{re.escape(''.join(BYTE_OF))}]+"
+MERGE = re.compile(f"{_TOKEN} {_TOKEN}")
+MERGES = re.compile(f"{MERGE.pattern}(?:\n{MERGE.pattern})*")
+PIECE = 4096  # tokens or merges that are looked at together: quicker than one by one, and little memory
+
+
 def _alphabet_bytes(token: str) -> bytes | None:
     """The bytes that a token of the byte alphabet spells, or None where a character is not of the alphabet."""
     try:
@@ -51,9 +58,18 @@ def _alphabet_bytes(token: str) -> bytes | None:
         return None
 
 
-def _quoted(token: str) -> str:
-    """A JSON string of characters of the byte alphabet, which has no control characters."""
-    return '"' + token.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _quoted(text: str) -> str:
+    """A JSON string of characters that are no control characters, as those of the byte alphabet are."""
+    if '"' in text or "\\" in text:
+        text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
+
+
+def _pieces(items: Iterable[str]) -> Iterator[list[str]]:
+    """PIECE of them at a time, and what is left."""
+    iterator = iter(items)
+    while piece := list(islice(iterator, PIECE)):
+        yield piece
 
 
 def _return_free_memory() -> None:
@@ -139,24 +155,40 @@ class Tokenizer:
 
         Returns the JSON items of the vocabulary that BPE may produce.
         """
-        blob, ends, items = bytearray(), [0], []
-        for id_, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-            spelled = None if kind in (CONTROL, USER_DEFINED) else _alphabet_bytes(token)
-            if spelled is None:
-                blob += token.encode("utf-8", "surrogateescape")
-                if kind in (CONTROL, USER_DEFINED) and token:
-                    self._specials.setdefault(token, id_)
-                if kind == USER_DEFINED and token:
-                    self._user_defined.add(token)
-                if kind == USER_DEFINED and _alphabet_bytes(token):  # merges may lead to it and through it
-                    items.append(f"{_quoted(token)}:{id_}")
-            else:
+        blob, lengths, items = bytearray(), [0], []
+        for number, piece in enumerate(_pieces(tokens)):
+            first = number * PIECE
+            kinds = types[first : first + PIECE]
+            plain = None if any(kind in (CONTROL, USER_DEFINED) for kind in kinds) else _alphabet_bytes("".join(piece))
+            if plain is not None:
+                blob += plain
+                lengths += map(len, piece)
+                items += [
+                    f"{_quoted(token)}:{first + i}"
+                    for i, (token, kind) in enumerate(zip(piece, kinds, strict=True))
+                    if token and kind != UNUSED
+                ]
+                continue
+            for i, (token, kind) in enumerate(zip(piece, kinds, strict=True)):
+                spelled, item = self._load_token(first + i, token, kind)
                 blob += spelled
-                if kind != UNUSED and spelled:
-                    items.append(f"{_quoted(token)}:{id_}")
-            ends.append(len(blob))
-        self._blob, self._ends = bytes(blob), np.array(ends, np.int64)
+                lengths.append(len(spelled))
+                items += item
+        self._blob, self._ends = bytes(blob), np.cumsum(lengths, dtype=np.int64)
         return ",".join(items)
+
+    def _load_token(self, id_: int, token: str, kind: int) -> tuple[bytes, list[str]]:
+        """A token's bytes, and its JSON item where BPE may produce it."""
+        spelled = _alphabet_bytes(token)
+        if kind not in (CONTROL, USER_DEFINED) and spelled is not None:
+            return spelled, [f"{_quoted(token)}:{id_}"] if kind != UNUSED and spelled else []
+        if kind in (CONTROL, USER_DEFINED) and token:
+            self._specials.setdefault(token, id_)
+        if kind == USER_DEFINED and token:
+            self._user_defined.add(token)
+        # Merges may lead to a user-defined token and through it.
+        item = [f"{_quoted(token)}:{id_}"] if kind == USER_DEFINED and spelled else []
+        return token.encode("utf-8", "surrogateescape"), item
 
     def _byte_id(self, byte: int) -> int:
         id_: int | None = self._bpe.token_to_id(CHARACTER_OF[byte])
@@ -286,11 +318,14 @@ def _build_bpe(vocabulary: str, merges: Sequence[str]) -> BPETokenizer:
     and no less time.
     """
     pairs = []
-    for i, merge in enumerate(merges):
-        left, _, right = merge.partition(" ")
-        if not (left and right) or _alphabet_bytes(left) is None or _alphabet_bytes(right) is None:
-            raise ModelFormatError(f"merge {i} is not two tokens and a space between", field="tokenizer.ggml.merges")
-        pairs.append(_quoted(merge))
+    for number, piece in enumerate(_pieces(merges)):
+        lines = "\n".join(piece)
+        if not MERGES.fullmatch(lines) or lines.count("\n") != len(piece) - 1:
+            wrong = next(i for i, merge in enumerate(piece, number * PIECE) if not MERGE.fullmatch(merge))
+            raise ModelFormatError(
+                f"merge {wrong} is not two tokens and a space between", field="tokenizer.ggml.merges"
+            )
+        pairs.append(_quoted(lines).replace("\n", '","'))
     model = f'{{"type":"BPE","vocab":{{{vocabulary}}},"merges":[{",".join(pairs)}]}}'
     del pairs
     try:
