@@ -94,7 +94,7 @@ class Tokenizer:
         add_bos: whether the file asks for bos_id before a text.
         eos_ids: ids that end a generation: the file's eos and eot, <|im_end|> and <|endoftext|> where present.
 
-    With Qwen2's 152k tokens it takes about 40 MB, nearly all of it in the `tokenizers` library, and 0.6 s to make.
+    With Qwen2's 152k tokens it takes about 40 MB, nearly all of it in the `tokenizers` library, and up to a second.
     """
 
     def __init__(

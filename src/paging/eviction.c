@@ -52,6 +52,7 @@ void st_forecast_start(st_forecast *forecast, st_use *use, double uses) {
     for (int i = 0; i < ST_RATES; i++) {
         double before = use->rate[i] * left(i, forecast->now - use->last);
         forecast->squares[i] += rate * rate - before * before;
+        forecast->grown[i] = 1;
         use->rate[i] = (float)rate;
     }
     use->last = forecast->now;

@@ -213,6 +213,24 @@ static void warm(void) {
     free(memory);
 }
 
+/* Of what a profile names, fewer slots keep the most used before anything has been wanted. */
+static void shrink_warm(void) {
+    int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
+    uint8_t *memory = aligned_alloc(4096, 3 * BYTES), resident[4];
+    st_pager_config config = {read_or_fail, NULL, 4, 2, offsets, BYTES, memory, 3, 1, NULL, PIECE};
+    st_pager *pager = st_pager_create(&config);
+    st_pager_warm(pager, (int32_t[]){0, 1, 3}, (double[]){7, 8, 9}, 3); /* into the slots in this order */
+    do {
+        usleep(100);
+        st_pager_get_resident(pager, resident);
+    } while (resident[0] + resident[1] + resident[3] < 3);
+    st_pager_resize(pager, 2);
+    st_pager_get_resident(pager, resident);
+    CHECK(!resident[0] && resident[1] && resident[3]);
+    st_pager_destroy(pager);
+    free(memory);
+}
+
 /* Fewer slots keep the most used experts, whose bytes move; more slots take new ones. */
 static void resize(void) {
     int64_t offsets[6];
@@ -295,6 +313,7 @@ int main(void) {
     recover();
     check();
     warm();
+    shrink_warm();
     resize();
     stall();
     puts("ok");
