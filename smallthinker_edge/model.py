@@ -22,6 +22,7 @@ from smallthinker_edge._native.locks import Turns
 from smallthinker_edge._native.sampler import Sampler
 from smallthinker_edge.completions.calls import CompletionCalls
 from smallthinker_edge.errors import ContextFull, MemoryBudgetError, OpenedBeforeFork, tells_of_memory
+from smallthinker_edge.files.config import ModelFile
 from smallthinker_edge.files.hot_experts import profile_path, save_profile
 from smallthinker_edge.files.session_file import model_hash
 from smallthinker_edge.generation.choice import Choice
@@ -119,7 +120,7 @@ class SmallThinker(CompletionCalls):
         self.chat_template = template if isinstance(template, str) else None
         self._turns = Turns()
         # What these hold must not hold the model: it gives its memory back as soon as nobody has it.
-        self._model_hash = cache(partial(model_hash, self._file, self.plan.limit is not None))
+        self._model_hash = cache(partial(_hash_of_open, engine, self._file, self.plan.limit is not None))
         new = partial(Session, engine, self.config.vocab_size, self.context, self._turns, self.kv, self._model_hash)
         saved = None
         if prefix_folder is not None:
@@ -491,6 +492,12 @@ class SmallThinker(CompletionCalls):
             raise ValueError("the model is closed")
         self._engine.check_usable()
         return self._engine
+
+
+def _hash_of_open(engine: Engine, file: ModelFile, budget: bool) -> bytes:
+    """model_hash() of a model that is open here; else raises as everything else of it does."""
+    engine.check_usable()
+    return model_hash(file, budget)
 
 
 def stall_share(decode: float, stall: float, disk: float, threads: int, tail: float = 0.0) -> float:

@@ -22,9 +22,9 @@ typedef struct st_pager_config {
     int64_t slots;          /* at the beginning all of them are used: see st_pager_resize */
     int io_threads;
     const uint32_t
-        *sums;    /* CRC-32 of every expert, compared when it is first read; copied; NULL: nothing is compared */
-    size_t piece; /* bytes after which a read ahead gives way to a wanted expert, or a few of them where storage is
-                   * quick; a multiple of 4096 */
+        *sums;           /* CRC-32 of every expert, compared when it is first read; copied; NULL: nothing is compared */
+    size_t piece;        /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
+    int64_t give_way_ns; /* or several pieces, as many as the storage reads in this time; 0: one */
 } st_pager_config;
 
 /* Of experts asked for by want: hits + ahead_hits + misses = all. */
@@ -46,10 +46,10 @@ st_pager *st_pager_create(const st_pager_config *config);
 /* NULL is fine; reads in flight are waited for. In the child of a fork it only frees memory. */
 void st_pager_destroy(st_pager *pager);
 
-/* Pins n distinct experts of a layer and starts reading those that are absent. uses: how many tokens use each (NULL:
- * one). now: tokens seen when the step ends that this is of (eviction.h); it never falls. At most `slots` experts may
- * be pinned at once; those beyond come as failed reads. */
-void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now);
+/* Pins n distinct experts of a layer, all that a step of so many tokens needs of it, and starts reading those that are
+ * absent. uses: how many of the tokens use each (NULL: one). At most `slots` experts may be pinned at once; those
+ * beyond come as failed reads. */
+void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, int64_t tokens);
 /* Names n distinct experts that will probably be wanted soon, the likeliest and nearest first. They are read while
  * no wanted expert waits, and kept until they are wanted or a later call no longer names them: every call replaces
  * the list, and what is not named again is cancelled. n <= experts. */

@@ -210,6 +210,7 @@ cdef extern from "smallthinker/pager.h" nogil:
         int io_threads
         const uint32_t *sums
         size_t piece
+        int64_t give_way_ns
     ctypedef struct st_pager_stats:
         int64_t hits
         int64_t ahead_hits
@@ -225,7 +226,7 @@ cdef extern from "smallthinker/pager.h" nogil:
         int64_t disk_ns
     st_pager *st_pager_create(const st_pager_config *config)
     void st_pager_destroy(st_pager *pager)
-    void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now)
+    void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, int64_t tokens)
     void st_pager_ahead(st_pager *pager, const int32_t *ids, int64_t n)
     int st_pager_progress(st_pager *pager, int32_t id)
     const uint8_t *st_pager_take(st_pager *pager, int32_t id)

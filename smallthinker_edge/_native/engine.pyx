@@ -156,7 +156,6 @@ cdef class Engine:
         self.check_usable()
         for l in range(self.weights.weights.shape.layers):
             self.weights.set_expert(self.weights.layer(l), types[l])
-        paging.state.clock = self.call.paging.clock
         self.paging = self.memory.paging = paging
         self.call.paging = &paging.state
         paging.fit(self.memory.in_use)
@@ -294,7 +293,6 @@ cdef class Engine:
             paging.n_held = 0
             if call.failed or call.no_row or stopped:
                 st_pager_ahead(paging.pager, NULL, 0)
-        paging.clock += call.n
         if not (call.failed or call.no_row or stopped):
             self.check_logits()
         end_part(call, 0, TIME_OTHER)

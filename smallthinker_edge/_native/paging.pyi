@@ -18,6 +18,7 @@ class ExpertPaging:
         io_threads: int = ...,
         ahead: int = ...,
         piece: int = ...,
+        give_way_ns: int = ...,
         sessions: int | None = ...,
         lend: bool = ...,
         sums: npt.NDArray[np.uint32] | None = ...,

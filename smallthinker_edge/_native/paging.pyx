@@ -19,6 +19,7 @@ cdef enum:
     IO_THREADS = 1
     AHEAD_LAYERS = 2
     PIECE_BYTES = 1 << 20
+    GIVE_WAY_NS = 2000000  # docs/notes/2026-11-30-cost-of-reads.md
 
 
 @cython.no_gc_clear  # the collector must not free the slots while the pager's threads read into them
@@ -29,7 +30,8 @@ cdef class ExpertPaging:
         blob_bytes: of one expert, a multiple of 4096. slots: how many are kept in memory, at least E.
         io_threads: reads in flight at once.
         ahead: layers whose routers are asked before their turn, to read their experts ahead; 0 reads none ahead.
-        piece: bytes after which such a read gives way to an expert that is wanted now.
+        piece: bytes after which such a read gives way to an expert that is wanted now. give_way_ns: or several of
+            them, as many as the storage reads in this time; 0: one.
         sessions: bytes of the budget set aside for sessions: what they need beyond is taken from the slots, down to E;
             None: there is no budget. lend: more slots while sessions do not need it all.
         sums: uint32 [L * E], the CRC-32 of every blob, compared when it is first read; None compares nothing.
@@ -40,8 +42,8 @@ cdef class ExpertPaging:
     """
 
     def __cinit__(self, config, path, offsets, size_t blob_bytes, int64_t slots, *, int io_threads=IO_THREADS,
-                  int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, sessions=None, bint lend=False,
-                  sums=None, bint cached=False):
+                  int64_t ahead=AHEAD_LAYERS, size_t piece=PIECE_BYTES, int64_t give_way_ns=GIVE_WAY_NS,
+                  sessions=None, bint lend=False, sums=None, bint cached=False):
         cdef const int64_t[::1] table = offsets
         cdef const uint32_t[::1] checksums = sums
         cdef st_pager_config pager
@@ -67,7 +69,7 @@ cdef class ExpertPaging:
         self.arena, self.slot_arena = Arena(), Arena()
         self.slot_memory = <uint8_t *>self.slot_arena.take_apart(self.most_slots * blob_bytes)
         pager.memory, pager.slots, pager.io_threads = self.slot_memory, self.most_slots, io_threads
-        pager.piece, pager.sums = piece, NULL
+        pager.piece, pager.give_way_ns, pager.sums = piece, give_way_ns, NULL
         if sums is not None:
             pager.sums = &checksums[0]
         self.state.ahead = min(ahead, <int64_t>config.n_layers - 1)

@@ -21,7 +21,6 @@ cdef struct Paging:
     int32_t *held         # [E] pager ids pinned for the layer in work
     int32_t *held_tokens  # [E] how many tokens use each; then how near each is
     int64_t n_held
-    double clock          # tokens computed so far
 
 
 cdef inline int64_t router_units(const Shape *shape, int64_t n) noexcept nogil:
@@ -119,7 +118,7 @@ cdef inline void want_experts(const Weights *weights, Buffers *buffers, Paging *
         paging.held[i] = <int32_t>(l * shape.experts + e)
         paging.held_tokens[i] = buffers.list_start[e + 1] - buffers.list_start[e]
     paging.n_held = buffers.n_active
-    st_pager_want(paging.pager, paging.held, paging.held_tokens, paging.n_held, paging.clock + n)
+    st_pager_want(paging.pager, paging.held, paging.held_tokens, paging.n_held, n)
     read_ahead(weights, paging, l, n, scratch)
     # Those in memory first, then what is being read. One look at each: it may arrive between two looks.
     for i in range(buffers.n_active):

@@ -203,7 +203,7 @@ class ImportanceMatrix:
         mean = float(weight.mean(dtype=np.float64))
         if not mean > 0:
             return np.ones(columns, np.float32)
-        return np.asarray(weight / np.float64(mean) + FLOOR, np.float32)
+        return np.asarray(weight.astype(np.float64) / mean + FLOOR, np.float32)
 
     def _entry_of(self, name: str) -> Entry | None:
         return self.entries.get(name) or self.entries.get(first_with_input(name))

@@ -59,7 +59,7 @@ def _alphabet_bytes(token: str) -> bytes | None:
 
 
 def _quoted(text: str) -> str:
-    """A JSON string of characters that are no control characters, as those of the byte alphabet are."""
+    """A JSON string of characters of the byte alphabet, which has no control characters; others stay as they are."""
     if '"' in text or "\\" in text:
         text = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"'

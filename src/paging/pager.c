@@ -21,9 +21,6 @@ enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
 /* A taker looks again for this long before it sleeps: with all cores asleep, what ends a read has to wake one first.
  * Measured: docs/notes/2026-11-24-reads-of-experts.md. */
 enum { SPIN_NS = 1000000 };
-/* What a wanted expert may wait for a read ahead to give way, where the storage is quick: a whole read costs less of
- * the processor than pieces do (docs/notes/2026-11-30-cost-of-reads.md). */
-enum { GIVE_WAY_NS = 2000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
 
 struct expert {
@@ -44,6 +41,7 @@ struct st_pager {
     int64_t *offsets;
     uint32_t *sums; /* or NULL */
     st_forecast forecast;
+    st_layer_time *times;  /* of every layer */
     int32_t layer, layers; /* the one whose experts were wanted last; how many there are */
     struct expert *experts;
     int32_t *owner; /* of every slot; -1 free */
@@ -105,7 +103,8 @@ static float next_use(const st_pager *pager, const struct expert *expert) {
     int32_t ahead = expert->layer - pager->layer;
     if (ahead <= 0)
         ahead += pager->layers;
-    return (float)ahead / (float)pager->layers + st_forecast_wait(&pager->forecast, &expert->use);
+    return (float)ahead / (float)pager->layers +
+           st_forecast_wait(&pager->forecast, pager->times + expert->layer, &expert->use);
 }
 
 /* The slot of the expert that may go and is used again last; -1 where there is none. */
@@ -230,12 +229,12 @@ static void check_sum(st_pager *pager, struct expert *expert, uint32_t sum, cons
     }
 }
 
-/* Bytes that a read ahead takes at once: what the storage has read in GIVE_WAY_NS up to now, in whole pieces. */
+/* Bytes that a read ahead takes at once: what the storage has read in give_way_ns up to now, in whole pieces. */
 static size_t ahead_bytes(const st_pager *pager) {
     double pieces = 1, read = (double)pager->stats.bytes_read, ns = (double)pager->stats.disk_ns;
     double most = 1 + (double)pager->config.bytes / (double)pager->config.piece;
     if (ns > 0)
-        pieces = read * GIVE_WAY_NS / ns / (double)pager->config.piece;
+        pieces = read * (double)pager->config.give_way_ns / ns / (double)pager->config.piece;
     return pieces < 2 ? pager->config.piece : (size_t)fmin(pieces, most) * pager->config.piece;
 }
 
@@ -298,6 +297,7 @@ static void free_all(st_pager *pager) {
     free(pager->offsets);
     free(pager->sums);
     free(pager->experts);
+    free(pager->times);
     free(pager->owner);
     free(pager->queue);
     free(pager->ahead);
@@ -317,13 +317,14 @@ st_pager *st_pager_create(const st_pager_config *config) {
     pager->offsets = malloc(experts * sizeof *pager->offsets);
     pager->sums = config->sums ? malloc(experts * sizeof *pager->sums) : NULL;
     pager->experts = calloc(experts, sizeof *pager->experts);
+    pager->times = calloc((size_t)pager->layers, sizeof *pager->times);
     pager->owner = malloc(slots * sizeof *pager->owner);
     pager->queue = malloc(experts * sizeof *pager->queue);
     pager->ahead = malloc(experts * sizeof *pager->ahead);
     pager->warm = malloc(slots * sizeof *pager->warm);
     pager->threads = calloc((size_t)config->io_threads, sizeof *pager->threads);
-    if (!pager->offsets || (config->sums && !pager->sums) || !pager->experts || !pager->owner || !pager->queue ||
-        !pager->ahead || !pager->warm || !pager->threads) {
+    if (!pager->offsets || (config->sums && !pager->sums) || !pager->experts || !pager->times || !pager->owner ||
+        !pager->queue || !pager->ahead || !pager->warm || !pager->threads) {
         free_all(pager);
         return NULL;
     }
@@ -338,6 +339,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
     for (size_t i = 0; i < slots; i++)
         pager->owner[i] = -1;
     pager->slots = pager->free_slots = config->slots;
+    st_forecast_init(&pager->forecast, pager->layers);
     pthread_mutex_init(&pager->mutex, NULL);
     pthread_cond_init(&pager->work, NULL);
     pthread_cond_init(&pager->done, NULL);
@@ -386,19 +388,20 @@ static int count_want(st_pager *pager, struct expert *expert) {
     return state == ABSENT || state == PARKED;
 }
 
-void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, double now) {
+void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int64_t n, int64_t tokens) {
     int queued = 0;
     pthread_mutex_lock(&pager->mutex);
-    st_forecast_step(&pager->forecast, now);
-    if (n > 0)
+    if (n > 0) {
         pager->layer = pager->experts[ids[0]].layer;
+        st_forecast_step(&pager->forecast, pager->times + pager->layer, (double)tokens);
+    }
     pager->arrived = nanoseconds();
     for (int64_t i = 0; i < n; i++) /* pin all first, so that none evicts another of the same call */
         pager->pinned += pager->experts[ids[i]].pins++ == 0;
     for (int64_t i = 0; i < n; i++) {
         struct expert *expert = pager->experts + ids[i];
         int parked = get_state(expert) == PARKED;
-        st_forecast_use(&pager->forecast, &expert->use, uses ? uses[i] : 1);
+        st_forecast_use(&pager->forecast, pager->times + pager->layer, &expert->use, uses ? uses[i] : 1);
         if (!count_want(pager, expert))
             continue;
         if (pager->pinned > pager->slots && !parked) { /* the caller's mistake, but no crash */
@@ -560,14 +563,14 @@ void st_pager_resize(st_pager *pager, int64_t slots) {
 void st_pager_get_uses(st_pager *pager, double *uses) {
     pthread_mutex_lock(&pager->mutex);
     for (int64_t i = 0; i < pager->config.experts; i++)
-        uses[i] = st_forecast_uses(&pager->forecast, &pager->experts[i].use);
+        uses[i] = st_recent_uses(pager->times + pager->experts[i].layer, &pager->experts[i].use);
     pthread_mutex_unlock(&pager->mutex);
 }
 
 void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n) {
     pthread_mutex_lock(&pager->mutex);
     for (int64_t i = 0; i < n; i++)
-        st_forecast_start(&pager->forecast, &pager->experts[ids[i]].use, uses[i]);
+        st_forecast_start(pager->times + pager->experts[ids[i]].layer, &pager->experts[ids[i]].use, uses[i]);
     pager->n_warm = n < pager->slots ? n : pager->slots;
     pager->next_warm = 0;
     memcpy(pager->warm, ids, (size_t)pager->n_warm * sizeof *ids);

@@ -121,7 +121,7 @@ def check_logits_at_slots(
 ) -> None:
     with SmallThinker(gguf) as model:
         expected = model.session().decode(TOKENS, all_logits=True)
-    set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096)
+    set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096, give_way_ns=0)
     read_when_wanted(monkeypatch)
     with SmallThinker(stpk, threads=2) as model:
         with model.session() as session:

@@ -67,7 +67,7 @@ def one_at_a_time(ids: str) -> Trace:
         ("lru", "abacab", 2, 2),
         ("pinned", "abacab", 2, 5),  # a and b are known beforehand
         ("frequency", "aaabcbca", 2, 3),  # a stays for its three uses: a, a, and the last a
-        ("forecast", "aabacad", 2, 3),
+        ("forecast", "aaaabcabc", 2, 4),  # LRU loses a, and finds 3
         ("2q", "abab", 4, 2),
         ("s3-fifo", "abab", 4, 2),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import tempfile
 import threading
 import time
 import weakref
@@ -47,10 +48,11 @@ def decode(model: SmallThinker) -> None:
 
 
 def fork_and_save(model: SmallThinker) -> None:
-    session = model.session()
-    session.decode([1, 2, 3])
-    session.fork().decode([4])
-    model.fingerprint()
+    with tempfile.TemporaryDirectory() as folder, model.session() as session:
+        session.decode([1, 2, 3])
+        session.fork().decode([4])
+        session.save(Path(folder) / "s")
+        model.load_session(Path(folder) / "s").decode([5])
 
 
 def leave_a_stream(model: SmallThinker) -> None:

@@ -180,8 +180,7 @@ def test_several_conversations_are_kept(path: str) -> None:
 
 def test_closing_the_model_frees_what_was_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Session] = []
-    new = SmallThinker.session
-    monkeypatch.setattr(SmallThinker, "session", lambda self: made.append(new(self)) or made[-1])
+    monkeypatch.setattr("smallthinker_edge.model.Session", lambda *given: made.append(Session(*given)) or made[-1])
     model = SmallThinker(path)
     model.generate([1, 2, 3], max_tokens=2)
     assert made[0].position == 4

@@ -137,31 +137,32 @@ static void checksum(input *in) {
 /* Uses of a profile, as a file may claim them, and steps of any length: rates stay numbers between none and one a
  * token, and order as uses do. */
 static void eviction(input *in) {
-    st_forecast forecast = {0};
+    st_forecast forecast;
+    st_layer_time time = {0};
     st_use use[4] = {{0}};
+    st_forecast_init(&forecast, 1);
     for (int i = 0; i < 4 && in->size >= sizeof(double); i++) {
         double uses;
         memcpy(&uses, in->data, sizeof uses);
         in->data += sizeof uses;
         in->size -= sizeof uses;
-        st_forecast_start(&forecast, use + i, isfinite(uses) ? fabs(uses) : 1);
+        st_forecast_start(&time, use + i, isfinite(uses) ? fabs(uses) : 1);
     }
-    for (double now = 0; in->size > 0;) {
+    while (in->size > 0) {
         uint8_t what = take(in);
-        now += what < 8 ? 1e6 : what % 16;
-        st_forecast_step(&forecast, now);
-        if (now > 0)
-            for (int i = 0; i < 4; i++)
-                if (what >> (4 + i) & 1 && use[i].last < now)
-                    st_forecast_use(&forecast, use + i, 1 + (int)(what % 3) * (forecast.tokens - 1) / 2);
+        double tokens = what < 8 ? 1e6 : 1 + what % 16;
+        st_forecast_step(&forecast, &time, tokens);
+        for (int i = 0; i < 4; i++)
+            if (what >> (4 + i) & 1)
+                st_forecast_use(&forecast, &time, use + i, 1 + (int)(what % 3) * (tokens - 1) / 2);
     }
     for (int i = 0; i < 4; i++) {
-        CHECK(st_forecast_wait(&forecast, use + i) > 0 && st_forecast_uses(&forecast, use + i) >= 0);
+        CHECK(st_forecast_wait(&forecast, &time, use + i) > 0 && st_recent_uses(&time, use + i) >= 0);
         for (int r = 0; r < ST_RATES; r++)
             CHECK(use[i].rate[r] >= 0 && use[i].rate[r] < 1.001f && isfinite(forecast.error[r]));
         for (int k = 0; k < 4; k++)
             if (use[i].last == use[k].last && use[i].rate[forecast.best] > use[k].rate[forecast.best])
-                CHECK(st_forecast_wait(&forecast, use + i) <= st_forecast_wait(&forecast, use + k));
+                CHECK(st_forecast_wait(&forecast, &time, use + i) <= st_forecast_wait(&forecast, &time, use + k));
     }
 }
 

@@ -77,29 +77,29 @@ def frequency(slots: int, accesses: Accesses, layers: int, half_life: float = HA
 
 
 def forecast(slots: int, accesses: Accesses, layers: int) -> Iterator[int]:
-    """The pager's: what src/paging/eviction.c does, token by token, with the rates of all experts side by side."""
+    """The pager's: what src/paging/eviction.c does, token by token, with the rates of a layer side by side."""
     size = 1 + max(max(ids) for ids in accesses)
-    layer_of, cached = np.zeros(size, np.int64), np.zeros(size, bool)
-    rates, error = np.zeros((size, len(HALF_LIVES))), np.zeros(len(HALF_LIVES))
-    falls, best = 0.5 ** (1 / HALF_LIVES), FIRST
-    before, grown = rates, np.ones(len(HALF_LIVES))
+    layer_of, cached = np.full(size, -1), np.zeros(size, bool)
+    rates, grown = np.zeros((size, len(HALF_LIVES))), np.ones((size, len(HALF_LIVES)))
+    error, falls = np.zeros(len(HALF_LIVES)), 0.5 ** (1 / HALF_LIVES)
     for i, ids in enumerate(accesses):
-        layer = i % layers
-        if layer == 0:
-            best = min(range(len(error)), key=lambda k: (error[k], k != FIRST))
-            grown = 1 / (1 - falls ** (i // layers)) if i else grown
-            before, rates = rates * grown, rates * falls
-            error = error * 0.5 ** (1 / MEMORY) + (before**2).sum(axis=0)
+        token, layer = divmod(i, layers)
         yield int(cached[ids].sum())
-        error += (1 - 2 * before[ids]).sum(axis=0)
-        rates[ids] += 1 - falls
         cached[ids], layer_of[ids] = True, layer
+        best = min(range(len(error)), key=lambda k: (error[k], k != FIRST))
+        of_layer = np.flatnonzero(layer_of == layer)
+        if token > 0:
+            grown[of_layer] = 1 / (1 - falls**token)
+        error = error * 0.5 ** (1 / (MEMORY * layers)) + ((rates[of_layer] * grown[of_layer]) ** 2).sum(axis=0)
+        error += (1 - 2 * rates[ids] * grown[ids]).sum(axis=0)
+        rates[of_layer] *= falls
+        rates[ids] += 1 - falls
         kept = np.flatnonzero(cached)
         over = len(kept) - slots
         if over > 0:
             kept = np.setdiff1d(kept, ids)
-            with np.errstate(divide="ignore"):
-                next_use = ((layer_of[kept] - layer - 1) % layers + 1) / layers + 1 / (rates[kept, best] * grown[best])
+            wait = 1 / (rates[kept, best] * grown[kept, best])
+            next_use = ((layer_of[kept] - layer - 1) % layers + 1) / layers + wait
             cached[kept[np.argsort(-next_use, kind="stable")[:over]]] = False
 
 
