@@ -111,8 +111,7 @@ print("handled")
 
 
 def test_no_thread_of_ours_uses_much_of_its_small_stack(packed: str) -> None:
-    """Pages of a new stack are there when they have been written to. Below it is a guard page, which tells it from other
-    memory."""
+    """Pages of a new stack are there when they have been written to. A guard page below tells it from other memory."""
     done = run(
         packed,
         f"""
