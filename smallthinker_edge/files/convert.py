@@ -35,7 +35,7 @@ from smallthinker_edge.files.checkpoint_tokenizer import chat_templates, read_vo
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.gguf_entries import aligned
-from smallthinker_edge.files.imatrix import EMBEDDING, ImportanceMatrix
+from smallthinker_edge.files.imatrix import ImportanceMatrix
 from smallthinker_edge.files.torch_file import read_tensors
 from smallthinker_edge.printable import printable
 from smallthinker_edge.text.tokenizer import Tokenizer
@@ -145,8 +145,7 @@ class Converter:
         try:
             elements = self.checkpoint.elements(source, first, count)
             if self.imatrix is not None and len(tensor.shape) > 1:
-                tied = self._is_tied(tensor)
-                file.write(at, self.imatrix.quantized(tensor.name, number, tensor.shape[-1], elements, tied))
+                file.write(at, self.imatrix.quantized(tensor.name, number, tensor.shape[-1], elements, self.tied))
             else:
                 file.write(at, quantize(tensor.type.name, elements))
         except OverflowError as problem:
@@ -299,16 +298,13 @@ class Converter:
     def _tensor(self, name: str, type_: Any, shape: tuple[int, ...], sources: Sources) -> Tensor:
         return Tensor(name + ".weight", type_, shape, sources, self._bytes(math.prod(shape), type_))
 
-    def _is_tied(self, tensor: Tensor) -> bool:
-        return self.tied and tensor.name == EMBEDDING
-
     def _check(self, tensors: list[Tensor]) -> None:
         """Every source is there in its shape, and the checkpoint holds nothing else, before a byte is written."""
         for tensor in tensors:
             for source, shape in tensor.sources:
                 self.checkpoint.check(source, shape)
             if self.imatrix is not None and tensor.type != self.float and len(tensor.shape) > 1:
-                self.imatrix.check(tensor.name, len(tensor.sources), tensor.shape[-1], self._is_tied(tensor))
+                self.imatrix.check(tensor.name, len(tensor.sources), tensor.shape[-1], self.tied)
         self.checkpoint.refuse_unread((source for tensor in tensors for source, _ in tensor.sources), self.tied)
 
 

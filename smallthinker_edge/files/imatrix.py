@@ -161,7 +161,7 @@ class ImportanceMatrix:
 
         Only an embedding or head may be missing, which llama-imatrix leaves out. tied: as of quantized().
         """
-        self._check_products(self._products(HEAD if tied else name), matrices, columns)
+        self._check_products(self._products(name, tied), matrices, columns)
         entry = self._entry_of(name)
         if entry is None:
             if name not in (HEAD, EMBEDDING):
@@ -185,13 +185,14 @@ class ImportanceMatrix:
         Args:
             name: of a tensor that check() has seen. matrix: which of its matrices, as an expert's number.
             columns: of a row. values: float32, or uint16 that are bits of bfloat16; whole rows.
-            tied: the matrix is the embedding, and the head too.
+            tied: the model's embedding is its head too.
 
         Least squares by mean squares of inputs, without any where no token has reached it; with the products of columns
         by GPTQ. Raises as quantize_rows(); ModelFormatError where products are no such sums.
         """
-        products = self._products(HEAD if tied else name)
-        factors = None if products is None else self._feedback(products, matrix, LOOKED_UP if tied else 0.0)
+        products = self._products(name, tied)
+        more = LOOKED_UP if tied and name == EMBEDDING else 0.0
+        factors = None if products is None else self._feedback(products, matrix, more)
         if factors is not None:
             return quantize_rows(values, *factors)
         return quantize_rows(values, self._weight(name, matrix, columns))
@@ -212,10 +213,12 @@ class ImportanceMatrix:
         assert self._file is not None  # products are in GGUF files only
         return self._file
 
-    def _products(self, name: str) -> str | None:
-        """The tensor that has the products of a matrix's columns."""
+    def _products(self, name: str, tied: bool) -> str | None:
+        """The tensor that has the products of a matrix's columns: of a tied embedding, the head's."""
         if self._file is None:
             return None
+        if tied and name == EMBEDDING:
+            name = HEAD
         found = first_with_input(name) + PRODUCTS
         return found if found in self._file.tensors else None
 

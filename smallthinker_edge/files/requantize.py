@@ -28,7 +28,7 @@ from smallthinker_edge.files.convert import Progress, write_tensors
 from smallthinker_edge.files.expert_bundle import BundledModel
 from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
 from smallthinker_edge.files.gguf_entries import aligned, tensor_entry, u32_entry
-from smallthinker_edge.files.imatrix import EMBEDDING, ImportanceMatrix
+from smallthinker_edge.files.imatrix import ImportanceMatrix
 from smallthinker_edge.files.pack import DROPPED_KEYS
 from smallthinker_edge.files.packed import is_packed
 
@@ -69,9 +69,8 @@ class Requantizer:
         self.type, self.imatrix = type_, imatrix
         for target in self.targets:
             if imatrix is not None and self._weighted(target):
-                columns, *_ = target.source.shape
-                matrices = math.prod(target.source.shape[2:])
-                imatrix.check(target.source.name, matrices, columns, self._is_tied(target))
+                columns, matrices = target.source.shape[0], math.prod(target.source.shape[2:])
+                imatrix.check(target.source.name, matrices, columns, self.config.tied)
 
     def _weighted(self, target: Target) -> bool:
         """Whether its columns have importance: of a transposed down the rows would."""
@@ -144,14 +143,11 @@ class Requantizer:
         except OverflowError as problem:
             raise ModelFormatError(str(problem), path=path, field=info.name) from None
 
-    def _is_tied(self, target: Target) -> bool:
-        return self.config.tied and target.source.name == EMBEDDING
-
     def _quantized(self, target: Target, matrix: int, values: Any) -> npt.NDArray[np.uint8]:
         if self.imatrix is None or not self._weighted(target):
             return quantize(target.type, values)
         name, columns = target.source.name, target.source.shape[0]
-        return self.imatrix.quantized(name, matrix, columns, values, self._is_tied(target))
+        return self.imatrix.quantized(name, matrix, columns, values, self.config.tied)
 
     def _floats(self, type_: str, raw: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
         if type_ == "F32":
