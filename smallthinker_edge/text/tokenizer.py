@@ -179,16 +179,14 @@ class Tokenizer:
 
     def _load_token(self, id_: int, token: str, kind: int) -> tuple[bytes, list[str]]:
         """A token's bytes, and its JSON item where BPE may produce it."""
-        spelled = _alphabet_bytes(token)
-        if kind not in (CONTROL, USER_DEFINED) and spelled is not None:
-            return spelled, [f"{_quoted(token)}:{id_}"] if kind != UNUSED and spelled else []
-        if kind in (CONTROL, USER_DEFINED) and token:
+        spelled, special = _alphabet_bytes(token), kind in (CONTROL, USER_DEFINED)
+        if special and token:
             self._specials.setdefault(token, id_)
-        if kind == USER_DEFINED and token:
-            self._user_defined.add(token)
+            if kind == USER_DEFINED:
+                self._user_defined.add(token)
         # Merges may lead to a user-defined token and through it.
-        item = [f"{_quoted(token)}:{id_}"] if kind == USER_DEFINED and spelled else []
-        return token.encode("utf-8", "surrogateescape"), item
+        item = [f"{_quoted(token)}:{id_}"] if spelled and kind not in (CONTROL, UNUSED) else []
+        return token.encode("utf-8", "surrogateescape") if special or spelled is None else spelled, item
 
     def _byte_id(self, byte: int) -> int:
         id_: int | None = self._bpe.token_to_id(CHARACTER_OF[byte])
