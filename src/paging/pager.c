@@ -249,8 +249,9 @@ static void read_expert(st_pager *pager, int32_t id) {
     while (expert->done < pager->config.bytes) {
         size_t done = expert->done, size = pager->config.bytes - done;
         int wanted = expert->pins > 0;
-        if (!wanted && size > ahead_bytes(pager))
-            size = ahead_bytes(pager);
+        size_t most = wanted ? size : ahead_bytes(pager);
+        if (size > most)
+            size = most;
         pager->wanted_reads += wanted;
         pthread_mutex_unlock(&pager->mutex);
         int status = pager->config.read(pager->config.source, pager->offsets[id] + (int64_t)done, size, slot + done);
