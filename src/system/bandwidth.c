@@ -1,6 +1,8 @@
 /* The memory-read yardstick of `bench`, `doctor` and `make bench`. The forward pass never calls it. */
 #include "smallthinker/bandwidth.h"
 
+#include "smallthinker/prefetch.h"
+
 /* One reader per vector width. Four sums, so that the loads do not wait for one another. */
 #define READER(NAME, TARGET, WIDTH)                                                                                    \
     TARGET static uint64_t NAME(const uint8_t *p, size_t piece, int streams, size_t ahead) {                           \
@@ -10,7 +12,7 @@
             for (int s = 0; s < streams; s++) {                                                                        \
                 const uint8_t *q = p + (size_t)s * piece + at;                                                         \
                 for (size_t i = 0; ahead && i < ST_READ_STEP; i += 64)                                                 \
-                    __builtin_prefetch(q + ahead + i);                                                                 \
+                    st_prefetch_l1(q + ahead + i);                                                                     \
                 for (size_t i = 0; i < ST_READ_STEP / WIDTH; i++)                                                      \
                     sum[i % 4] ^= ((const vec *)q)[i];                                                                 \
             }                                                                                                          \

@@ -18,6 +18,7 @@
  * ahead. The distance of one step is reasoned, not measured: no board was at hand. */
 #include "common.h"
 
+#include "../ahead.h"
 #include "../plain.h"
 
 #include <math.h>
@@ -169,7 +170,7 @@ static ST_ROWS(rows_q4_0) {
             row[j] = w + stride * (size_t)index[k + j < n ? k + j : n - 1];
         for (int64_t j = k + 4; j < k + 8 && j < n; j++)
             for (int64_t i = 0; i < nb * 18; i += 64)
-                __builtin_prefetch(w + stride * (size_t)index[j] + i);
+                st_prefetch_l1(w + stride * (size_t)index[j] + i);
         float32x4_t sum = vdupq_n_f32(0), scale[4];
         int64_t b = 0, nibbles = 2 * nb;
         for (; b + 4 <= nb; b += 4, nibbles += 64) {
@@ -255,7 +256,7 @@ ALWAYS_INLINE void down_lane(const uint8_t *lines, size_t line, const uint8_t *s
 static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n, const uint8_t *index, int quads) {
     for (int k = 0; k < 4 * quads; k++)
         for (int64_t i = 0; i < n; i++)
-            __builtin_prefetch(lines + line * index[k] + 64 * i);
+            st_prefetch_l1(lines + line * index[k] + 64 * i);
 }
 
 /* 128 outputs; n chunks of each line are asked for ahead. */
@@ -393,23 +394,15 @@ static void tile_q8_0(const uint8_t *tile, int64_t nb, const st_q8x4 *x, float32
 
 enum { GATE_STEP = 8 }; /* blocks of a gate tile between parts of up; whole st_q8x4, whole super-blocks */
 
-static inline void prefetch_bytes(const uint8_t *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(p + i);
-}
-
 /* What ffn needs of each type. */
 #define GATE_OF(NAME, name) [ST_TILED_##NAME] = {tile_##name, ST_TILE_BYTES(NAME)},
-#define UP_OF(NAME, name) [ST_TILED_##NAME] = {rows_##name, ST_##NAME##_BYTES, ST_##NAME##_COLUMNS / ST_BLOCK},
+#define UP_OF(NAME, name) [ST_TILED_##NAME] = rows_##name,
 #define CHUNK_OF(NAME, name) [ST_TILED_##NAME] = chunk_##name,
 static const struct {
     void (*tile)(const uint8_t *tile, int64_t nb, const st_q8x4 *x, float32x4_t sum[4]);
     int64_t bytes; /* of a block of a tile, on average */
 } gate_of[ST_TILED_COUNT] = {ST_TILED_TYPES(GATE_OF)};
-static const struct {
-    st_rows *rows;
-    int64_t bytes, blocks; /* of so many blocks of 32 columns of a row */
-} up_of[ST_TILED_COUNT] = {ST_SPARSE_TYPES(UP_OF)};
+static st_rows *const up_of[ST_TILED_COUNT] = {ST_SPARSE_TYPES(UP_OF)};
 static void (*const chunk_of[ST_TILED_COUNT])(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a,
                                               float *y) = {ST_SPARSE_TYPES(CHUNK_OF)};
 
@@ -418,14 +411,15 @@ static void (*const chunk_of[ST_TILED_COUNT])(const st_down_view *down, int64_t 
 static ST_FFN(ffn) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     int64_t chunks = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK;
-    int64_t tile_bytes = gate_of[tiled[0]].bytes, row = nb / up_of[tiled[1]].blocks * up_of[tiled[1]].bytes;
-    int64_t line = 64 * chunks + above_bytes(tiled[2], chunks);
+    int64_t tile_bytes = gate_of[tiled[0]].bytes;
     int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0;
     int64_t fours = up ? (up->fired + 3) / 4 : 0, quads = 0;
     if (down)
         quads = down->transposed ? down->output.quads : down->active.quads;
     int64_t todo = quads ? chunks : 0;
     float value[32], spread[32];
+    runs_ahead next;
+    look_ahead(&next, ahead, tiled[2], chunks, 2 * steps);
     for (int tile = 0; tile < 2; tile++) {
         float32x4_t sum[4];
         memset(sum, 0, sizeof sum);
@@ -433,22 +427,19 @@ static ST_FFN(ffn) {
             if (gate)
                 gate_of[tiled[0]].tile(gate->gate + (tile * nb + b) * tile_bytes,
                                        nb - b < GATE_STEP ? nb - b : GATE_STEP, gate->x + b / 4, sum);
+            ask_ahead(&next);
             if (up) {
                 int64_t k0 = 4 * share(fours, step, steps), k1 = 4 * share(fours, step + 1, steps);
-                up_of[tiled[1]].rows(up->up, up->up_stride, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0,
-                                     up->x, value + k0);
+                up_of[tiled[1]](up->up, up->up_stride, nb, up->index + k0, (k1 < up->fired ? k1 : up->fired) - k0,
+                                up->x, value + k0);
             }
+            ask_ahead(&next);
             for (int64_t c = share(todo, step, steps); c < share(todo, step + 1, steps); c++) {
                 if (down->transposed)
                     chunk_transposed(down, c);
                 else
                     chunk_of[tiled[2]](&down->down, down->group, c, &down->active, down->y + ST_DOWN_CHUNK * c);
             }
-            if (ahead)
-                for (int64_t k = share(ahead->fired, step, steps); k < share(ahead->fired, step + 1, steps); k++) {
-                    prefetch_bytes(ahead->down.lines + ahead->down.stride * (size_t)ahead->index[k], (size_t)line);
-                    prefetch_bytes(ahead->up + ahead->up_stride * (size_t)ahead->index[k], (size_t)row);
-                }
         }
         if (gate)
             store_rows(sum, ST_TILE_ROWS, gate->g + 16 * tile);

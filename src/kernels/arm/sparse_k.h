@@ -55,7 +55,7 @@ static inline void four_rows(const uint8_t *w, size_t stride, int64_t bytes, con
         row[j] = w + stride * (size_t)index[k + j < n ? k + j : n - 1];
     for (int64_t j = k + 4; j < k + 8 && j < n; j++)
         for (int64_t i = 0; i < bytes; i += 64)
-            __builtin_prefetch(w + stride * (size_t)index[j] + i);
+            st_prefetch_l1(w + stride * (size_t)index[j] + i);
 }
 
 /* Four rows at a time, as rows_q4_0. The minima are subtracted through -8 times the sums of x, which x carries. */

@@ -41,7 +41,7 @@ static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, flo
             low[h] = high[h] = _mm512_setzero_si512();                                                                 \
         for (int64_t pair = p0 / 2; pair < (p1 + 1) / 2; pair++) {                                                     \
             const __m256i *line = (const __m256i *)(lines + 64 * pair);                                                \
-            _mm_prefetch((const char *)line + PREFETCH_FAR, _MM_HINT_T0);                                              \
+            st_prefetch_l1((const uint8_t *)line + PREFETCH_FAR);                                                      \
             __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256(line));                                                \
             __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256(line + 1));                                            \
             _Pragma("GCC unroll 8") for (int h = 0; h < N; h++) {                                                      \

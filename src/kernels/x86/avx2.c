@@ -5,6 +5,8 @@
 /* maddubs wants one unsigned operand: |w| times s with w's sign; 2 x 128 x 127 = 32512 fits. */
 #define DOT_SIGNED(w, s)                                                                                               \
     _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w)), _mm256_set1_epi16(1))
+/* Zen 3 streams Q4_0 from memory 9 % quicker by two threads without it, K types as quick. */
+#define PREFETCH_FAR 0
 #include "vec256.h"
 
 static void quantize(const float *x, int64_t cols, st_q8x4 *out) {

@@ -1,5 +1,6 @@
 /* AVX-512 with VNNI: the matrix kernels, attention, dot, RoPE and top-k at 512 bits. The rest it has from the AVX2
  * table, which every CPU of this table can run. */
+#include "../ahead.h"
 #include "../plain.h"
 #include "../table.h"
 #include "prefetch.h"

@@ -28,13 +28,17 @@ ST_SPARSE_TYPES(ROWS)
 typedef void tile_one(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, tile_sum *sum);
 typedef void down_chunk(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y);
 
-/* What ffn needs of each type. bits: of a code of Down. */
-#define GATE_OF(NAME, name) [ST_TILED_##NAME] = {tile_##name##_x1, ST_TILE_BYTES(NAME)},
+/* Blocks of a gate tile between two rows of up: whole st_q8x4, whole super-blocks. */
+#define GATE_STEP(NAME) (ST_##NAME##_COLUMNS == ST_BLOCK ? 4 : ST_##NAME##_COLUMNS / ST_BLOCK)
+
+/* What ffn needs of each type. */
+#define GATE_OF(NAME, name) [ST_TILED_##NAME] = {tile_##name##_x1, ST_TILE_BYTES(NAME), GATE_STEP(NAME)},
 #define UP_OF(NAME, name) [ST_TILED_##NAME] = {rows_##name, ST_##NAME##_BYTES, ST_##NAME##_COLUMNS / ST_BLOCK},
 #define CHUNK_OF(NAME, name) [ST_TILED_##NAME] = chunk_##name,
 static const struct {
     tile_one *tile;
     int64_t bytes; /* of a block of a tile, on average */
+    int64_t step;
 } gate_of[ST_TILED_COUNT] = {ST_TILED_TYPES(GATE_OF)};
 static const struct {
     st_rows *rows;
@@ -44,12 +48,6 @@ static down_chunk *const chunk_of[ST_TILED_COUNT] = {ST_SPARSE_TYPES(CHUNK_OF)};
 
 /* Chunks whose bits above the nibbles share 64 bytes of a line; 0: there are none. */
 static const int64_t chunks_above[ST_TILED_COUNT] = {[ST_TILED_Q5_K] = 4, [ST_TILED_Q6_K] = 2};
-
-/* Bytes of a line of so many chunks. */
-static inline int64_t line_bytes(int tiled, int64_t chunks) {
-    int64_t share = chunks_above[tiled];
-    return 64 * (chunks + (share ? (chunks + share - 1) / share : 0));
-}
 
 /* 128 outputs of one group where down is transposed, added to y. w holds the weights of this chunk, which are made here
  * for four chunks at a time: i counts the chunks from the first that is computed. chunks: of a line. */
@@ -115,47 +113,13 @@ static inline __attribute__((always_inline)) void down_chunks(const int tiled, d
 ST_SPARSE_TYPES(DOWN)
 ST_TRANSPOSED_TYPES(DOWN_TRANSPOSED)
 
-/* Share `step` of `steps` of bytes. */
-static inline void prefetch_share(const uint8_t *p, int64_t bytes, int64_t step, int64_t steps) {
-    int64_t from = share(bytes, step, steps);
-    prefetch_far(p + from, share(bytes, step + 1, steps) - from);
-}
-
-/* Share `step` of `steps` of the scales of group g of Down; a K type's super-block has a head, which its other groups
- * find in the cache. */
-static inline void prefetch_scales(const st_down_view *down, int tiled, int64_t chunks, int64_t g, int64_t step,
-                                   int64_t steps) {
-    if (tiled == ST_TILED_Q4_0) {
-        prefetch_share(down->scales + down->scale_stride * (size_t)g, chunks * 256, step, steps);
-        return;
-    }
-    int head = tiled == ST_TILED_Q6_K ? ST_DOWN_Q6_K_HEAD : ST_DOWN_K_HEAD;
-    int scales = tiled == ST_TILED_Q6_K ? ST_DOWN_Q6_K_SCALES : ST_DOWN_K_SCALES;
-    prefetch_share(down_k_scales(down, g, head, scales), chunks * scales, step, steps);
-    if (g % 8 == 0 || g % ST_FFN_PART == 0)
-        prefetch_share(down_k_head(down, g), chunks * head, step, steps);
-}
-
-/* Share `step` of `steps` of what stage[1] of ffn will need: lines of down, rows of up and, where down is transposed,
- * scales of the neurons that fire; else the group's scales. row: bytes of a row of up; chunks: of a line. */
-static inline void prefetch_fired(const st_neurons *n, int down, int64_t row, int64_t chunks, int64_t step,
-                                  int64_t steps) {
-    for (int64_t k = share(n->fired, step, steps); k < share(n->fired, step + 1, steps); k++) {
-        prefetch_far(n->down.lines + n->down.stride * (size_t)n->index[k], line_bytes(down, chunks));
-        prefetch_far(n->up + n->up_stride * (size_t)n->index[k], row);
-        if (n->transposed)
-            prefetch_far(n->down.scales + n->down.scale_stride * (size_t)n->index[k], chunks * 8);
-    }
-    if (n->fired && !n->transposed)
-        prefetch_scales(&n->down, down, chunks, n->group, step, steps);
-}
-
-/* The gate's blocks come from memory in order; the other stages' arithmetic and prefetches go between them, where the
- * core would wait. */
+/* The gate's blocks come from memory in order; the other stages' arithmetic goes between them, where the core would
+ * wait, and between all of it what stage[1] will need is asked for. */
 static ST_FFN(ffn) {
     st_neurons *gate = stage[0], *ahead = stage[1], *up = stage[2], *down = stage[3];
     int64_t chunks = (nb * ST_BLOCK + ST_DOWN_CHUNK - 1) / ST_DOWN_CHUNK;
-    int64_t tile_bytes = gate_of[tiled[0]].bytes, row = nb / up_of[tiled[1]].blocks * up_of[tiled[1]].bytes;
+    int64_t gate_step = gate_of[tiled[0]].step, tile_bytes = gate_of[tiled[0]].bytes;
+    int64_t row = nb / up_of[tiled[1]].blocks * up_of[tiled[1]].bytes;
     int again = gate && ahead && gate->gate == ahead->gate; /* of another token: it is in the cache */
     const st_fired *fired = down && down->transposed ? &down->output : NULL;
     const uint8_t *index = NULL;
@@ -164,20 +128,21 @@ static ST_FFN(ffn) {
         index = fired ? fired->index : down->active.index;
         quads = fired ? fired->quads : down->active.quads;
     }
-    int64_t steps = 2 * ((nb + GATE_STEP - 1) / GATE_STEP), step = 0, todo = quads ? chunks : 0;
+    int64_t steps = 2 * ((nb + gate_step - 1) / gate_step), step = 0, todo = quads ? chunks : 0;
     float value[32], spread[32];
     block_weights w;
+    runs_ahead next;
+    look_ahead(&next, ahead, tiled[2], chunks, 2 * steps);
     for (int tile = 0; tile < 2; tile++) {
         tile_sum sum[1];
         memset(sum, 0, sizeof sum);
-        for (int64_t b = 0; b < nb; b += GATE_STEP, step++) {
+        for (int64_t b = 0; b < nb; b += gate_step, step++) {
             if (gate) {
                 const st_q8x4 *x = gate->x + b / 4;
                 gate_of[tiled[0]].tile(gate->gate + (tile * nb + b) * tile_bytes,
-                                       nb - b < GATE_STEP ? nb - b : GATE_STEP, &x, !again, sum);
+                                       nb - b < gate_step ? nb - b : gate_step, &x, !again, sum);
             }
-            if (ahead)
-                prefetch_fired(ahead, tiled[2], row, chunks, step, steps);
+            ask_ahead(&next);
             if (up) {
                 int64_t k0 = share(up->fired, step, steps), k1 = share(up->fired, step + 1, steps);
                 for (int64_t k = k0 + 2; k < k1 + 2 && k < up->fired; k++)
@@ -187,6 +152,7 @@ static ST_FFN(ffn) {
                     for (int64_t k = k0; k < k1; k++)
                         prefetch_near(up->down.scales + up->down.scale_stride * (size_t)up->index[k], chunks * 8);
             }
+            ask_ahead(&next);
             for (int64_t i = share(todo, step, steps); i < share(todo, step + 1, steps); i++) {
                 float *y = down->y + i * ST_DOWN_CHUNK;
                 prefetch_chunks(&down->down, tiled[2], chunks, down->group, i + 1, 1, index, quads, 0);

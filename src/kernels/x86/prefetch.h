@@ -3,20 +3,21 @@
 #define SMALLTHINKER_X86_PREFETCH_H
 
 #include "smallthinker/kernels.h"
-
-#include <immintrin.h>
+#include "smallthinker/prefetch.h"
 
 /* Bytes of one stream, in two steps: far ahead into the second-level cache, where more requests may wait, and near
- * ahead into the first. */
+ * ahead into the first. A table whose CPUs are quicker without the first step says 0. */
+#ifndef PREFETCH_FAR
 #define PREFETCH_FAR 4096
+#endif
 #define PREFETCH_NEAR 2048
-#define GATE_STEP 8    /* blocks of a gate tile between two rows of up: 2304 bytes, half of what is prefetched */
 #define DOWN_CHUNKS 12 /* chunks of the down projection computed together: 6 KiB of sums */
 
 static inline void prefetch_ahead(const uint8_t *p, int bytes) {
     for (int i = 0; i < bytes; i += 64) {
-        _mm_prefetch((const char *)p + PREFETCH_FAR + i, _MM_HINT_T1);
-        _mm_prefetch((const char *)p + PREFETCH_NEAR + i, _MM_HINT_T0);
+        if (PREFETCH_FAR)
+            st_prefetch_l2(p + PREFETCH_FAR + i);
+        st_prefetch_l1(p + PREFETCH_NEAR + i);
     }
 }
 
@@ -27,18 +28,18 @@ static inline void prefetch_neurons(const uint8_t *lines, size_t line, int64_t n
                                     int64_t i, int64_t of) {
     for (int64_t k = 4 * quads * i / of; k < 4 * quads * (i + 1) / of; k++)
         for (int64_t j = 0; j < n; j++)
-            _mm_prefetch((const char *)lines + line * index[k] + 64 * j, _MM_HINT_T0);
+            st_prefetch_l1(lines + line * index[k] + 64 * j);
 }
 
 /* Bytes that may start and end anywhere in a cache line, into the second-level cache or into the first. */
 static inline void prefetch_far(const uint8_t *p, int64_t bytes) {
     for (const uint8_t *q = p - (uintptr_t)p % 64; q < p + bytes; q += 64)
-        _mm_prefetch((const char *)q, _MM_HINT_T1);
+        st_prefetch_l2(q);
 }
 
 static inline void prefetch_near(const uint8_t *p, int64_t bytes) {
     for (const uint8_t *q = p - (uintptr_t)p % 64; q < p + bytes; q += 64)
-        _mm_prefetch((const char *)q, _MM_HINT_T0);
+        st_prefetch_l1(q);
 }
 
 #endif
