@@ -21,13 +21,22 @@ enum { SCORES = 4 }; /* positions whose scores are computed together */
         }                                                                                                              \
     }
 
-/* The values, which are read by columns, come into the second-level cache while the keys are multiplied. */
+/* Part `part` of `parts` of what is asked for beside the scores of some positions: the keys after them, and their
+ * values, which are read by columns and come into the second-level cache while the keys are multiplied. */
+static inline void prefetch_positions(const uint16_t *keys, const uint16_t *values, int64_t bytes, int64_t part,
+                                      int64_t parts) {
+    int64_t from = share(bytes / 64, part, parts) * 64, to = share(bytes / 64, part + 1, parts) * 64;
+    prefetch_ahead((const uint8_t *)keys + from, (int)(to - from));
+    prefetch_far((const uint8_t *)values + from, to - from);
+}
+
 static ST_ATTENTION(attention) {
+    int64_t turns = (G + HEADS - 1) / HEADS;
     for (int64_t p = 0; p < n; p += SCORES) {
         const uint16_t *keys = k + p * hd;
-        prefetch_ahead((const uint8_t *)keys, (int)(SCORES * hd * 2));
-        prefetch_far((const uint8_t *)(v + p * hd), (SCORES < n - p ? SCORES : n - p) * hd * 2);
-#define STEP(H) scores_h(H, q + h * hd, hd, keys, n - p, scale, scores + h * ST_ATTN_CHUNK + p)
+#define STEP(H)                                                                                                        \
+    prefetch_positions(keys, v + p * hd, SCORES * hd * 2, turns - groups, turns);                                      \
+    scores_h(H, q + h * hd, hd, keys, n - p, scale, scores + h * ST_ATTN_CHUNK + p)
         EACH_GROUP(G, STEP)
 #undef STEP
     }

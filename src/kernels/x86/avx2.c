@@ -85,9 +85,12 @@ static inline __attribute__((always_inline)) void scores_h(const int H, const fl
                 sum[h][p] = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * hd + i), key, sum[h][p]);
         }
     for (int h = 0; h < H; h++) {
-        float four[4];
-        _mm_storeu_ps(four, _mm_mul_ps(sum4x8(sum[h]), _mm_set1_ps(scale)));
-        memcpy(scores + h * ST_ATTN_CHUNK, four, sizeof *four * (size_t)(n < 4 ? n : 4));
+        __m128 four = _mm_mul_ps(sum4x8(sum[h]), _mm_set1_ps(scale));
+        float *to = scores + h * ST_ATTN_CHUNK;
+        if (n >= 4)
+            _mm_storeu_ps(to, four);
+        else
+            memcpy(to, &four, sizeof *to * (size_t)n);
     }
 }
 
