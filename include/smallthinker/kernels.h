@@ -130,10 +130,10 @@ typedef struct st_kernels {
     st_attention_many *attention_many;
 
     /* The same over positions p0..p1 (0 <= p0 < p1 <= ST_ATTN_CHUNK) of one KV head in a Q8_0 page.
-     * q: 2 * G pointers to quantised rows of hd columns, the queries and then what their rounding left (kv.h), so
+     * q: 2 * G pointers to quantised rows of hd columns, the queries and then what their rounding left (st_kv_query_rest), so
      * that a query counts in 16 bits; k, v: the page's keys and values (kv.h), written at least at
      * p0..p1, zero or older positions elsewhere; scores: scratch of 2 * G * ST_ATTN_CHUNK floats; hd % 32 == 0.
-     * Scores come from the gemm of Q8_0. The weights of a block of dimensions are exp(score - m) times the values'
+     * Scores are made as gemm of Q8_0 does. The weights of a block of dimensions are exp(score - m) times the values'
      * scales, rounded to 15 bits of the largest scale, so that the sum over the positions is one of integers: exact. */
     st_attention_q8 *attention_q8;
 

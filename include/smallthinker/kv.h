@@ -34,7 +34,8 @@ size_t st_kv_head_bytes(int type, int64_t hd);
 void st_kv_store_q8_key(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *keys);
 void st_kv_store_q8_value(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *values);
 
-/* rest[hd] = x minus what its quantised form q stands for; quantised in turn, it gives a query eight more bits. */
-void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, float *rest);
+/* rest[hd] = x minus what its quantised form q stands for, in 254ths of q's scales: gives a query eight more bits, 254 *
+ * q + rest. */
+void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, st_q8x4 *rest);
 
 #endif

@@ -69,8 +69,7 @@ cdef inline void query_unit(Call *call, const Layer *layer, int64_t head, const 
         for t in range(call.n):
             query = buffers.q8 + 2 * (t * shape.heads + head) * buffers.nq_head
             kernels.quantize(out + t * ld, hd, query)
-            st_kv_query_rest(out + t * ld, query, hd, scratch.scores)
-            kernels.quantize(scratch.scores, hd, query + buffers.nq_head)
+            st_kv_query_rest(out + t * ld, query, hd, query + buffers.nq_head)
 
 
 cdef inline void key_value_unit(Call *call, const Layer *layer, int64_t unit, const st_q8x4 *const *xq,

@@ -163,7 +163,7 @@ cdef extern from "smallthinker/kv.h" nogil:
     const st_kv_kind *st_kv_kind_at(int i)
     size_t st_kv_head_bytes(int type, int64_t hd)
     void st_kv_store_q8_key(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *keys)
-    void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, float *rest)
+    void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, st_q8x4 *rest)
     void st_kv_store_q8_value(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *values)
 
 cdef extern from "smallthinker/cpu.h" nogil:

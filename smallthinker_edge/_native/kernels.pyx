@@ -43,6 +43,15 @@ def kv_head_bytes(int64_t hd):
     return st_kv_head_bytes(ST_Q8_0, hd)
 
 
+def query_rest(const float[::1] x, const uint8_t[::1] q):
+    """What is left of x by its quantised form q, as attention_q8 takes it: uint8, as long as q."""
+    need(x.shape[0] % 32 == 0 and q.shape[0] >= (x.shape[0] + 127) // 128 * <int64_t>sizeof(st_q8x4))
+    out = np.zeros(q.shape[0], np.uint8)
+    cdef uint8_t[::1] rest = out
+    st_kv_query_rest(&x[0], <const st_q8x4 *>&q[0], x.shape[0], <st_q8x4 *>&rest[0])
+    return out
+
+
 def pack_tile16(int type, const uint8_t[::1] src, int64_t rows, int64_t cols):
     """GGUF rows to Tile16 bytes (layout.h)."""
     need(src.shape[0] == rows * <int64_t>st_row_bytes(type, cols))
@@ -280,7 +289,7 @@ cdef class Table:
     def attention_q8(self, const uint8_t[:, ::1] q, int64_t hd, const uint8_t[::1] k, const uint8_t[::1] v, int64_t p0,
                      int64_t p1, float scale, float[::1] scores, float[:, ::1] acc, float[::1] m, float[::1] l,
                      int64_t repeat=1):
-        """q: [2 * G][quantised row]; k, v: a page as kv_store() fills it. repeat: for timing."""
+        """q: [2 * G][quantised row], the queries and then their query_rest(); k, v: a page as kv_store() fills it. repeat: for timing."""
         cdef int64_t G = q.shape[0] // 2, i, _
         need(q.shape[0] == 2 * G and q.shape[1] >= (hd + 127) // 128 * <int64_t>sizeof(st_q8x4))
         need(0 <= p0 < p1 <= ST_ATTN_CHUNK)

@@ -41,9 +41,24 @@ void st_kv_store_q8_value(const st_q8x4 *x, int64_t hd, int64_t position, uint8_
     }
 }
 
-void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, float *rest) {
-    for (int64_t i = 0; i < hd; i++) {
-        int64_t b = i / ST_BLOCK, j = i % ST_BLOCK;
-        rest[i] = x[i] - q[b / 4].scale[b % 4 * 4] * (float)q[b / 4].q[j / 16][b % 4][j % 16];
+void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, st_q8x4 *rest) {
+    const float whole = 12582912; /* 1.5 * 2^23: adding it rounds to nearest even */
+    for (int64_t b = 0; b < hd / ST_BLOCK; b++, x += ST_BLOCK) {
+        const st_q8x4 *from = q + b / 4;
+        st_q8x4 *to = rest + b / 4;
+        int64_t lane = b % 4;
+        if (lane == 0)
+            memset(to, 0, sizeof *to);
+        float scale = from->scale[4 * lane], by = scale / 254;
+        int32_t sum = 0;
+        for (int i = 0; i < ST_BLOCK; i++) {
+            float left = (x[i] - scale * (float)from->q[i / 16][lane][i % 16]) / by;
+            int8_t byte = left > -127.5f && left < 127.5f ? (int8_t)(left + whole - whole) : 0; /* NaN: by is, too */
+            to->q[i / 16][lane][i % 16] = byte;
+            sum += byte;
+        }
+        to->corr[4 * lane] = -8 * sum;
+        for (int i = 0; i < 4; i++)
+            to->scale[4 * lane + i] = by;
     }
 }

@@ -417,8 +417,24 @@ def q8_values(x: np.ndarray) -> np.ndarray:
     return np.asarray(quants.dequantize(quants.quantize(x, T.Q8_0), T.Q8_0), np.float64)
 
 
+@pytest.mark.parametrize("head_dim", [32, 128, 160])
+def test_two_roundings_of_a_query_are_one_of_sixteen_bits(name: str, head_dim: int) -> None:
+    def roundings(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first = quantized(name, x)
+        rest = np.array([kernels.query_rest(*pair) for pair in zip(x, first, strict=True)])
+        return values_of(first, head_dim), values_of(rest, head_dim)
+
+    q = np.random.default_rng(2).standard_normal((4, head_dim)).astype(np.float32)
+    q *= np.array([[1], [1e-30], [1e30], [3]], np.float32)
+    q[3, :32] = 0
+    largest = np.repeat(np.abs(q).reshape(4, -1, 32).max(2), 32, axis=1)
+    assert np.all(np.abs(sum(roundings(q)) - q) <= largest * 0.502 / 127 / 254)
+    q[0, 1], q[1, 2] = np.nan, np.inf
+    assert not np.isfinite(roundings(q)[1][:2, :32]).any()
+
+
 @pytest.mark.parametrize("heads", [1, 3, 6, 7])
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 160])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 160, 288])
 def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_dim: int) -> None:
     rng = np.random.default_rng(heads)
     for first, last in ((0, 1), (0, 5), (3, 4), (0, 100), (17, 190), (255, 256), (0, 256), (1, 255)):
@@ -430,8 +446,7 @@ def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_
         Table(name).kv_store(older, older, 0, k, v)  # positions around, which must not be looked at
         Table(name).kv_store(keys, values, first, k, v)
         queries = quantized(name, q)
-        rest = q - values_of(queries, head_dim).astype(np.float32)
-        queries = np.concatenate([queries, quantized(name, rest)])
+        queries = np.concatenate([queries, [kernels.query_rest(*pair) for pair in zip(q, queries, strict=True)]])
         acc, m, lsum, scores = Guarded(heads * head_dim), Guarded(heads), Guarded(heads), Guarded(2 * heads * 256)
         Table(name).attention_q8(queries, head_dim, k, v, first, last, 0.3, scores.inner,
                                  acc.inner.reshape(heads, head_dim), m.inner, lsum.inner)  # fmt: skip
@@ -442,6 +457,8 @@ def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_
         got = acc.check().reshape(heads, head_dim) / lsum.check()[:, None]
         # Weights are rounded to 1/32767 of the largest scale: n independent errors of at most half of that.
         rounding = 2 * np.sqrt(last - first) * np.abs(values).max() / 32767 / e.sum(1, keepdims=True)
+        # Queries are rounded to 1/(127 * 254): a score, and with it a weight, is off by the sum of so many of these.
+        rounding += 0.3 * np.sqrt(head_dim) * np.abs(q).max() / (127 * 254) / 4 * np.abs(values).max()
         assert np.all(np.abs(got - expected) < rounding + 2e-5 * np.abs(values).max())
         assert np.abs(m.check() - s.max(1)).max() < 1e-3
 

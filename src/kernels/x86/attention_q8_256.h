@@ -1,5 +1,5 @@
-/* attention_q8 at 256 bits, included by vec256.h after gemm_q8_0 and exp8. Two heads share each read and widening of
- * the values. Never included elsewhere. */
+/* attention_q8 at 256 bits, included by vec256.h after exp8. Up to three heads share each read and widening of keys and
+ * values, to 16 bits. Never included elsewhere. */
 #include "smallthinker/kv.h"
 
 #ifdef __AVXVNNI__
@@ -15,13 +15,102 @@ static inline __m256 lanes_q8(int64_t p, int64_t p0, int64_t p1) {
     return _mm256_castsi256_ps(_mm256_and_si256(low, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)p1), at)));
 }
 
-/* s[p0..p1) = (s + rest) * scale -> exp(score - max), zero for the rest of the tiles touched; returns their sum. */
-static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, float scale, float *max) {
+enum { Q8_HEADS = 3, Q8_BLOCKS = 8 };
+
+/* Some blocks of the queries of some heads, in 16 bits: value = by * q. */
+typedef struct queries_q8 {
+    int16_t q[Q8_HEADS][Q8_BLOCKS][ST_BLOCK];
+    float by[Q8_HEADS][Q8_BLOCKS];
+} queries_q8;
+
+/* Block b of a query from its two roundings. */
+static inline void query_q8(const st_q8x4 *whole, const st_q8x4 *rest, int64_t b, int16_t q[ST_BLOCK], float *by) {
+    int64_t quad = b / 4, lane = b % 4;
+    for (int half = 0; half < 2; half++) {
+        __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)whole[quad].q[half][lane]));
+        __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)rest[quad].q[half][lane]));
+        high = _mm256_mullo_epi16(high, _mm256_set1_epi16(254));
+        _mm256_storeu_si256((__m256i *)(q + 16 * half), _mm256_add_epi16(high, low));
+    }
+    *by = rest[quad].scale[4 * lane];
+}
+
+/* Sums of eight rows from those of their pairs of columns: four rows each in a and b. */
+static inline __m256 rows_of_pairs(__m256i a, __m256i b) {
+    return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8));
+}
+
+/* Scores of 16 positions, added to those of other blocks, for H heads. tile: of the first of nb blocks. values: as many
+ * bytes, which are asked for; NULL: the keys that follow are. */
+static inline __attribute__((always_inline)) void tile_scores_q8(const int H, const uint8_t *tile, int64_t nb,
+                                                                 const queries_q8 *queries, const uint8_t *values,
+                                                                 float *scores) {
+    for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {
+        if (values)
+            prefetch_far(values + b * ST_TILE_Q8_0_BYTES, ST_TILE_Q8_0_BYTES);
+        else
+            prefetch_ahead(tile, ST_TILE_Q8_0_BYTES);
+        for (int half = 0; half < 2; half++) { /* eight positions: their sums stay in registers */
+            __m256i dot[Q8_HEADS][2];
+            for (int h = 0; h < H; h++)
+                dot[h][0] = dot[h][1] = _mm256_setzero_si256();
+            _Pragma("GCC unroll 2") for (int g = 0; g < 8; g++) for (int i = 0; i < 2; i++) {
+                const uint8_t *keys = tile + 32 + 64 * g + 32 * half + 16 * i;
+                __m256i key = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)keys));
+                for (int h = 0; h < H; h++) {
+                    int64_t four;
+                    memcpy(&four, queries->q[h][b] + 4 * g, 8);
+                    dot[h][i] = MADD16(dot[h][i], key, _mm256_set1_epi64x(four));
+                }
+            }
+            __m256 scale = load_f16x8(tile + 16 * half);
+            for (int h = 0; h < H; h++) {
+                float *to = scores + h * ST_ATTN_CHUNK + 8 * half;
+                __m256 by = _mm256_mul_ps(scale, _mm256_set1_ps(queries->by[h][b]));
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(rows_of_pairs(dot[h][0], dot[h][1]), by, _mm256_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+/* scores[h][256] of tiles t0..t1 for heads h0..h0 + H of G. The first heads ask for keys, the others for values, which
+ * are as long. */
+static inline __attribute__((always_inline)) void scores_q8_h(const int H, const uint8_t *k, int64_t nb, int64_t t0,
+                                                              int64_t t1, const st_q8x4 *const *q, int64_t G,
+                                                              int64_t h0, const uint8_t *values, float *scores) {
+    queries_q8 queries;
+    for (int h = 0; h < H; h++)
+        memset(scores + h * ST_ATTN_CHUNK + t0 * ST_TILE_ROWS, 0, (size_t)(t1 - t0) * ST_TILE_ROWS * sizeof *scores);
+    for (int64_t b0 = 0; b0 < nb; b0 += Q8_BLOCKS) {
+        int64_t blocks = nb - b0 < Q8_BLOCKS ? nb - b0 : Q8_BLOCKS;
+        for (int h = 0; h < H; h++)
+            for (int64_t b = 0; b < blocks; b++)
+                query_q8(q[h0 + h], q[G + h0 + h], b0 + b, queries.q[h][b], &queries.by[h][b]);
+        for (int64_t t = t0; t < t1; t++) {
+            int64_t at = (t * nb + b0) * ST_TILE_Q8_0_BYTES;
+            tile_scores_q8(H, k + at, blocks, &queries, h0 ? values + at : NULL, scores + t * ST_TILE_ROWS);
+        }
+    }
+}
+
+/* STEP(h, H) over G heads in groups of at most three, of equal size as far as possible; H is a constant. */
+#define EACH_Q8(G, STEP)                                                                                               \
+    for (int64_t groups = ((G) + Q8_HEADS - 1) / Q8_HEADS, h = 0, left; h < (G); h += left, groups--) {                \
+        left = ((G) - h + groups - 1) / groups;                                                                        \
+        switch (left) {                                                                                                \
+        case 1: STEP(h, 1); break;                                                                                     \
+        case 2: STEP(h, 2); break;                                                                                     \
+        default: STEP(h, Q8_HEADS); break;                                                                             \
+        }                                                                                                              \
+    }
+
+/* s[p0..p1) = s * scale -> exp(score - max), zero for the rest of the tiles touched; returns their sum. */
+static float softmax_q8(float *s, int64_t p0, int64_t p1, float scale, float *max) {
     __m256 m = _mm256_set1_ps(-INFINITY), none = m, sum = _mm256_setzero_ps(), bad = sum;
     int64_t start = p0 / 16 * 16, end = (p1 + 15) / 16 * 16;
     for (int64_t p = start; p < end; p += 8) {
-        __m256 x = _mm256_add_ps(_mm256_loadu_ps(s + p), _mm256_loadu_ps(rest + p));
-        x = _mm256_blendv_ps(none, _mm256_mul_ps(x, _mm256_set1_ps(scale)), lanes_q8(p, p0, p1));
+        __m256 x = _mm256_mul_ps(_mm256_loadu_ps(s + p), _mm256_set1_ps(scale));
+        x = _mm256_blendv_ps(none, x, lanes_q8(p, p0, p1));
         _mm256_storeu_ps(s + p, x);
         bad = _mm256_or_ps(bad, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
         m = _mm256_max_ps(m, x);
@@ -35,6 +124,17 @@ static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, flo
         sum = _mm256_add_ps(sum, e);
     }
     return nan ? NAN : sum8(sum);
+}
+
+/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. v: what comes next. */
+static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const st_q8x4 *const *q, int64_t G, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *m, float *l) {
+    int64_t t0 = p0 / ST_TILE_ROWS, t1 = (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS;
+#define STEP(h, H) scores_q8_h(H, k, nb, t0, t1, q, G, h, v, scores + h * ST_ATTN_CHUNK)
+    EACH_Q8(G, STEP)
+#undef STEP
+    for (int64_t h = 0; h < G; h++)
+        l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, p0, p1, scale, m + h);
 }
 
 /* w[G][256] = scores times the block's scales, in 15 bits of the largest scale, which is returned. */
@@ -63,32 +163,29 @@ static float weights_q8(const uint8_t *scales, const float *scores, int64_t G, i
     return top;
 }
 
-/* Sums of one block of 32 dimensions for two heads (the same one twice where G is odd). */
-static void values_q8(const uint8_t *lines, const int16_t *w0, const int16_t *w1, int64_t p0, int64_t p1, float by,
-                      float *out0, float *out1) {
-    __m256i s0[4], s1[4];
-    for (int i = 0; i < 4; i++)
-        s0[i] = s1[i] = _mm256_setzero_si256();
-    for (int64_t pair = p0 / 2; pair < (p1 + 1) / 2; pair++) {
-        const uint8_t *line = lines + 64 * pair;
-        __m256i a = broadcast4((const int8_t *)(w0 + 2 * pair)), b = broadcast4((const int8_t *)(w1 + 2 * pair));
-        for (int i = 0; i < 4; i++) {
-            __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(line + 16 * i)));
-            s0[i] = MADD16(s0[i], x, a);
-            s1[i] = MADD16(s1[i], x, b);
+/* Sums of one block of 32 dimensions for H heads; w: [H][256]. */
+static inline __attribute__((always_inline)) void values_q8(const int H, const uint8_t *lines, const int16_t *w,
+                                                            int64_t p0, int64_t p1, float by, float *acc, int64_t hd) {
+    for (int half = 0; half < 2; half++, lines += 32, acc += 16) {
+        __m256i sum[Q8_HEADS][2];
+        for (int h = 0; h < H; h++)
+            sum[h][0] = sum[h][1] = _mm256_setzero_si256();
+        _Pragma("GCC unroll 2") for (int64_t pair = p0 / 2; pair < (p1 + 1) / 2; pair++) for (int i = 0; i < 2; i++) {
+            __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(lines + 64 * pair + 16 * i)));
+            for (int h = 0; h < H; h++)
+                sum[h][i] = MADD16(sum[h][i], x, broadcast4((const int8_t *)(w + h * ST_ATTN_CHUNK + 2 * pair)));
         }
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(out0 + 8 * i, _mm256_mul_ps(_mm256_cvtepi32_ps(s0[i]), _mm256_set1_ps(by)));
-        _mm256_storeu_ps(out1 + 8 * i, _mm256_mul_ps(_mm256_cvtepi32_ps(s1[i]), _mm256_set1_ps(by)));
+        for (int h = 0; h < H; h++)
+            for (int i = 0; i < 2; i++)
+                _mm256_storeu_ps(acc + h * hd + 8 * i,
+                                 _mm256_mul_ps(_mm256_cvtepi32_ps(sum[h][i]), _mm256_set1_ps(by)));
     }
 }
 
-/* Sums of one block for all heads, two at a time. */
+/* Sums of one block for all heads. */
 static void values_q8_all(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
                           float *acc, int64_t hd) {
-    for (int64_t h = 0; h < G; h += 2) {
-        int64_t other = h + 1 < G ? h + 1 : h;
-        values_q8(lines, w + h * ST_ATTN_CHUNK, w + other * ST_ATTN_CHUNK, p0, p1, by, acc + h * hd, acc + other * hd);
-    }
+#define STEP(h, H) values_q8(H, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, acc + h * hd, hd)
+    EACH_Q8(G, STEP)
+#undef STEP
 }

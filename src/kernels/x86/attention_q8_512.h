@@ -32,6 +32,16 @@ static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, flo
     return bad ? NAN : _mm512_reduce_add_ps(sum);
 }
 
+/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. */
+static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const st_q8x4 *const *q, int64_t G, int64_t p0,
+                         int64_t p1, float scale, float *scores, float *m, float *l) {
+    (void)v;
+    int64_t t0 = p0 / ST_TILE_ROWS, t1 = (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS;
+    gemm_q8_0(k, ST_ATTN_CHUNK, nb, t0, t1, q, 2 * G, scores + t0 * ST_TILE_ROWS, ST_ATTN_CHUNK);
+    for (int64_t h = 0; h < G; h++)
+        l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
+}
+
 /* Sums of one block of dimensions for N heads; w: [N][256] weights, of which p0..p1 rounded to pairs are read. */
 #define VALUES_Q8(N)                                                                                                   \
     static void values_q8_x##N(const uint8_t *lines, const int16_t *w, int64_t p0, int64_t p1, float by, float *acc,   \

@@ -7,7 +7,7 @@
  *   weigh_blocks(scales, stride, count, a, w), transposed_chunk(lines, line, a, w, first, y)
  *                                            the same where down is transposed: weights of 16 blocks; 128 outputs
  *   add_weighted(weight, total, y)           y += weight * total of 128 outputs
- *   softmax_q8, weights_q8, values_q8_all    attention_q8_256.h, attention_q8_512.h */
+ *   softmaxes_q8, weights_q8, values_q8_all  attention_q8_256.h, attention_q8_512.h */
 
 /* The activate of all x86 tables, of avx2.c. */
 void st_avx2_activate(const float *g, const float *up, st_active *out);
@@ -176,12 +176,8 @@ static ST_FFN(ffn) {
 }
 
 static ST_ATTENTION_Q8(attention_q8) {
-    int64_t t0 = p0 / ST_TILE_ROWS;
     int16_t *w = (int16_t *)(scores + G * ST_ATTN_CHUNK);
-    gemm_q8_0(k, ST_ATTN_CHUNK, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G,
-              scores + t0 * ST_TILE_ROWS, ST_ATTN_CHUNK);
-    for (int64_t h = 0; h < G; h++)
-        l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
+    softmaxes_q8(k, v, hd / ST_BLOCK, q, G, p0, p1, scale, scores, m, l);
     for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
         float by = weights_q8(v, scores, G, p0, p1, w) / 32767;
         values_q8_all(v + 2 * ST_ATTN_CHUNK, w, G, p0, p1, by, acc + b * ST_BLOCK, hd);
