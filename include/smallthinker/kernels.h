@@ -96,7 +96,7 @@ typedef struct st_kernels {
     /* One step of the FFN of a few tokens: each of stage[0..3] (NULL: none; all different) goes one stage further.
      * tiled: the places of the types of gate, up and down, the same for all four (st_expert has them).
      *   stage[0]: its gate is computed, and which neurons fire.
-     *   stage[1]: up's rows and down's of those that fire are prefetched (a hint).
+     *   stage[1]: what stands together of those that fire (expert.h) is prefetched, and the group's scales (hints).
      *   stage[2]: up of those that fire, and their activations.
      *   stage[3]: y[d] += W_down[:, its 32 neurons] . h; y has room for whole chunks of ST_DOWN_CHUNK.
      * The steps of different groups share a call because the gate streams from memory, and the rest of the arithmetic
@@ -130,11 +130,12 @@ typedef struct st_kernels {
     st_attention_many *attention_many;
 
     /* The same over positions p0..p1 (0 <= p0 < p1 <= ST_ATTN_CHUNK) of one KV head in a Q8_0 page.
-     * q: 2 * G pointers to quantised rows of hd columns, the queries and then what their rounding left (st_kv_query_rest), so
-     * that a query counts in 16 bits; k, v: the page's keys and values (kv.h), written at least at
-     * p0..p1, zero or older positions elsewhere; scores: scratch of 2 * G * ST_ATTN_CHUNK floats; hd % 32 == 0.
-     * Scores are made as gemm of Q8_0 does. The weights of a block of dimensions are exp(score - m) times the values'
-     * scales, rounded to 15 bits of the largest scale, so that the sum over the positions is one of integers: exact. */
+     * q: 2 * G pointers to quantised rows of hd columns, the queries and then what st_kv_query_rest makes of them:
+     * their scales are the queries' / 254, so that 254 * q + rest counts in 16 bits, which a table may make of both at
+     * once. k, v: the page's keys and values (kv.h), written at least at p0..p1, zero or older positions elsewhere;
+     * scores: scratch of 2 * G * ST_ATTN_CHUNK floats; hd % 32 == 0.  The weights of a block of dimensions are
+     * exp(score - m) times the values' scales, rounded to 15 bits of the largest scale, so that the sum over the
+     * positions is one of integers: exact. */
     st_attention_q8 *attention_q8;
 
     /* out[n] = x / sqrt(mean(x^2) + eps) * w */

@@ -21,7 +21,7 @@ typedef struct st_kv_kind {
 const st_kv_kind *st_kv_kind_at(int i);
 
 /* Q8_0 (blocks of 32 dimensions of one position share an fp16 scale), nb = hd / 32:
- *   keys:   Tile16 of Q8_0 (layout.h), a position being a row, so that gemm_q8_0 makes the scores.
+ *   keys:   Tile16 of Q8_0 (layout.h), a position being a row, so that a gemm can make the scores.
  *   values: per block of dimensions uint16 scale[256] (fp16, one a position), then 128 lines of 64 bytes: byte
  *           2*i + j of line p is dimension i of the block at position 2*p + j. Two positions side by side are what
  *           the 16-bit pair products of every instruction set take. */
@@ -34,8 +34,8 @@ size_t st_kv_head_bytes(int type, int64_t hd);
 void st_kv_store_q8_key(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *keys);
 void st_kv_store_q8_value(const st_q8x4 *x, int64_t hd, int64_t position, uint8_t *values);
 
-/* rest[hd] = x minus what its quantised form q stands for, in 254ths of q's scales: gives a query eight more bits, 254 *
- * q + rest. */
+/* rest[hd] = x minus what its quantised form q stands for, in 254ths of q's scales: 254 * q + rest has eight bits more
+ * than q. */
 void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, st_q8x4 *rest);
 
 #endif

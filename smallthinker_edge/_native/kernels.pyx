@@ -289,7 +289,8 @@ cdef class Table:
     def attention_q8(self, const uint8_t[:, ::1] q, int64_t hd, const uint8_t[::1] k, const uint8_t[::1] v, int64_t p0,
                      int64_t p1, float scale, float[::1] scores, float[:, ::1] acc, float[::1] m, float[::1] l,
                      int64_t repeat=1):
-        """q: [2 * G][quantised row], the queries and then their query_rest(); k, v: a page as kv_store() fills it. repeat: for timing."""
+        """q: [2 * G][quantised row], the queries and then their query_rest(); k, v: a page as kv_store() fills it.
+        repeat: for timing."""
         cdef int64_t G = q.shape[0] // 2, i, _
         need(q.shape[0] == 2 * G and q.shape[1] >= (hd + 127) // 128 * <int64_t>sizeof(st_q8x4))
         need(0 <= p0 < p1 <= ST_ATTN_CHUNK)

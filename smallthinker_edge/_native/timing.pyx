@@ -490,6 +490,8 @@ cdef class Timer:
         for i in range(tokens):
             p[i] = <size_t>&quantized[i * q_bytes]
             self.k.quantize(&x[0], cols // 32 * 32, <st_q8x4 *>&quantized[i * q_bytes])
+            if kernel == "attention_q8" and rows <= i < 2 * rows:
+                st_kv_query_rest(&x[0], <st_q8x4 *>&quantized[0], cols, <st_q8x4 *>&quantized[i * q_bytes])
         job.xq = <const st_q8x4 *const *>&p[0]
         job.out_stride = (rows * max(tokens, 1) + rows * (cols + 2 * ST_ATTN_CHUNK + 2) * kernel.startswith("attention")
                           + (queries * (cols + 2) + ST_ATTN_SCRATCH(queries, cols)) * (kernel == "attention_many")

@@ -5,15 +5,19 @@
 #include "plain.h"
 #include "smallthinker/prefetch.h"
 
-/* Runs of lines, asked for in order and in equal parts. A core waits for 16 to 24 lines at most; whoever asks for more
- * at once is held up, and his computations with him. So a few are asked for between any two of these
+#ifndef ST_ASK /* a table may want them nearer */
+#define ST_ASK st_prefetch_l2
+#endif
+
+/* Runs of lines, asked for in order and in equal parts. A core waits for 16 to 24 lines at most; who asks for more at
+ * once is held up, and the computations with him. So a few are asked for between any two of these
  * (docs/notes/2026-11-30-lines-ahead.md). */
 typedef struct runs_ahead {
     const uint8_t *p, *end; /* what is left of the run that is being asked for */
     int next, count;        /* runs */
     int lines;              /* of all runs */
     int parts, each;        /* in which they are asked for; lines of a part, rounded down */
-    int rest, over;         /* what that leaves of all, and has left so far */
+    int remainder, carried; /* lines that `each` leaves of all; in so many parts of one, those of the parts so far */
     struct {
         const uint8_t *p, *end;
     } run[32 + 2];
@@ -26,6 +30,7 @@ static inline void add_run(runs_ahead *a, const uint8_t *p, int64_t bytes) {
     a->lines += (int)((p + bytes - line + 63) / 64);
 }
 
+/* More than is left of a run; apart, because it is rare. */
 static __attribute__((noinline)) void ask_across(runs_ahead *a, int lines) {
     for (; lines > 0; lines--, a->p += 64) {
         if (a->p >= a->end) {
@@ -34,7 +39,7 @@ static __attribute__((noinline)) void ask_across(runs_ahead *a, int lines) {
             a->p = a->run[a->next].p;
             a->end = a->run[a->next++].end;
         }
-        st_prefetch_l2(a->p);
+        ST_ASK(a->p);
     }
 }
 
@@ -42,9 +47,9 @@ static __attribute__((noinline)) void ask_across(runs_ahead *a, int lines) {
 static inline void ask_ahead(runs_ahead *a) {
     const uint8_t *p = a->p;
     int lines = a->each;
-    a->over += a->rest;
-    if (a->over >= a->parts) {
-        a->over -= a->parts;
+    a->carried += a->remainder;
+    if (a->carried >= a->parts) {
+        a->carried -= a->parts;
         lines++;
     }
     if (a->end - p < 64 * lines) {
@@ -53,13 +58,13 @@ static inline void ask_ahead(runs_ahead *a) {
     }
     a->p += 64 * lines;
     for (; lines >= 4; lines -= 4, p += 256) {
-        st_prefetch_l2(p);
-        st_prefetch_l2(p + 64);
-        st_prefetch_l2(p + 128);
-        st_prefetch_l2(p + 192);
+        ST_ASK(p);
+        ST_ASK(p + 64);
+        ST_ASK(p + 128);
+        ST_ASK(p + 192);
     }
     for (; lines > 0; lines--, p += 64)
-        st_prefetch_l2(p);
+        ST_ASK(p);
 }
 
 /* The scales of group g of Down; a K type's super-block has a head, which its other groups find in the cache. */
@@ -76,18 +81,18 @@ static inline void add_scales(runs_ahead *a, const st_down_view *down, int tiled
 }
 
 /* Begins with what n (NULL: nothing) will need at the next stages, to be asked for in so many parts: all that stands
- * together of every neuron that fires (expert.h), and where down is not transposed the group's scales. down: its place
- * in the tables; chunks: of a line. */
-static inline void look_ahead(runs_ahead *a, const st_neurons *n, int down, int64_t chunks, int64_t parts) {
-    a->p = a->end = NULL;
-    a->next = a->count = a->lines = a->over = 0;
+ * together of every neuron that fires (expert.h), and where down is not transposed the group's scales. tiled: the
+ * place of its type; chunks: of a line. */
+static inline void look_ahead(runs_ahead *a, const st_neurons *n, int tiled, int64_t chunks, int64_t parts) {
+    a->p = a->end = (const uint8_t *)a; /* nothing, but not NULL: it is reckoned with */
+    a->next = a->count = a->lines = a->carried = 0;
     for (int64_t k = 0; n && k < n->fired; k++)
         add_run(a, n->down.lines + n->down.stride * (size_t)n->index[k], (int64_t)n->down.stride);
     if (n && n->fired && !n->transposed)
-        add_scales(a, &n->down, down, chunks, n->group);
+        add_scales(a, &n->down, tiled, chunks, n->group);
     a->parts = (int)parts;
     a->each = a->lines / a->parts;
-    a->rest = a->lines % a->parts;
+    a->remainder = a->lines % a->parts;
 }
 
 #endif

@@ -53,7 +53,8 @@ void st_kv_query_rest(const float *x, const st_q8x4 *q, int64_t hd, st_q8x4 *res
         int32_t sum = 0;
         for (int i = 0; i < ST_BLOCK; i++) {
             float left = (x[i] - scale * (float)from->q[i / 16][lane][i % 16]) / by;
-            int8_t byte = left > -127.5f && left < 127.5f ? (int8_t)(left + whole - whole) : 0; /* NaN: by is, too */
+            float up = left + whole; /* by itself: the sum must lose its fraction */
+            int8_t byte = left > -127.5f && left < 127.5f ? (int8_t)(up - whole) : 0; /* NaN: by is 0 or no number */
             to->q[i / 16][lane][i % 16] = byte;
             sum += byte;
         }

@@ -433,7 +433,30 @@ def test_two_roundings_of_a_query_are_one_of_sixteen_bits(name: str, head_dim: i
     assert not np.isfinite(roundings(q)[1][:2, :32]).any()
 
 
-@pytest.mark.parametrize("heads", [1, 3, 6, 7])
+def test_attention_q8_keeps_to_one_head_what_is_no_number(name: str) -> None:
+    rng = np.random.default_rng(1)
+    q, keys, values = (rng.standard_normal((n, 64)).astype(np.float32) for n in (5, 40, 40))
+    k, v = (np.zeros(kernels.kv_head_bytes(64), np.uint8) for _ in range(2))
+    Table(name).kv_store(keys, values, 0, k, v)
+
+    def attend(q: np.ndarray) -> np.ndarray:
+        queries = quantized(name, q)
+        queries = np.concatenate([queries, [kernels.query_rest(*pair) for pair in zip(q, queries, strict=True)]])
+        acc, m, lsum = np.empty((5, 64), np.float32), np.empty(5, np.float32), np.empty(5, np.float32)
+        Table(name).attention_q8(queries, 64, k, v, 0, 40, 0.3, np.empty(2 * 5 * 256, np.float32), acc, m, lsum)
+        return np.asarray(acc / lsum[:, None])
+
+    good = attend(q)
+    assert np.isfinite(good).all()
+    for bad in (np.nan, np.inf, -np.inf):
+        broken = q.copy()
+        broken[1, 7] = bad
+        got = attend(broken)
+        assert np.isnan(got[1]).all()
+        assert np.array_equal(np.delete(got, 1, 0), np.delete(good, 1, 0))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 160, 288])
 def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_dim: int) -> None:
     rng = np.random.default_rng(heads)
@@ -478,7 +501,7 @@ EXPERTS = [
 
 
 @pytest.mark.parametrize("types", EXPERTS)
-@pytest.mark.parametrize("silent", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("silent", [-1, 0.0, 0.6, 1.0])
 @pytest.mark.parametrize(("d", "f"), [(32, 32), (96, 64), (160, 224), (1280, 64), (1536, 384)])
 def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(
     name: str, d: int, f: int, silent: float, types: tuple[T, T, T, bool]
@@ -491,12 +514,16 @@ def test_ffn_gives_the_bits_of_its_kernels_one_after_the_other(
     up = weights(up_type, f, d, 2)[0]
     down = weights(down_type, *((f, d) if transposed else (d, f)), 3)[0]
     gate[np.random.default_rng(9).random(f) < silent] = 0  # neurons whose gate is 0
+    xq = quantized(name, inputs("normal", (1, d)))
+    if silent < 0:  # none is
+        some = np.empty(f, np.float32)
+        table.gemm(gate_type, kernels.pack_tile16(gate_type, gate.reshape(-1), f, d), f, d, 0, -(-f // 16), xq, some, f)
+        gate[:] = gate[some.argmax()]
     tiles, rows, lines = (
         kernels.pack_tile16(gate_type, gate.reshape(-1), f, d),
         kernels.pack_rows(up_type, up, f, d),
         kernels.pack_down(down_type, down, d, f, transposed),
     )
-    xq = quantized(name, inputs("normal", (1, d)))
     g, values = np.empty(f, np.float32), np.empty(f, np.float32)
     table.gemm(gate_type, tiles, f, d, 0, -(-f // 16), xq, g, f)
     table.rows(up_type, rows, d, np.arange(f, dtype=np.int32), xq[0], values)

@@ -18,6 +18,7 @@
  * ahead. The distance of one step is reasoned, not measured: no board was at hand. */
 #include "common.h"
 
+#define ST_ASK st_prefetch_l1 /* nothing else asks for them again */
 #include "../ahead.h"
 #include "../plain.h"
 
@@ -419,7 +420,7 @@ static ST_FFN(ffn) {
     int64_t todo = quads ? chunks : 0;
     float value[32], spread[32];
     runs_ahead next;
-    look_ahead(&next, ahead, tiled[2], chunks, 2 * steps);
+    look_ahead(&next, ahead, tiled[2], chunks, 3 * steps);
     for (int tile = 0; tile < 2; tile++) {
         float32x4_t sum[4];
         memset(sum, 0, sizeof sum);
@@ -440,6 +441,7 @@ static ST_FFN(ffn) {
                 else
                     chunk_of[tiled[2]](&down->down, down->group, c, &down->active, down->y + ST_DOWN_CHUNK * c);
             }
+            ask_ahead(&next);
         }
         if (gate)
             store_rows(sum, ST_TILE_ROWS, gate->g + 16 * tile);

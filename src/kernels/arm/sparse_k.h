@@ -230,11 +230,6 @@ ALWAYS_INLINE void chunk_q6_k_c(const int c, const st_down_view *down, int64_t g
 
 #include "../chunk_k.h"
 
-/* Bytes of a line behind the nibbles of so many chunks. */
-static inline int64_t above_bytes(int tiled, int64_t chunks) {
-    return tiled == ST_TILED_Q5_K ? (chunks + 3) / 4 * 64 : tiled == ST_TILED_Q6_K ? (chunks + 1) / 2 * 64 : 0;
-}
-
 #define DOWN_K(name)                                                                                                   \
     static ST_DOWN(down_##name) {                                                                                      \
         (void)d;                                                                                                       \

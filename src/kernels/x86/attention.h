@@ -1,4 +1,4 @@
-/* Attention over F16 pages; included by avx2.c and avx512vnni.c after:
+/* Attention over F16 pages; included by avx2.c and avx512vnni.c after heads.h and:
  *   HEADS, scores_h(H, ...), values_h(H, ...)  four scores, or the values, of H <= HEADS heads at once
  *   softmax_chunk(s, n, max)
  *   KEYS, KEY_ROWS, key_scores_h(H, ...)   scores of KEYS positions for H <= KEY_ROWS rows, from keys that are floats
@@ -7,43 +7,30 @@
 
 enum { SCORES = 4 }; /* positions whose scores are computed together */
 
-/* STEP(h, H) over G heads in groups of at most HEADS, of equal size as far as possible; H is a constant. */
-#define EACH_GROUP(G, STEP)                                                                                            \
-    for (int64_t groups = ((G) + HEADS - 1) / HEADS, h = 0, left; h < (G); h += left, groups--) {                      \
-        left = ((G) - h + groups - 1) / groups;                                                                        \
-        switch (left) {                                                                                                \
-        case 1: STEP(1); break;                                                                                        \
-        case 2: STEP(2); break;                                                                                        \
-        case 3: STEP(3); break;                                                                                        \
-        case 4: STEP(HEADS < 4 ? HEADS : 4); break;                                                                    \
-        case 5: STEP(HEADS < 5 ? HEADS : 5); break;                                                                    \
-        default: STEP(HEADS); break;                                                                                   \
-        }                                                                                                              \
-    }
-
-/* Part `part` of `parts` of what is asked for beside the scores of some positions: the keys after them, and their
- * values, which are read by columns and come into the second-level cache while the keys are multiplied. */
-static inline void prefetch_positions(const uint16_t *keys, const uint16_t *values, int64_t bytes, int64_t part,
-                                      int64_t parts) {
-    int64_t from = share(bytes / 64, part, parts) * 64, to = share(bytes / 64, part + 1, parts) * 64;
-    prefetch_ahead((const uint8_t *)keys + from, (int)(to - from));
-    prefetch_far((const uint8_t *)values + from, to - from);
+/* Asks for lines from..to of what comes after the keys of some positions and of their values, which are read by columns
+ * and come into the second-level cache while the keys are multiplied. */
+static inline void prefetch_positions(const uint16_t *keys, const uint16_t *values, int64_t from, int64_t to) {
+    prefetch_ahead((const uint8_t *)keys + 64 * from, (int)(64 * (to - from)));
+    prefetch_far((const uint8_t *)values + 64 * from, 64 * (to - from));
 }
 
+/* Each group of heads asks for its part. */
 static ST_ATTENTION(attention) {
-    int64_t turns = (G + HEADS - 1) / HEADS;
+    int64_t lines = SCORES * hd * 2 / 64, groups = (G + HEADS - 1) / HEADS, part = (lines + groups - 1) / groups;
     for (int64_t p = 0; p < n; p += SCORES) {
         const uint16_t *keys = k + p * hd;
-#define STEP(H)                                                                                                        \
-    prefetch_positions(keys, v + p * hd, SCORES * hd * 2, turns - groups, turns);                                      \
+        int64_t asked = 0;
+#define STEP(h, H)                                                                                                     \
+    prefetch_positions(keys, v + p * hd, asked, asked + part < lines ? asked + part : lines);                          \
+    asked += part;                                                                                                     \
     scores_h(H, q + h * hd, hd, keys, n - p, scale, scores + h * ST_ATTN_CHUNK + p)
-        EACH_GROUP(G, STEP)
+        EACH_GROUP(HEADS, G, STEP)
 #undef STEP
     }
     for (int64_t h = 0; h < G; h++)
         l[h] = softmax_chunk(scores + h * ST_ATTN_CHUNK, n, m + h);
-#define STEP(H) values_h(H, scores + h * ST_ATTN_CHUNK, v, hd, n, acc + h * hd)
-    EACH_GROUP(G, STEP)
+#define STEP(h, H) values_h(H, scores + h * ST_ATTN_CHUNK, v, hd, n, acc + h * hd)
+    EACH_GROUP(HEADS, G, STEP)
 #undef STEP
 }
 
@@ -85,9 +72,9 @@ static void values_many(const float *weights, int64_t rows, int64_t hd, const ui
             int64_t count = p1 - p < VALUES ? p1 - p : VALUES;
             for (int64_t j = 0; j < count; j++)
                 widen(v + (p + j) * hd + c, columns, values + j * COLUMNS);
-#define STEP(H)                                                                                                        \
+#define STEP(h, H)                                                                                                     \
     add_values_h(H, weights + h * ST_ATTN_ROW + p - p0, values, columns, count, p == p0, acc + h * hd + c, hd)
-            EACH_GROUP(rows, STEP)
+            EACH_GROUP(HEADS, rows, STEP)
 #undef STEP
         }
     }

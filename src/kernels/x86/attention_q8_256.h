@@ -40,14 +40,14 @@ static inline __m256 rows_of_pairs(__m256i a, __m256i b) {
     return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8));
 }
 
-/* Scores of 16 positions, added to those of other blocks, for H heads. tile: of the first of nb blocks. values: as many
- * bytes, which are asked for; NULL: the keys that follow are. */
+/* Scores of 16 positions, added to those of other blocks, for H heads. tile: of the first of nb blocks. ask: as many
+ * bytes that will be read; NULL: the keys that follow. */
 static inline __attribute__((always_inline)) void tile_scores_q8(const int H, const uint8_t *tile, int64_t nb,
-                                                                 const queries_q8 *queries, const uint8_t *values,
+                                                                 const queries_q8 *queries, const uint8_t *ask,
                                                                  float *scores) {
     for (int64_t b = 0; b < nb; b++, tile += ST_TILE_Q8_0_BYTES) {
-        if (values)
-            prefetch_far(values + b * ST_TILE_Q8_0_BYTES, ST_TILE_Q8_0_BYTES);
+        if (ask)
+            prefetch_far(ask + b * ST_TILE_Q8_0_BYTES, ST_TILE_Q8_0_BYTES);
         else
             prefetch_ahead(tile, ST_TILE_Q8_0_BYTES);
         for (int half = 0; half < 2; half++) { /* eight positions: their sums stay in registers */
@@ -73,11 +73,10 @@ static inline __attribute__((always_inline)) void tile_scores_q8(const int H, co
     }
 }
 
-/* scores[h][256] of tiles t0..t1 for heads h0..h0 + H of G. The first heads ask for keys, the others for values, which
- * are as long. */
+/* scores[h][256] of tiles t0..t1 for heads h0..h0 + H of G. ask: see tile_scores_q8. */
 static inline __attribute__((always_inline)) void scores_q8_h(const int H, const uint8_t *k, int64_t nb, int64_t t0,
                                                               int64_t t1, const st_q8x4 *const *q, int64_t G,
-                                                              int64_t h0, const uint8_t *values, float *scores) {
+                                                              int64_t h0, const uint8_t *ask, float *scores) {
     queries_q8 queries;
     for (int h = 0; h < H; h++)
         memset(scores + h * ST_ATTN_CHUNK + t0 * ST_TILE_ROWS, 0, (size_t)(t1 - t0) * ST_TILE_ROWS * sizeof *scores);
@@ -88,21 +87,10 @@ static inline __attribute__((always_inline)) void scores_q8_h(const int H, const
                 query_q8(q[h0 + h], q[G + h0 + h], b0 + b, queries.q[h][b], &queries.by[h][b]);
         for (int64_t t = t0; t < t1; t++) {
             int64_t at = (t * nb + b0) * ST_TILE_Q8_0_BYTES;
-            tile_scores_q8(H, k + at, blocks, &queries, h0 ? values + at : NULL, scores + t * ST_TILE_ROWS);
+            tile_scores_q8(H, k + at, blocks, &queries, ask ? ask + at : NULL, scores + t * ST_TILE_ROWS);
         }
     }
 }
-
-/* STEP(h, H) over G heads in groups of at most three, of equal size as far as possible; H is a constant. */
-#define EACH_Q8(G, STEP)                                                                                               \
-    for (int64_t groups = ((G) + Q8_HEADS - 1) / Q8_HEADS, h = 0, left; h < (G); h += left, groups--) {                \
-        left = ((G) - h + groups - 1) / groups;                                                                        \
-        switch (left) {                                                                                                \
-        case 1: STEP(h, 1); break;                                                                                     \
-        case 2: STEP(h, 2); break;                                                                                     \
-        default: STEP(h, Q8_HEADS); break;                                                                             \
-        }                                                                                                              \
-    }
 
 /* s[p0..p1) = s * scale -> exp(score - max), zero for the rest of the tiles touched; returns their sum. */
 static float softmax_q8(float *s, int64_t p0, int64_t p1, float scale, float *max) {
@@ -126,12 +114,15 @@ static float softmax_q8(float *s, int64_t p0, int64_t p1, float scale, float *ma
     return nan ? NAN : sum8(sum);
 }
 
-/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. v: what comes next. */
+/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. Of whole pages all but
+ * the first heads ask for the values v, which are as long as the keys. */
 static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const st_q8x4 *const *q, int64_t G, int64_t p0,
                          int64_t p1, float scale, float *scores, float *m, float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS, t1 = (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS;
-#define STEP(h, H) scores_q8_h(H, k, nb, t0, t1, q, G, h, v, scores + h * ST_ATTN_CHUNK)
-    EACH_Q8(G, STEP)
+    int whole =
+        t0 == 0 && t1 == ST_ATTN_CHUNK / ST_TILE_ROWS; /* values stand in another order: their tiles do not match */
+#define STEP(h, H) scores_q8_h(H, k, nb, t0, t1, q, G, h, h &&whole ? v : NULL, scores + h * ST_ATTN_CHUNK)
+    EACH_GROUP(Q8_HEADS, G, STEP)
 #undef STEP
     for (int64_t h = 0; h < G; h++)
         l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, p0, p1, scale, m + h);
@@ -186,6 +177,6 @@ static inline __attribute__((always_inline)) void values_q8(const int H, const u
 static void values_q8_all(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
                           float *acc, int64_t hd) {
 #define STEP(h, H) values_q8(H, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, acc + h * hd, hd)
-    EACH_Q8(G, STEP)
+    EACH_GROUP(Q8_HEADS, G, STEP)
 #undef STEP
 }

@@ -3,6 +3,7 @@
 #include "../ahead.h"
 #include "../plain.h"
 #include "../table.h"
+#include "heads.h"
 #include "prefetch.h"
 
 #include <immintrin.h>

@@ -1,7 +1,8 @@
 /* What the x86 tables do alike around their own inner steps; included by avx512vnni.c and vec256.h after these:
  *   tile_sum                                 the sums of a tile's 16 rows
  *   tile_<type>_x1(tile, nb, x, stream, sum) blocks of a tile for one token, added to sum; stream: it comes from
- * memory, and what follows is prefetched store_rows(sum, count, y)                the first `count` rows of a tile
+ *                                            memory, and what follows is prefetched
+ *   store_rows(sum, count, y)                the first `count` rows of a tile
  *   rows_<type>_r(R, rows, nb, x, out)       one or two rows
  *   chunk_<type>(down, g, chunk, a, y)       128 outputs of 32 neurons, added to y
  *   weigh_blocks(scales, stride, count, a, w), transposed_chunk(lines, line, a, w, first, y)
@@ -28,7 +29,7 @@ ST_SPARSE_TYPES(ROWS)
 typedef void tile_one(const uint8_t *tile, int64_t nb, const st_q8x4 *const *x, int stream, tile_sum *sum);
 typedef void down_chunk(const st_down_view *down, int64_t g, int64_t chunk, const st_active *a, float *y);
 
-/* Blocks of a gate tile between two rows of up: whole st_q8x4, whole super-blocks. */
+/* Blocks of a gate tile between two turns of the other stages: whole st_q8x4, whole super-blocks. */
 #define GATE_STEP(NAME) (ST_##NAME##_COLUMNS == ST_BLOCK ? 4 : ST_##NAME##_COLUMNS / ST_BLOCK)
 
 /* What ffn needs of each type. */
@@ -132,7 +133,8 @@ static ST_FFN(ffn) {
     float value[32], spread[32];
     block_weights w;
     runs_ahead next;
-    look_ahead(&next, ahead, tiled[2], chunks, 2 * steps);
+    int third = gate_step > 4; /* whether a step has room for asking a third time */
+    look_ahead(&next, ahead, tiled[2], chunks, (2 + third) * steps);
     for (int tile = 0; tile < 2; tile++) {
         tile_sum sum[1];
         memset(sum, 0, sizeof sum);
@@ -161,6 +163,8 @@ static ST_FFN(ffn) {
                 else
                     chunk_of[tiled[2]](&down->down, down->group, i, &down->active, y);
             }
+            if (third)
+                ask_ahead(&next);
         }
         if (gate)
             store_rows((const void *)sum, ST_TILE_ROWS, gate->g + 16 * tile);

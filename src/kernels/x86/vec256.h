@@ -7,6 +7,7 @@
 #include "../ahead.h"
 #include "../plain.h"
 #include "../table.h"
+#include "heads.h"
 #include "prefetch.h"
 
 #include <immintrin.h>
