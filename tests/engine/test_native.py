@@ -1,5 +1,5 @@
-"""The pager, its reader and the thread team in C, under faults and load, plain and under the compiler's sanitizers; and
-what the compiler must not leave out of the kernels."""
+"""The pager, its reader, the thread team and the kernels' requests in C, under faults and load, plain and under the
+compiler's sanitizers; and what the compiler must not leave out of the kernels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Programs of tests/native/ and what they are linked with; the latter two include what they test.
+# Programs of tests/native/ and what they are linked with; those without include what they test.
 PROGRAMS = {
     "pager_stress": ["src/paging/pager.c", "src/paging/eviction.c", "src/paging/crc32.c", "src/system/thread_start.c"],
     "reader_faults": [],
     "team_stress": [],
+    "ahead_lines": [],
 }
 
 
