@@ -417,18 +417,22 @@ def q8_values(x: np.ndarray) -> np.ndarray:
     return np.asarray(quants.dequantize(quants.quantize(x, T.Q8_0), T.Q8_0), np.float64)
 
 
+def rounded_queries(name: str, q: np.ndarray) -> np.ndarray:
+    """Queries as attention_q8 takes them: their quantised rows, then the rests of these."""
+    first = quantized(name, q)
+    return np.concatenate([first, [kernels.query_rest(*pair) for pair in zip(q, first, strict=True)]])
+
+
 @pytest.mark.parametrize("head_dim", [32, 128, 160])
 def test_two_roundings_of_a_query_are_one_of_sixteen_bits(name: str, head_dim: int) -> None:
-    def roundings(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first = quantized(name, x)
-        rest = np.array([kernels.query_rest(*pair) for pair in zip(x, first, strict=True)])
-        return values_of(first, head_dim), values_of(rest, head_dim)
+    def roundings(x: np.ndarray) -> np.ndarray:
+        return values_of(rounded_queries(name, x), head_dim).reshape(2, *x.shape)
 
     q = np.random.default_rng(2).standard_normal((4, head_dim)).astype(np.float32)
     q *= np.array([[1], [1e-30], [1e30], [3]], np.float32)
     q[3, :32] = 0
     largest = np.repeat(np.abs(q).reshape(4, -1, 32).max(2), 32, axis=1)
-    assert np.all(np.abs(sum(roundings(q)) - q) <= largest * 0.502 / 127 / 254)
+    assert np.all(np.abs(roundings(q).sum(0) - q) <= largest * 0.502 / 127 / 254)
     q[0, 1], q[1, 2] = np.nan, np.inf
     assert not np.isfinite(roundings(q)[1][:2, :32]).any()
 
@@ -440,8 +444,7 @@ def test_attention_q8_keeps_to_one_head_what_is_no_number(name: str) -> None:
     Table(name).kv_store(keys, values, 0, k, v)
 
     def attend(q: np.ndarray) -> np.ndarray:
-        queries = quantized(name, q)
-        queries = np.concatenate([queries, [kernels.query_rest(*pair) for pair in zip(q, queries, strict=True)]])
+        queries = rounded_queries(name, q)
         acc, m, lsum = np.empty((5, 64), np.float32), np.empty(5, np.float32), np.empty(5, np.float32)
         Table(name).attention_q8(queries, 64, k, v, 0, 40, 0.3, np.empty(2 * 5 * 256, np.float32), acc, m, lsum)
         return np.asarray(acc / lsum[:, None])
@@ -468,8 +471,7 @@ def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_
         older = np.full((256, head_dim), 50, np.float32)
         Table(name).kv_store(older, older, 0, k, v)  # positions around, which must not be looked at
         Table(name).kv_store(keys, values, first, k, v)
-        queries = quantized(name, q)
-        queries = np.concatenate([queries, [kernels.query_rest(*pair) for pair in zip(q, queries, strict=True)]])
+        queries = rounded_queries(name, q)
         acc, m, lsum, scores = Guarded(heads * head_dim), Guarded(heads), Guarded(heads), Guarded(2 * heads * 256)
         Table(name).attention_q8(queries, head_dim, k, v, first, last, 0.3, scores.inner,
                                  acc.inner.reshape(heads, head_dim), m.inner, lsum.inner)  # fmt: skip
