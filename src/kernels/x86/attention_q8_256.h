@@ -119,9 +119,9 @@ static float softmax_q8(float *s, int64_t p0, int64_t p1, float scale, float *ma
 static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const st_q8x4 *const *q, int64_t G, int64_t p0,
                          int64_t p1, float scale, float *scores, float *m, float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS, t1 = (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS;
-    int whole =
-        t0 == 0 && t1 == ST_ATTN_CHUNK / ST_TILE_ROWS; /* values stand in another order: their tiles do not match */
-#define STEP(h, H) scores_q8_h(H, k, nb, t0, t1, q, G, h, h &&whole ? v : NULL, scores + h * ST_ATTN_CHUNK)
+    /* Values stand in another order than keys: only all of them are where tiles are. */
+    const uint8_t *ask = t0 == 0 && t1 == ST_ATTN_CHUNK / ST_TILE_ROWS ? v : NULL;
+#define STEP(h, H) scores_q8_h(H, k, nb, t0, t1, q, G, h, h ? ask : NULL, scores + h * ST_ATTN_CHUNK)
     EACH_GROUP(Q8_HEADS, G, STEP)
 #undef STEP
     for (int64_t h = 0; h < G; h++)
