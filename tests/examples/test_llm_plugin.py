@@ -103,6 +103,7 @@ def test_the_command_finds_it_by_its_entry_point(folder: Path, tmp_path: Path) -
     paths = os.pathsep.join([str(tmp_path / "site"), str(PLUGIN), os.getcwd()])
     env = {**os.environ, "PYTHONPATH": paths, "LLM_USER_PATH": str(tmp_path), "SMALLTHINKER_MODELS": str(folder)}
     command = [sys.executable, "-m", "llm", "-m", "smallthinker/demo", SENTENCE, "-o", "max_tokens", "50"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    # llm puts what it finds on its standard input before the prompt.
+    done = subprocess.run(command, env=env, input="", capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ANSWER
