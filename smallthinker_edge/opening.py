@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +20,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.paging import ExpertPaging
-from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.errors import ModelFormatError, OutOfMemoryError
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, warm_up
@@ -33,6 +36,8 @@ from smallthinker_edge.text.tokenizer import Tokenizer
 DEFAULT_CONTEXT = 4096
 KV_CHOICES = (*KV_TYPES, "auto")
 BATCH = 512  # most tokens computed together
+T = TypeVar("T")
+Progress = Callable[[int, int], object]  # layers that are loaded, and all
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Settings:
     pin: bool
     verify: bool
     structured: bool
-    on_load: Callable[[int, int], object] | None
+    on_load: Progress | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.thread_count, int) or not 1 <= self.thread_count <= 256:
@@ -94,25 +99,33 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
         engine = _make_engine(config, settings, threshold is not None)
         experts = Experts(file, config, settings) if isinstance(file, PackedFile) else None
 
-        def plan(memory: int | str | None) -> Plan:
+        def plan(held: int = 0) -> Plan:
             slot_bytes = experts.size if experts else 0
             predictor, count = threshold is not None, settings.thread_count
-            return make_plan(file, config, context, BATCH, memory, slot_bytes, settings.kv, predictor, count)
+            return make_plan(
+                *(file, config, context, BATCH, settings.memory, slot_bytes, settings.kv, predictor, count), held=held
+            )
 
-        if experts and settings.memory is None:  # nothing to divide: they can be read while Python builds the tokenizer
-            experts.start_paging(engine, plan(None))
-        tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
-        if tokenizer.vocab_size != config.vocab_size:
-            raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
-        grammars = Grammars(tokenizer) if settings.structured else None
-        made = plan(settings.memory)  # with all of Python's part in memory, so that it counts
-        if experts and experts.sums is not None:
-            experts.file.check_dense(experts.sums)
-        Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load(settings.on_load)
-        if experts and settings.memory is not None:
-            experts.start_paging(engine, made)
-            file.forget()  # what was read until now is in the page cache, which a memory limit counts
-            drop_library_cache()
+        def load(progress: Progress | None) -> None:
+            if experts and experts.sums is not None:
+                experts.file.check_dense(experts.sums)
+            Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load(progress)
+
+        if settings.memory is None:  # nothing to divide, so that weights can be read while Python builds the tokenizer
+            with _started(partial(_text_side, file, config, settings)) as building:
+                load(_watching(building, settings.on_load))
+                if experts:  # now: two threads that touch new memory may hold each other up
+                    experts.start_paging(engine, plan(held=engine.weights.bytes))
+                tokenizer, grammars = building.result()
+            made = plan(held=engine.weights.bytes + int(engine.paging_stats().get("read_bytes", 0)))
+        else:
+            tokenizer, grammars = _text_side(file, config, settings)
+            made = plan()  # with all of Python's part in memory, so that it counts
+            load(settings.on_load)
+            if experts:
+                experts.start_paging(engine, made)
+                file.forget()  # what was read until now is in the page cache, which a memory limit counts
+                drop_library_cache()
         engine.keep_to(made.sessions, made.most_sessions, context, made.kv)
         return OpenedModel(file, config, context, threshold, engine, tokenizer, grammars, made)
     except BaseException:
@@ -120,6 +133,37 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
         if engine is not None:
             engine.close()
         raise
+
+
+def _text_side(file: ModelFile, config: ModelConfig, settings: Settings) -> tuple[Tokenizer, Grammars | None]:
+    """The tokenizer, and grammars where they are asked for."""
+    tokenizer = Tokenizer.from_gguf_metadata(file.metadata)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ModelFormatError("tokens and embedding rows differ in number", field="tokenizer.ggml.tokens")
+    return tokenizer, Grammars(tokenizer) if settings.structured else None
+
+
+@contextmanager
+def _started(call: Callable[[], T]) -> Iterator[Future[T]]:
+    """A call under way in a thread of its own, which is waited for in any case."""
+    with ThreadPoolExecutor(1, thread_name_prefix="smallthinker-open") as pool:
+        try:
+            future = pool.submit(call)
+        except RuntimeError:
+            raise OutOfMemoryError("cannot start a thread") from None
+        yield future
+
+
+def _watching(building: Future[Any], progress: Progress | None) -> Progress:
+    """Progress that ends with what is being built: loading need not go on where that has failed."""
+
+    def watch(done: int, of: int) -> None:
+        if building.done():
+            building.result()
+        if progress is not None:
+            progress(done, of)
+
+    return watch
 
 
 def _head_threshold(given: float | str | None, config: ModelConfig) -> float | None:

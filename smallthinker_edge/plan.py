@@ -113,6 +113,7 @@ def make_plan(
     kv: str = "f16",
     predictor: bool = True,
     threads: int = 1,
+    held: int = 0,
 ) -> Plan:
     """Divides a budget.
 
@@ -123,11 +124,12 @@ def make_plan(
         kv: type of the KV cache: "f16", "q8_0", "q8_0-all", or "auto": the first of them with which the budget
             works and holds the experts that two tokens use; else the smallest.
         predictor: the LM head's predictor is used, where the file has one. threads: of the team.
+        held: bytes of this model that are in the process's memory already.
 
     Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little.
     """
     if kv == "auto":
-        return _plan_kv(file, config, context, batch, memory, slot_bytes, predictor, threads)
+        return _plan_kv(file, config, context, batch, memory, slot_bytes, predictor, threads, held)
     skip = set() if config.tied else {tensor_name("token_embd")}
     if not predictor:
         skip.add(tensor_name("lm_head_profiler"))
@@ -137,7 +139,7 @@ def make_plan(
     plan = Plan(
         limit,
         kv,
-        process=psutil.Process().memory_info().rss,
+        process=max(0, psutil.Process().memory_info().rss - held),
         weights=sum(info.nbytes for name, info in file.tensors.items() if name not in skip),
         kv_cache=kv_bytes(config, context, kv) + 4 * context,
         buffers=_buffer_bytes(file, config, context, batch, kv, predictor, threads),
@@ -202,15 +204,16 @@ def _plan_kv(
     slot_bytes: int,
     predictor: bool,
     threads: int,
+    held: int,
 ) -> Plan:
     """The plan with the first type of keys and values that suits the budget, the smallest that works otherwise."""
     enough = config.n_layers * min(config.n_experts, 2 * config.n_experts_used) if slot_bytes else 0
     types = kv_kinds(config.head_dim, bool(config.window) and any(config.window_layout))
     for kv in types[:-1]:
         try:
-            plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor, threads)
+            plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor, threads, held)
         except MemoryBudgetError:
             continue
         if plan.slots >= enough:
             return plan
-    return make_plan(file, config, context, batch, memory, slot_bytes, types[-1], predictor, threads)
+    return make_plan(file, config, context, batch, memory, slot_bytes, types[-1], predictor, threads, held)

@@ -58,11 +58,10 @@ def _alphabet_bytes(token: str) -> bytes | None:
         return None
 
 
-def _quoted(text: str) -> str:
-    """A JSON string of characters of the byte alphabet, which has no control characters; others stay as they are."""
-    if '"' in text or "\\" in text:
-        text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+def _escaped(text: str) -> str:
+    """What stands between the quotes of a JSON string, of characters of the byte alphabet, which has no control
+    characters; others stay as they are."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _pieces(items: Iterable[str]) -> Iterator[list[str]]:
@@ -116,7 +115,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self._specials: dict[str, int] = {}
         self._user_defined: set[str] = set()
-        self._unseen = frozenset(id_ for id_, kind in enumerate(types) if kind in (CONTROL, UNUSED))
+        self._unseen: set[int] = set()
         vocabulary = self._load_tokens(tokens, types)
         self._bpe = _build_bpe(vocabulary, merges)
         del vocabulary
@@ -141,6 +140,8 @@ class Tokenizer:
         types = metadata.get("tokenizer.ggml.token_type")
         if not isinstance(types, Sequence) or len(types) != len(tokens):
             raise ModelFormatError("must hold one type for every token", field="tokenizer.ggml.token_type")
+        if not all(kind is int for kind in {*map(type, types)}):
+            raise ModelFormatError("must hold whole numbers", field="tokenizer.ggml.token_type")
         bos, eos, eot = (_token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot"))
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
         if not isinstance(add_bos, bool):
@@ -159,15 +160,12 @@ class Tokenizer:
         for number, piece in enumerate(_pieces(tokens)):
             first = number * PIECE
             kinds = types[first : first + PIECE]
-            plain = None if any(kind in (CONTROL, USER_DEFINED) for kind in kinds) else _alphabet_bytes("".join(piece))
-            if plain is not None:
+            plain = None if {CONTROL, USER_DEFINED, UNUSED} & set(kinds) else _alphabet_bytes("".join(piece))
+            if plain is not None and all(piece):
                 blob += plain
                 lengths += map(len, piece)
-                items += [
-                    f"{_quoted(token)}:{first + i}"
-                    for i, (token, kind) in enumerate(zip(piece, kinds, strict=True))
-                    if token and kind != UNUSED
-                ]
+                quoted = _escaped("\n".join(piece)).split("\n")
+                items += [f'"{token}":{id_}' for id_, token in enumerate(quoted, first)]
                 continue
             for i, (token, kind) in enumerate(zip(piece, kinds, strict=True)):
                 spelled, item = self._load_token(first + i, token, kind)
@@ -180,12 +178,14 @@ class Tokenizer:
     def _load_token(self, id_: int, token: str, kind: int) -> tuple[bytes, list[str]]:
         """A token's bytes, and its JSON item where BPE may produce it."""
         spelled, special = _alphabet_bytes(token), kind in (CONTROL, USER_DEFINED)
+        if kind in (CONTROL, UNUSED):
+            self._unseen.add(id_)
         if special and token:
             self._specials.setdefault(token, id_)
             if kind == USER_DEFINED:
                 self._user_defined.add(token)
         # Merges may lead to a user-defined token and through it.
-        item = [f"{_quoted(token)}:{id_}"] if spelled and kind not in (CONTROL, UNUSED) else []
+        item = [f'"{_escaped(token)}":{id_}'] if spelled and kind not in (CONTROL, UNUSED) else []
         return token.encode("utf-8", "surrogateescape") if special or spelled is None else spelled, item
 
     def _byte_id(self, byte: int) -> int:
@@ -323,7 +323,7 @@ def _build_bpe(vocabulary: str, merges: Sequence[str]) -> BPETokenizer:
             raise ModelFormatError(
                 f"merge {wrong} is not two tokens and a space between", field="tokenizer.ggml.merges"
             )
-        pairs.append(_quoted(lines).replace("\n", '","'))
+        pairs.append(f'"{_escaped(lines)}"'.replace("\n", '","'))
     model = f'{{"type":"BPE","vocab":{{{vocabulary}}},"merges":[{",".join(pairs)}]}}'
     del pairs
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from gguf_files import write_model
 from small_model import SHAPE, tokens
@@ -16,6 +19,7 @@ from small_model import SHAPE, tokens
 from smallthinker_edge import MemoryBudgetError, SmallThinker
 from smallthinker_edge.files.pack import pack
 from smallthinker_edge.plan import Plan, make_plan
+from smallthinker_edge.text.tokenizer import Tokenizer
 
 ROW = 4 * 512  # bytes of a row of logits
 IDS = 4 * 1024  # of the tokens that a session remembers
@@ -64,6 +68,26 @@ def test_what_sessions_take_is_counted_and_given_back(stpk: str, monkeypatch: py
         fork.close()
         session.close()
         assert in_use(model) == 0
+
+
+def test_without_a_budget_weights_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in memory already when the plan is made, which counts what else the process has."""
+
+    def slowly(metadata: Any) -> Tokenizer:
+        time.sleep(0.5)  # as a vocabulary of 152k tokens takes; experts are read meanwhile
+        return build(metadata)
+
+    build = Tokenizer.from_gguf_metadata
+    monkeypatch.setattr(Tokenizer, "from_gguf_metadata", slowly)
+    path, packed = write_model(tmp_path / "m.gguf", **SHAPE | {"n_experts": 64, "d_ffn": 512}), tmp_path / "m.stpk"
+    pack(path, packed)
+    weights = os.stat(path).st_size
+    assert weights > 48 << 20
+    for file in (path, packed):
+        before = psutil.Process().memory_info().rss
+        with SmallThinker(file) as model:
+            assert model.plan.process < before + weights // 2
+            assert model.plan.total > model.plan.process + weights * 0.9
 
 
 def test_sessions_beyond_the_plan_take_the_place_of_experts(stpk: str, monkeypatch: pytest.MonkeyPatch) -> None:
