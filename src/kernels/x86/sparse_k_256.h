@@ -26,17 +26,19 @@ static inline __attribute__((always_inline)) void rows_k_r(const int five, const
     int64_t ns = nb / 8;
     __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, less[2] = {sum[0], sum[0]};
     for (int64_t super = 0; super < ns; super++) {
-        __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
         __m256 scale[2], min[2];
         for (int r = 0; r < R; r++) {
             __m128i s, m;
             k_row_scales(rows[r] + 4 * (ns + super), ns, &s, &m);
-            scale[r] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(s)), one_f16(rows[r] + 2 * super));
-            min[r] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(m)), one_f16(rows[r] + 2 * (ns + super)));
+            __m256 times = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(s)),
+                   off = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(m));
+            scale[r] = even_then_odd(_mm256_mul_ps(times, one_f16(rows[r] + 2 * super)));
+            min[r] = even_then_odd(_mm256_mul_ps(off, one_f16(rows[r] + 2 * (ns + super))));
         }
-        for (int64_t b = 8 * super; b < 8 * super + 8; b += 2) {
-            const st_q8x4 *q = x + b / 4;
-            int lane = b % 4;
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+            const st_q8x4 *q = x + 2 * super + i / 2;
+            int lane = 2 * (i % 2);
+            int64_t b = 8 * super + 2 * i;
             __m256i q0 = load256(q->q[0][lane]), q1 = load256(q->q[1][lane]);
             __m256 by = _mm256_loadu_ps(q->scale + 4 * lane);
             __m256 rest = _mm256_mul_ps(_mm256_cvtepi32_ps(load256(q->corr + 4 * lane)),
@@ -53,11 +55,10 @@ static inline __attribute__((always_inline)) void rows_k_r(const int five, const
                     high = _mm256_or_si256(high, _mm256_and_si256(two, fifth));
                 }
                 __m256i dot = TO_I32(DOT(DOT(_mm256_setzero_si256(), low, q0), high, q1));
-                __m256 s = _mm256_mul_ps(_mm256_permutevar8x32_ps(scale[r], spread), by);
+                __m256 s = _mm256_mul_ps(scales_of_step(scale[r], i), by);
                 sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), s, sum[r]);
-                less[r] = _mm256_fmadd_ps(_mm256_permutevar8x32_ps(min[r], spread), rest, less[r]);
+                less[r] = _mm256_fmadd_ps(scales_of_step(min[r], i), rest, less[r]);
             }
-            spread = _mm256_add_epi32(spread, _mm256_set1_epi32(2));
         }
     }
     for (int r = 0; r < R; r++)
@@ -71,15 +72,16 @@ static inline __attribute__((always_inline)) void rows_q6_k_r(const int R, const
     int64_t ns = nb / 8;
     __m256 first[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, last[2] = {first[0], first[0]};
     for (int64_t super = 0; super < ns; super++) {
-        __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
         __m256 scale[2][2];
         for (int r = 0; r < R; r++)
-            for (int h = 0; h < 2; h++)
-                scale[r][h] = _mm256_mul_ps(_mm256_cvtepi32_ps(widen_i8x8(rows[r] + 2 * ns + h * nb + 8 * super)),
-                                            one_f16(rows[r] + 2 * super));
-        for (int64_t b = 8 * super; b < 8 * super + 8; b += 2) {
-            const st_q8x4 *q = x + b / 4;
-            int lane = b % 4;
+            for (int h = 0; h < 2; h++) {
+                __m256 eight = _mm256_cvtepi32_ps(widen_i8x8(rows[r] + 2 * ns + h * nb + 8 * super));
+                scale[r][h] = even_then_odd(_mm256_mul_ps(eight, one_f16(rows[r] + 2 * super)));
+            }
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+            const st_q8x4 *q = x + 2 * super + i / 2;
+            int lane = 2 * (i % 2);
+            int64_t b = 8 * super + 2 * i;
             __m256i q0 = load256(q->q[0][lane]), q1 = load256(q->q[1][lane]), zero = _mm256_setzero_si256();
             __m256i less0 = TO_I32(DOT(zero, offset, q0)), less1 = TO_I32(DOT(zero, offset, q1));
             __m256 by = _mm256_loadu_ps(q->scale + 4 * lane);
@@ -95,12 +97,11 @@ static inline __attribute__((always_inline)) void rows_q6_k_r(const int R, const
                     _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 4), nibble), _mm256_and_si256(two, pair));
                 __m256i even = _mm256_sub_epi32(TO_I32(DOT(zero, low, q0)), less0);
                 __m256i odd = _mm256_sub_epi32(TO_I32(DOT(zero, high, q1)), less1);
-                first[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(even),
-                                           _mm256_mul_ps(_mm256_permutevar8x32_ps(scale[r][0], spread), by), first[r]);
-                last[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(odd),
-                                          _mm256_mul_ps(_mm256_permutevar8x32_ps(scale[r][1], spread), by), last[r]);
+                first[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(even), _mm256_mul_ps(scales_of_step(scale[r][0], i), by),
+                                           first[r]);
+                last[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(odd), _mm256_mul_ps(scales_of_step(scale[r][1], i), by),
+                                          last[r]);
             }
-            spread = _mm256_add_epi32(spread, _mm256_set1_epi32(2));
         }
     }
     for (int r = 0; r < R; r++)
