@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gguf_files
 import pytest
+from interruptible import heed_interrupts
 
 from smallthinker_edge import SmallThinker, cli
 from smallthinker_edge.cli import demo
@@ -347,13 +348,8 @@ def test_sigint_stops_a_running_generation(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "smallthinker_edge", "generate", "-m", model, "-p", "hello"]
     # The bias makes "A" the only token, so that nothing but the signal ends it.
     command += ["--context", "100000", "--max-tokens", "90000", "--logit-bias", "65=100000", "--threads", "1"]
-
-    def default_handler() -> None:
-        """A test run in the background ignores SIGINT, and a child inherits that."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, preexec_fn=default_handler) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, preexec_fn=heed_interrupts) as process:
         assert process.stdout is not None
         assert process.stdout.read(3) == b"AAA"
         process.send_signal(signal.SIGINT)

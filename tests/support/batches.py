@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from interruptible import heed_interrupts
 
 SENTENCES = [
     "turn on the kitchen light",
@@ -32,8 +33,8 @@ def write_batch(folder: Path, count: int) -> tuple[Path, Path]:
 
 def start_map(*arguments: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "smallthinker_edge", "map", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **(env or {})})
+    pipe, whole = subprocess.PIPE, {**os.environ, **(env or {})}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=whole, preexec_fn=heed_interrupts)
 
 
 def run_map(*arguments: object, env: dict[str, str] | None = None) -> tuple[int, str, str]:
