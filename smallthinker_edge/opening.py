@@ -20,7 +20,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.paging import ExpertPaging
-from smallthinker_edge.errors import ModelFormatError, OutOfMemoryError
+from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, warm_up
@@ -145,12 +145,13 @@ def _text_side(file: ModelFile, config: ModelConfig, settings: Settings) -> tupl
 
 @contextmanager
 def _started(call: Callable[[], T]) -> Iterator[Future[T]]:
-    """A call under way in a thread of its own, which is waited for in any case."""
+    """A call under way in a thread of its own, which is waited for; where there can be none, it is made at once."""
     with ThreadPoolExecutor(1, thread_name_prefix="smallthinker-open") as pool:
         try:
             future = pool.submit(call)
-        except RuntimeError:
-            raise OutOfMemoryError("cannot start a thread") from None
+        except RuntimeError:  # a limit of threads, or the interpreter is ending
+            future = Future()
+            future.set_result(call())
         yield future
 
 

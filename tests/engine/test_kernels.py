@@ -167,7 +167,7 @@ def test_gemm_gives_the_same_bits_for_any_batch_and_any_tiles(name: str, type_: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cols", [32, 96, 128, 160, 1280, 1536])
+@pytest.mark.parametrize("cols", [32, 96, 128, 160, 288, 416, 1280, 1536])
 @pytest.mark.parametrize("type_", SPARSE)
 def test_rows_multiplies_the_chosen_rows(name: str, type_: int, cols: int, kind: str) -> None:
     cols = columns(type_, cols)

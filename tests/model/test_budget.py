@@ -87,7 +87,6 @@ def test_without_a_budget_weights_count_once(tmp_path: Path, monkeypatch: pytest
         before = psutil.Process().memory_info().rss
         with SmallThinker(file) as model:
             assert model.plan.process < before + weights // 2
-            assert model.plan.total > model.plan.process + weights * 0.9
 
 
 def test_sessions_beyond_the_plan_take_the_place_of_experts(stpk: str, monkeypatch: pytest.MonkeyPatch) -> None:

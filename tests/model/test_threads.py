@@ -225,6 +225,25 @@ next(stream)
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
+@pytest.mark.parametrize("late", ["atexit.register(opens)", "threading.Thread(target=opens).start()"])
+def test_a_model_may_be_opened_while_the_interpreter_ends(packed: str, late: str) -> None:
+    """Which starts no threads of Python any more."""
+    done = run(
+        packed,
+        f"""
+import atexit
+
+def opens():
+    time.sleep(0.5)
+    with SmallThinker(sys.argv[1]) as other:
+        print(other.generate("hello world", max_tokens=5).tokens == use())
+
+{late}
+""",
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
+
+
 # Python without a global lock
 
 

@@ -124,14 +124,15 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer, token: int
     [
         ("model", "llama"), ("pre", "gpt-2"), ("tokens", None), ("merges", None), ("token_type", [1]),
         ("merges", ["zz qq"]), ("bos_token_id", 10**6), ("tokens", ["a"]), ("token_type", [[1]]),
+        ("token_type", [1.0]), ("token_type", [True]), ("token_type", ["1"]),
     ],
 )  # fmt: skip
 def test_damaged_metadata_names_its_key(metadata: dict[str, Any], key: str, value: object) -> None:
     changed = metadata | {f"tokenizer.ggml.{key}": value}
     if value == ["a"]:
         changed["tokenizer.ggml.token_type"] = [1]
-    if value == [[1]]:
-        changed["tokenizer.ggml.token_type"] = [[1]] * len(metadata["tokenizer.ggml.tokens"])
+    if isinstance(value, list) and key == "token_type" and type(value[0]) is not int:  # as many, but of another type
+        changed["tokenizer.ggml.token_type"] = value * len(metadata["tokenizer.ggml.tokens"])
     with pytest.raises(ModelFormatError, match=r"tokenizer\.ggml\."):
         Tokenizer.from_gguf_metadata(changed)
 
