@@ -53,7 +53,7 @@ class SmallThinker(CompletionCalls):
             system have left; None sets no limit. A packed file's experts are paged from storage where they do not
             all fit; a GGUF must fit whole.
         threads: compute threads; "auto" takes what affinity and cgroup allow, and on a chip with cores of
-            different speed only the fast ones.
+            different speed only the fast ones. Decoding uses fewer while another program takes their CPUs.
         context: positions of a session; None takes the model's own up to 4096.
         kv: keys and values in "f16"; in "q8_0", which takes about half the memory of the layers that see the whole
             context and changes logits slightly, window layers staying in F16; in "q8_0-all", those too (see
@@ -423,7 +423,8 @@ class SmallThinker(CompletionCalls):
     def stats(self) -> dict[str, object]:
         """Bytes and settings, sums over all generations, and for a packed file the pager's counts since it was opened.
 
-        session_bytes: what keys, values and logits of all sessions take.
+        session_bytes: what keys, values and logits of all sessions take. threads_in_use: of the threads, for the next
+        token.
         prompt_tokens, of which reused_tokens were known from an earlier one; generated_tokens; prompt_seconds and
         generation_seconds: of the generations that have ended.
         decode_seconds: computing, prompts included, of all sessions; it is the sum of attention_seconds (the router
@@ -450,6 +451,7 @@ class SmallThinker(CompletionCalls):
             "session_bytes": engine.memory.in_use,
             **process_memory(),
             "threads": engine.threads,
+            "threads_in_use": engine.threads_in_use,
             "kernels": engine.weights.kernels,
             "context": self.context,
             "kv": self.kv,

@@ -15,11 +15,19 @@ typedef void (*st_team_fn)(void *arg, int tid);
 st_team *st_team_create(int n, const int *cpus);
 /* NULL is fine. In the child of a fork it only frees memory. */
 void st_team_destroy(st_team *team);
+
+/* Between runs: the next ones are of the first `size` threads, 1..n; the others sleep. st_team_size: that number, at
+ * first n, and in what follows n. */
+void st_team_resize(st_team *team, int size);
 int st_team_size(const st_team *team);
 
 /* Runs fn(arg, tid) for every tid in 0..n-1 and returns when all have returned; the caller is tid 0. units: of the
  * first phase, below 2^31. */
 void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units);
+
+/* Nanoseconds that threads of the last run slept at barriers, all together: longer than they spin, they wait for one
+ * that has no CPU, or for what it waits for. */
+int64_t st_team_slept(const st_team *team);
 
 /* Inside fn only: waits for all threads; what they wrote before is visible after. Then the next phase begins, with
  * `units` units of work (the same number from every thread), thread t's share being units * t / n .. units * (t + 1) /

@@ -172,6 +172,12 @@ cdef extern from "smallthinker/cpu.h" nogil:
     const st_kernels *st_cpu_best()
     int st_cpu_supports(const char *name)
 
+cdef extern from "smallthinker/sizing.h" nogil:
+    ctypedef struct st_sizing:
+        int size
+    void st_sizing_init(st_sizing *s, int threads)
+    void st_sizing_token(st_sizing *s, double seconds, double slept)
+
 cdef extern from "smallthinker/threads.h" nogil:
     ctypedef struct st_team:
         pass
@@ -179,6 +185,8 @@ cdef extern from "smallthinker/threads.h" nogil:
     st_team *st_team_create(int n, const int *cpus)
     void st_team_destroy(st_team *team)
     int st_team_size(const st_team *team)
+    void st_team_resize(st_team *team, int size)
+    int64_t st_team_slept(const st_team *team)
     void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units)
     void st_team_barrier(st_team *team, int64_t units)
     int64_t st_team_next(st_team *team, int tid)

@@ -64,6 +64,7 @@ cdef class Engine:
     cdef ModelBuffers buffers
     cdef Paging no_paging
     cdef Call call
+    cdef st_sizing sizing
     cdef readonly int threads
     cdef public object forget_rows
     cdef public object routing
@@ -99,6 +100,7 @@ cdef class Engine:
             self.call.team = st_team_create(threads, &place[0])
         if self.call.team == NULL:
             raise OutOfMemoryError("cannot start the threads")
+        st_sizing_init(&self.sizing, threads)
 
     def __dealloc__(self):
         self.close()
@@ -141,6 +143,11 @@ cdef class Engine:
         """Bytes of weights, buffers and expert slots (rows that are read from the file not counted)."""
         paged = 0 if self.paging is None else self.paging.bytes
         return self.weights.bytes + self.buffers.bytes + paged
+
+    @property
+    def threads_in_use(self):
+        """Threads that the next token will use: fewer than there are where another program takes a CPU."""
+        return self.sizing.size
 
     @property
     def buffer_bytes(self):
@@ -277,14 +284,24 @@ cdef class Engine:
         """The forward pass with what is set in the call; whether it was stopped before its end."""
         cdef Call *call = &self.call
         cdef Paging *paging = call.paging
+        cdef int64_t began, waited, took, slept
         cdef bint stopped
         call.failed = call.no_row = call.not_finite = 0
         call.part_at = nanoseconds()
         call.look_at = call.part_at + LOOK_NS
         if paging.pager != NULL:
             st_pager_interrupt(paging.pager, 0)
+        began = call.part_at
+        waited = call.time_ns[TIME_WAITING]
+        st_team_resize(call.team, self.sizing.size if call.n == 1 else self.threads)
         st_team_run(call.team, forward, call, call.n)
         stopped = st_team_stopped(call.team)
+        waited = call.time_ns[TIME_WAITING] - waited
+        took = nanoseconds() - began - waited
+        if call.n == 1 and not (stopped or call.failed or call.no_row):
+            # Sleep while an expert is read says nothing of the CPUs.
+            slept = st_team_slept(call.team) if waited == 0 else 0
+            st_sizing_token(&self.sizing, took / 1e9, slept / 1e9)
         if call.logits != NULL and not (stopped or call.failed or call.no_row):
             end_part(call, 0, TIME_HEAD)
         if paging.pager != NULL:

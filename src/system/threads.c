@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -23,13 +24,18 @@
 
 /* About 100 us of spinning: longer than any phase's imbalance, far shorter than a person's typing pause. */
 enum { SPIN_LIMIT = 4000 };
+enum { SIZE_BITS = 16, SIZE_MASK = (1 << SIZE_BITS) - 1 };
+
+typedef _Atomic uint64_t word; /* counts up; waited for */
 
 struct st_team {
-    int n;
+    int n;                   /* threads */
+    int size;                /* of them, those that run: the first ones */
     struct st_range *ranges; /* one a thread: what is left of its share of the phase */
     _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_uint barrier_generation;
-    _Alignas(64) atomic_uint run_generation;
+    _Alignas(64) word barrier;
+    _Alignas(64) word run; /* runs so far << 16 | size of the last one, so that nobody takes one's size for another's */
+    _Atomic int64_t slept; /* nanoseconds */
     atomic_int quit;
     atomic_int sleepers;
     int stopping, stopped; /* the second is the first as it stood at the last barrier: the same for all threads */
@@ -54,23 +60,35 @@ struct st_member {
     int tid;
 };
 
-/* Waits until *word differs from old. */
-static void wait_change(st_team *team, atomic_uint *word, unsigned old) {
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Waits until *w differs from old; returns what it is then. slept: NULL, or what takes the time beyond spinning. */
+static uint64_t wait_change(st_team *team, word *w, uint64_t old, _Atomic int64_t *slept) {
     for (int i = 0; i < SPIN_LIMIT; i++) {
-        if (atomic_load_explicit(word, memory_order_acquire) != old)
-            return;
+        uint64_t now = atomic_load_explicit(w, memory_order_acquire);
+        if (now != old)
+            return now;
         ST_PAUSE();
     }
+    int64_t began = slept ? nanoseconds() : 0;
+    uint64_t now;
     pthread_mutex_lock(&team->mutex);
     atomic_fetch_add(&team->sleepers, 1);
-    while (atomic_load(word) == old)
+    while ((now = atomic_load(w)) == old)
         pthread_cond_wait(&team->changed, &team->mutex);
     atomic_fetch_sub(&team->sleepers, 1);
     pthread_mutex_unlock(&team->mutex);
+    if (slept)
+        atomic_fetch_add_explicit(slept, nanoseconds() - began, memory_order_relaxed);
+    return now;
 }
 
-static void announce(st_team *team, atomic_uint *word) {
-    atomic_fetch_add(word, 1);
+static void announce(st_team *team, word *w, uint64_t value) {
+    atomic_store(w, value);
     if (atomic_load(&team->sleepers) > 0) {
         /* Taking the lock orders us after a sleeper's last look at the word. */
         pthread_mutex_lock(&team->mutex);
@@ -80,27 +98,28 @@ static void announce(st_team *team, atomic_uint *word) {
 }
 
 static void deal(st_team *team, int64_t units) {
-    for (int i = 0; i < team->n; i++) {
-        uint64_t first = (uint64_t)(units * i / team->n), end = (uint64_t)(units * (i + 1) / team->n);
+    for (int i = 0; i < team->size; i++) {
+        uint64_t first = (uint64_t)(units * i / team->size), end = (uint64_t)(units * (i + 1) / team->size);
         atomic_store_explicit(&team->ranges[i].units, first << 32 | end, memory_order_relaxed);
     }
 }
 
 void st_team_barrier(st_team *team, int64_t units) {
-    unsigned generation = atomic_load_explicit(&team->barrier_generation, memory_order_relaxed);
-    if (atomic_fetch_add(&team->arrived, 1) == team->n - 1) {
+    uint64_t before = atomic_load_explicit(&team->barrier, memory_order_relaxed);
+    int last = team->size - 1; /* read before the others may go on, and the team be resized */
+    if (atomic_fetch_add(&team->arrived, 1) == last) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
         team->stopped = team->stopping;
         deal(team, units);
-        announce(team, &team->barrier_generation);
+        announce(team, &team->barrier, before + 1);
     } else {
-        wait_change(team, &team->barrier_generation, generation);
+        wait_change(team, &team->barrier, before, &team->slept);
     }
 }
 
 int64_t st_team_next(st_team *team, int tid) {
-    for (int i = 0; i < team->n; i++) {
-        struct st_range *range = &team->ranges[(tid + i) % team->n];
+    for (int i = 0; i < team->size; i++) {
+        struct st_range *range = &team->ranges[(tid + i) % team->size];
         uint64_t old = atomic_load_explicit(&range->units, memory_order_relaxed);
         while ((old >> 32) < (old & UINT32_MAX)) {
             uint64_t left = i == 0 ? old + (UINT64_C(1) << 32) : old - 1;
@@ -137,17 +156,23 @@ static int stay_on(int cpu, affinity *before) {
 static void go_back(const affinity *before) { (void)before; }
 #endif
 
+static void announce_run(st_team *team) {
+    uint64_t runs = (atomic_load_explicit(&team->run, memory_order_relaxed) >> SIZE_BITS) + 1;
+    announce(team, &team->run, runs << SIZE_BITS | (uint64_t)team->size);
+}
+
 static void *member_main(void *arg) {
     struct st_member *member = arg;
     st_team *team = member->team;
-    unsigned seen = 0;
+    uint64_t seen = 0;
     if (team->cpus)
         stay_on(team->cpus[member->tid], NULL);
     for (;;) {
-        wait_change(team, &team->run_generation, seen);
-        seen++;
+        seen = wait_change(team, &team->run, seen, NULL);
         if (atomic_load(&team->quit))
             return NULL;
+        if (member->tid >= (int)(seen & SIZE_MASK))
+            continue;
         team->fn(team->arg, member->tid);
         st_team_barrier(team, 0);
     }
@@ -159,9 +184,10 @@ void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units) {
     team->fn = fn;
     team->arg = arg;
     team->stopping = team->stopped = 0;
+    atomic_store_explicit(&team->slept, 0, memory_order_relaxed);
     deal(team, units);
-    if (team->n > 1)
-        announce(team, &team->run_generation);
+    if (team->size > 1)
+        announce_run(team);
     fn(arg, 0);
     st_team_barrier(team, 0);
     if (moved)
@@ -170,13 +196,17 @@ void st_team_run(st_team *team, st_team_fn fn, void *arg, int64_t units) {
 
 void st_team_stop(st_team *team) {
     team->stopping = 1;
-    for (int i = 0; i < team->n; i++)
+    for (int i = 0; i < team->size; i++)
         atomic_store_explicit(&team->ranges[i].units, 0, memory_order_relaxed);
 }
 
 int st_team_stopped(const st_team *team) { return team->stopped; }
 
-int st_team_size(const st_team *team) { return team->n; }
+int st_team_size(const st_team *team) { return team->size; }
+
+void st_team_resize(st_team *team, int size) { team->size = size; }
+
+int64_t st_team_slept(const st_team *team) { return atomic_load_explicit(&team->slept, memory_order_relaxed); }
 
 static void release(st_team *team) {
     free(team->threads);
@@ -192,7 +222,7 @@ st_team *st_team_create(int n, const int *cpus) {
     st_team *team = aligned_alloc(64, (sizeof(st_team) + 63) / 64 * 64);
     if (!team)
         return NULL;
-    *team = (st_team){.n = n, .process = getpid()};
+    *team = (st_team){.n = n, .size = n, .process = getpid()};
     team->threads = calloc((size_t)n, sizeof *team->threads);
     team->members = calloc((size_t)n, sizeof *team->members);
     team->ranges = aligned_alloc(64, (size_t)n * sizeof *team->ranges);
@@ -229,7 +259,7 @@ void st_team_destroy(st_team *team) {
         return;
     }
     atomic_store(&team->quit, 1);
-    announce(team, &team->run_generation);
+    announce_run(team);
     for (int i = 1; i <= team->started; i++)
         pthread_join(team->threads[i], NULL);
     pthread_cond_destroy(&team->changed);

@@ -1,5 +1,5 @@
-"""The pager, its reader, the thread team and the kernels' requests in C, under faults and load, plain and under the
-compiler's sanitizers; and what the compiler must not leave out of the kernels."""
+"""The pager, its reader, the thread team, its size and the kernels' requests in C, under faults and load, plain and
+under the compiler's sanitizers; and what the compiler must not leave out of the kernels."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ PROGRAMS = {
     "pager_stress": ["src/paging/pager.c", "src/paging/eviction.c", "src/paging/crc32.c", "src/system/thread_start.c"],
     "reader_faults": [],
     "team_stress": [],
+    "sizing": ["src/system/sizing.c"],
     "ahead_lines": [],
 }
 

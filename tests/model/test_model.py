@@ -180,6 +180,11 @@ def test_the_kernel_table_can_be_chosen(path: str, monkeypatch: pytest.MonkeyPat
         SmallThinker(path)
 
 
+def test_stats_tell_the_threads(path: str) -> None:
+    with SmallThinker(path, threads=3) as model:
+        assert (model.stats()["threads"], model.stats()["threads_in_use"]) == (3, 3)
+
+
 def test_closing_twice_is_fine_and_use_after_is_an_error(path: str) -> None:
     model = SmallThinker(path)
     model.close()

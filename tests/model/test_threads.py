@@ -3,15 +3,18 @@ how a program ends while they work."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import sysconfig
+import zlib
 
 import pytest
 from gguf_files import write_model
 from small_model import SHAPE
 
+from smallthinker_edge import SmallThinker
 from smallthinker_edge.files.pack import pack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -242,6 +245,26 @@ def opens():
 """,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_no_bit_depends_on_how_many_threads_a_token_used(packed: str) -> None:
+    """Another program takes a CPU, so that fewer are used, and gives it back, twice."""
+    busy = "import os; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\nwhile True: pass"
+    sums = []
+    for threads in (1, 2):
+        with SmallThinker(packed, threads=threads) as model, model.session() as session:
+            logits = []
+            for turn in range(4):
+                other = subprocess.Popen([sys.executable, "-c", busy]) if turn % 2 else None
+                try:
+                    logits += [zlib.crc32(session.decode([token])) for token in range(200)]
+                finally:
+                    if other is not None:
+                        other.kill()
+                        other.wait()
+            sums.append(logits)
+    assert sums[0] == sums[1]
 
 
 # Python without a global lock

@@ -63,7 +63,10 @@ static void run_phases(int threads, int rounds) {
     for (int r = 0; r < rounds; r++) {
         memset(job, 0, sizeof *job);
         job->team = team;
-        job->late = r % 4 == 3 ? r % threads : -1;
+        int size = r % 3 == 0 ? threads : 1 + r * 5 % threads; /* the others sleep */
+        st_team_resize(team, size);
+        CHECK(st_team_size(team) == size);
+        job->late = r % 4 == 3 ? r % size : -1;
         int64_t units = 0, worked = 0;
         for (int p = 0; p < PHASES; p++) /* none, fewer than threads, and many */
             units += job->units[p] = p % 3 == 0 ? (r + p) % 3 : (r * 31 + p * 57) % MOST_UNITS;
@@ -71,9 +74,10 @@ static void run_phases(int threads, int rounds) {
             usleep(1000); /* the members sleep when the run begins */
         st_team_run(team, phases, job, job->units[0]);
         for (int t = 0; t < threads; t++) {
-            CHECK(job->checked[t] == PHASES);
+            CHECK(job->checked[t] == (t < size ? PHASES : 0));
             worked += job->worked[t];
         }
+        CHECK(job->late < 0 || size == 1 || st_team_slept(team) > 0);
         CHECK(worked == units);
     }
     free(job);

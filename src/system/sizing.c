@@ -1,0 +1,56 @@
+/* When to use fewer threads than there are; called by the engine after each token. It never touches the team. */
+#include "smallthinker/sizing.h"
+
+/* Tokens: of a trial, of which the first does not count; with sleep before a thread less is tried; between two trials,
+ * at least, and at most where a thread less or one more is tried. */
+enum { TRIAL = 5, SETTLED = 8, SOONEST = 64, LATEST_LESS = 512, LATEST_MORE = 128 };
+/* Of a mean, for a token; the share asleep from which a thread less is tried; times in which it must do. */
+static const double FADING = 0.2, ASLEEP = 0.15, QUICKER = 0.97;
+
+static void change(st_sizing *s, int by, int trial) {
+    s->size += by;
+    s->trial = trial;
+    s->tokens = s->sleepy = 0;
+    s->tried = s->asleep = 0;
+}
+
+void st_sizing_init(st_sizing *s, int threads) {
+    *s = (st_sizing){.most = threads, .size = threads, .patience = SETTLED};
+}
+
+/* Keeps what was tried where it was quicker; else goes back, and is slower to try again. */
+static void end_trial(st_sizing *s) {
+    double seconds = s->tried / (TRIAL - 1);
+    if (seconds < QUICKER * s->usual) {
+        s->usual = seconds;
+        s->patience = SOONEST;
+        change(s, 0, 0);
+    } else {
+        int latest = s->trial < 0 ? LATEST_LESS : LATEST_MORE;
+        s->patience *= 2;
+        s->patience = s->patience < SOONEST ? SOONEST : s->patience > latest ? latest : s->patience;
+        change(s, -s->trial, 0);
+    }
+}
+
+void st_sizing_token(st_sizing *s, double seconds, double slept) {
+    s->tokens++;
+    if (s->most == 1 || s->tokens == 1) /* whose threads may just have been woken */
+        return;
+    if (s->trial) {
+        s->tried += seconds;
+        if (s->tokens == TRIAL)
+            end_trial(s);
+        return;
+    }
+    double share = s->size > 1 ? slept / (seconds * (s->size - 1)) : 0;
+    s->usual = s->usual > 0 ? s->usual + FADING * (seconds - s->usual) : seconds;
+    s->asleep += FADING * (share - s->asleep);
+    s->sleepy = s->asleep > ASLEEP ? s->sleepy + 1 : 0;
+    if (s->tokens < s->patience)
+        return;
+    if (s->size > 1 && s->sleepy >= SETTLED) /* the usual time is one of these tokens */
+        change(s, -1, -1);
+    else if (s->size < s->most)
+        change(s, 1, 1);
+}
