@@ -10,6 +10,7 @@ typedef struct st_sizing {
     int sleepy;           /* of them, the newest ones in which threads slept */
     int patience;         /* tokens before another size is tried */
     int trial;            /* -1, 1: the size is tried instead of one more, or one less; 0: it is in use */
+    int vain;             /* -1, 1: the way that was last tried in vain, or back from a better size: not the next one */
     double usual, asleep; /* fading: seconds of a token, share of them that a thread slept */
     double tried;         /* seconds of the trial so far */
 } st_sizing;

@@ -21,21 +21,23 @@ void st_sizing_init(st_sizing *s, int threads) {
 /* Keeps what was tried where it was quicker; else goes back, and is slower to try again. */
 static void end_trial(st_sizing *s) {
     double seconds = s->tried / (TRIAL - 1);
-    if (seconds < QUICKER * s->usual) {
+    int quicker = seconds < QUICKER * s->usual;
+    s->vain = quicker ? -s->trial : s->trial;
+    if (quicker) {
         s->usual = seconds;
         s->patience = SOONEST;
         change(s, 0, 0);
     } else {
-        int latest = s->trial < 0 ? LATEST_LESS : LATEST_MORE;
+        change(s, -s->trial, 0);
+        int latest = s->size < s->most ? LATEST_MORE : LATEST_LESS;
         s->patience *= 2;
         s->patience = s->patience < SOONEST ? SOONEST : s->patience > latest ? latest : s->patience;
-        change(s, -s->trial, 0);
     }
 }
 
 void st_sizing_token(st_sizing *s, double seconds, double slept) {
-    s->tokens++;
-    if (s->most == 1 || s->tokens == 1) /* whose threads may just have been woken */
+    s->tokens += s->tokens < LATEST_LESS;
+    if (s->most == 1 || s->tokens == 1 || !(seconds > 0)) /* whose threads may just have been woken */
         return;
     if (s->trial) {
         s->tried += seconds;
@@ -46,11 +48,12 @@ void st_sizing_token(st_sizing *s, double seconds, double slept) {
     double share = s->size > 1 ? slept / (seconds * (s->size - 1)) : 0;
     s->usual = s->usual > 0 ? s->usual + FADING * (seconds - s->usual) : seconds;
     s->asleep += FADING * (share - s->asleep);
-    s->sleepy = s->asleep > ASLEEP ? s->sleepy + 1 : 0;
+    s->sleepy = s->asleep > ASLEEP ? s->sleepy + (s->sleepy < SETTLED) : 0;
+    int less = s->size > 1 && s->sleepy >= SETTLED, more = s->size < s->most; /* the usual time is of sleepy tokens */
     if (s->tokens < s->patience)
         return;
-    if (s->size > 1 && s->sleepy >= SETTLED) /* the usual time is one of these tokens */
+    if (less && !(more && s->vain < 0))
         change(s, -1, -1);
-    else if (s->size < s->most)
+    else if (more)
         change(s, 1, 1);
 }

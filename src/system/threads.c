@@ -26,23 +26,26 @@
 enum { SPIN_LIMIT = 4000 };
 enum { SIZE_BITS = 16, SIZE_MASK = (1 << SIZE_BITS) - 1 };
 
-typedef _Atomic uint64_t word; /* counts up; waited for */
+/* A number that counts up, and who waits for the next one. Those who wait for a run are not woken by its barriers. */
+typedef struct gate {
+    _Alignas(64) _Atomic uint64_t count;
+    atomic_int sleepers;
+    pthread_cond_t changed;
+} gate;
 
 struct st_team {
     int n;                   /* threads */
     int size;                /* of them, those that run: the first ones */
     struct st_range *ranges; /* one a thread: what is left of its share of the phase */
     _Alignas(64) atomic_int arrived;
-    _Alignas(64) word barrier;
-    _Alignas(64) word run; /* runs so far << 16 | size of the last one, so that nobody takes one's size for another's */
+    gate barrier;
+    gate run;              /* runs so far << 16 | size of the last one, so that nobody takes one's size for another's */
     _Atomic int64_t slept; /* nanoseconds */
     atomic_int quit;
-    atomic_int sleepers;
     int stopping, stopped; /* the second is the first as it stood at the last barrier: the same for all threads */
     st_team_fn fn;
     void *arg;
     pthread_mutex_t mutex;
-    pthread_cond_t changed;
     pthread_t *threads;
     struct st_member *members;
     int *cpus; /* [n] or NULL */
@@ -66,10 +69,11 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Waits until *w differs from old; returns what it is then. slept: NULL, or what takes the time beyond spinning. */
-static uint64_t wait_change(st_team *team, word *w, uint64_t old, _Atomic int64_t *slept) {
+/* Waits until the gate's count differs from old; returns what it is then. slept: NULL, or what takes the time beyond
+ * spinning. */
+static uint64_t wait_change(st_team *team, gate *g, uint64_t old, _Atomic int64_t *slept) {
     for (int i = 0; i < SPIN_LIMIT; i++) {
-        uint64_t now = atomic_load_explicit(w, memory_order_acquire);
+        uint64_t now = atomic_load_explicit(&g->count, memory_order_acquire);
         if (now != old)
             return now;
         ST_PAUSE();
@@ -77,22 +81,22 @@ static uint64_t wait_change(st_team *team, word *w, uint64_t old, _Atomic int64_
     int64_t began = slept ? nanoseconds() : 0;
     uint64_t now;
     pthread_mutex_lock(&team->mutex);
-    atomic_fetch_add(&team->sleepers, 1);
-    while ((now = atomic_load(w)) == old)
-        pthread_cond_wait(&team->changed, &team->mutex);
-    atomic_fetch_sub(&team->sleepers, 1);
+    atomic_fetch_add(&g->sleepers, 1);
+    while ((now = atomic_load(&g->count)) == old)
+        pthread_cond_wait(&g->changed, &team->mutex);
+    atomic_fetch_sub(&g->sleepers, 1);
     pthread_mutex_unlock(&team->mutex);
     if (slept)
         atomic_fetch_add_explicit(slept, nanoseconds() - began, memory_order_relaxed);
     return now;
 }
 
-static void announce(st_team *team, word *w, uint64_t value) {
-    atomic_store(w, value);
-    if (atomic_load(&team->sleepers) > 0) {
-        /* Taking the lock orders us after a sleeper's last look at the word. */
+static void announce(st_team *team, gate *g, uint64_t count) {
+    atomic_store(&g->count, count);
+    if (atomic_load(&g->sleepers) > 0) {
+        /* Taking the lock orders us after a sleeper's last look at the count. */
         pthread_mutex_lock(&team->mutex);
-        pthread_cond_broadcast(&team->changed);
+        pthread_cond_broadcast(&g->changed);
         pthread_mutex_unlock(&team->mutex);
     }
 }
@@ -104,8 +108,8 @@ static void deal(st_team *team, int64_t units) {
     }
 }
 
-void st_team_barrier(st_team *team, int64_t units) {
-    uint64_t before = atomic_load_explicit(&team->barrier, memory_order_relaxed);
+static void barrier(st_team *team, int64_t units, _Atomic int64_t *slept) {
+    uint64_t before = atomic_load_explicit(&team->barrier.count, memory_order_relaxed);
     int last = team->size - 1; /* read before the others may go on, and the team be resized */
     if (atomic_fetch_add(&team->arrived, 1) == last) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
@@ -113,9 +117,11 @@ void st_team_barrier(st_team *team, int64_t units) {
         deal(team, units);
         announce(team, &team->barrier, before + 1);
     } else {
-        wait_change(team, &team->barrier, before, &team->slept);
+        wait_change(team, &team->barrier, before, slept);
     }
 }
+
+void st_team_barrier(st_team *team, int64_t units) { barrier(team, units, &team->slept); }
 
 int64_t st_team_next(st_team *team, int tid) {
     for (int i = 0; i < team->size; i++) {
@@ -157,7 +163,7 @@ static void go_back(const affinity *before) { (void)before; }
 #endif
 
 static void announce_run(st_team *team) {
-    uint64_t runs = (atomic_load_explicit(&team->run, memory_order_relaxed) >> SIZE_BITS) + 1;
+    uint64_t runs = (atomic_load_explicit(&team->run.count, memory_order_relaxed) >> SIZE_BITS) + 1;
     announce(team, &team->run, runs << SIZE_BITS | (uint64_t)team->size);
 }
 
@@ -174,7 +180,7 @@ static void *member_main(void *arg) {
         if (member->tid >= (int)(seen & SIZE_MASK))
             continue;
         team->fn(team->arg, member->tid);
-        st_team_barrier(team, 0);
+        barrier(team, 0, NULL); /* the caller may go on before it could count */
     }
 }
 
@@ -216,6 +222,15 @@ static void release(st_team *team) {
     free(team);
 }
 
+static int init_conditions(st_team *team) {
+    if (pthread_cond_init(&team->barrier.changed, NULL) != 0)
+        return -1;
+    if (pthread_cond_init(&team->run.changed, NULL) == 0)
+        return 0;
+    pthread_cond_destroy(&team->barrier.changed);
+    return -1;
+}
+
 st_team *st_team_create(int n, const int *cpus) {
     if (n < 1)
         return NULL;
@@ -234,7 +249,7 @@ st_team *st_team_create(int n, const int *cpus) {
         release(team);
         return NULL;
     }
-    if (pthread_cond_init(&team->changed, NULL) != 0) {
+    if (init_conditions(team) != 0) {
         pthread_mutex_destroy(&team->mutex);
         release(team);
         return NULL;
@@ -262,7 +277,8 @@ void st_team_destroy(st_team *team) {
     announce_run(team);
     for (int i = 1; i <= team->started; i++)
         pthread_join(team->threads[i], NULL);
-    pthread_cond_destroy(&team->changed);
+    pthread_cond_destroy(&team->barrier.changed);
+    pthread_cond_destroy(&team->run.changed);
     pthread_mutex_destroy(&team->mutex);
     release(team);
 }

@@ -30,12 +30,17 @@ int main(void) {
     CHECK(s.size == 3 && used[3] > 900 && used[2] == 0);
     decode(&s, 300, alone, MOST, 0, used); /* the CPU is back */
     CHECK(s.size == MOST && used[MOST] > 150);
+    decode(&s, 1000, one_taken, 3, 0.5, used);
+    CHECK(s.size == 3);
+    decode(&s, 1000, alone, 1, 0.2, used); /* it is back, and there is sleep at every size */
+    CHECK(used[MOST] > 600);
     decode(&s, 2000, all_taken, 1, 0.5, used); /* down to one */
-    CHECK(s.size == 1 && used[1] > 1600);
+    CHECK(s.size == 1 && used[1] > 1100);
     decode(&s, 1000, alone, MOST, 0, used);
     CHECK(s.size == MOST && used[MOST] > 400);
     decode(&s, 4000, alone, 1, 0.5, used); /* sleep that fewer threads do not end: tried ever more rarely */
     CHECK(used[MOST] > 3900 && used[MOST - 1] > 0 && used[2] == 0);
+    st_sizing_token(&s, 0, 0);
     st_sizing_init(&s, 1);
     decode(&s, 1000, alone, 1, 0, used);
     CHECK(used[1] == 1000);
