@@ -1,9 +1,9 @@
 /* When to use fewer threads than there are; called by the engine after each token. It never touches the team. */
 #include "smallthinker/sizing.h"
 
-/* Tokens: of a trial, of which the first does not count; with sleep before a thread less is tried; between two trials,
- * at least, and at most where a thread less or one more is tried. */
-enum { TRIAL = 5, SETTLED = 8, SOONEST = 64, LATEST_LESS = 512, LATEST_MORE = 128 };
+/* Tokens: of a trial, of which the first does not count; with sleep before a thread less is tried; between two trials
+ * at least and at most, which costs a percent or two where they are in vain. */
+enum { TRIAL = 5, SETTLED = 8, SOONEST = 64, LATEST = 128 };
 /* Of a mean, for a token; the share asleep from which a thread less is tried; times in which it must do. */
 static const double FADING = 0.2, ASLEEP = 0.15, QUICKER = 0.97;
 
@@ -29,14 +29,12 @@ static void end_trial(st_sizing *s) {
         change(s, 0, 0);
     } else {
         change(s, -s->trial, 0);
-        int latest = s->size < s->most ? LATEST_MORE : LATEST_LESS;
-        s->patience *= 2;
-        s->patience = s->patience < SOONEST ? SOONEST : s->patience > latest ? latest : s->patience;
+        s->patience = s->patience < SOONEST ? SOONEST : LATEST;
     }
 }
 
 void st_sizing_token(st_sizing *s, double seconds, double slept) {
-    s->tokens += s->tokens < LATEST_LESS;
+    s->tokens += s->tokens < LATEST;
     if (s->most == 1 || s->tokens == 1 || !(seconds > 0)) /* whose threads may just have been woken */
         return;
     if (s->trial) {

@@ -35,11 +35,11 @@ int main(void) {
     decode(&s, 1000, alone, 1, 0.2, used); /* it is back, and there is sleep at every size */
     CHECK(used[MOST] > 600);
     decode(&s, 2000, all_taken, 1, 0.5, used); /* down to one */
-    CHECK(s.size == 1 && used[1] > 1100);
+    CHECK(s.size == 1 && used[1] > 1500);
     decode(&s, 1000, alone, MOST, 0, used);
     CHECK(s.size == MOST && used[MOST] > 400);
-    decode(&s, 4000, alone, 1, 0.5, used); /* sleep that fewer threads do not end: tried ever more rarely */
-    CHECK(used[MOST] > 3900 && used[MOST - 1] > 0 && used[2] == 0);
+    decode(&s, 4000, alone, 1, 0.5, used); /* sleep that fewer threads do not end: tried now and then */
+    CHECK(used[MOST] > 3800 && used[MOST - 1] > 0 && used[2] == 0);
     st_sizing_token(&s, 0, 0);
     st_sizing_init(&s, 1);
     decode(&s, 1000, alone, 1, 0, used);
