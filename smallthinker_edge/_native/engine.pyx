@@ -284,24 +284,19 @@ cdef class Engine:
         """The forward pass with what is set in the call; whether it was stopped before its end."""
         cdef Call *call = &self.call
         cdef Paging *paging = call.paging
-        cdef int64_t began, waited, took, slept
+        cdef int64_t began, waited
         cdef bint stopped
         call.failed = call.no_row = call.not_finite = 0
         call.part_at = nanoseconds()
         call.look_at = call.part_at + LOOK_NS
         if paging.pager != NULL:
             st_pager_interrupt(paging.pager, 0)
-        began = call.part_at
-        waited = call.time_ns[TIME_WAITING]
+        began, waited = call.part_at, call.time_ns[TIME_WAITING]
         st_team_resize(call.team, self.sizing.size if call.n == 1 else self.threads)
         st_team_run(call.team, forward, call, call.n)
         stopped = st_team_stopped(call.team)
-        waited = call.time_ns[TIME_WAITING] - waited
-        took = nanoseconds() - began - waited
         if call.n == 1 and not (stopped or call.failed or call.no_row):
-            # Sleep while an expert is read says nothing of the CPUs.
-            slept = st_team_slept(call.team) if waited == 0 else 0
-            st_sizing_token(&self.sizing, took / 1e9, slept / 1e9)
+            self.size_team(nanoseconds() - began, call.time_ns[TIME_WAITING] - waited)
         if call.logits != NULL and not (stopped or call.failed or call.no_row):
             end_part(call, 0, TIME_HEAD)
         if paging.pager != NULL:
@@ -314,6 +309,12 @@ cdef class Engine:
             self.check_logits()
         end_part(call, 0, TIME_OTHER)
         return stopped
+
+    cdef void size_team(self, int64_t took, int64_t waited) noexcept nogil:
+        """How many threads the next token uses, after one that took so long, nanoseconds, and waited for experts in it:
+        sleep meanwhile says nothing of the CPUs."""
+        cdef int64_t slept = st_team_slept(self.call.team) if waited == 0 else 0
+        st_sizing_token(&self.sizing, (took - waited) / 1e9, slept / 1e9)
 
     cdef void check_logits(self) noexcept nogil:
         """Marks the call where a logit is not finite, but for the minus infinity of a row that was not computed."""
