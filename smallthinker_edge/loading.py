@@ -18,6 +18,7 @@ from smallthinker_edge.errors import ModelFormatError
 from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
 from smallthinker_edge.files.gguf import StoredBytes
 
+Progress = Callable[[int, int], object]  # layers that are loaded, and all
 Matrix = tuple[int, StoredBytes | npt.NDArray[np.uint8]]
 
 
@@ -43,7 +44,7 @@ class Loader:
         self.paged = paged
         self.predictor = predictor and config.lm_head_predictor_size > 0
 
-    def load(self, progress: Callable[[int, int], object] | None = None) -> None:
+    def load(self, progress: Progress | None = None) -> None:
         """Fills the engine. Raises OutOfMemoryError, ModelFormatError for a predictor that is not made of numbers or a
         file that was cut short meanwhile, OSError where it cannot be read. progress: called with (layers done, all)."""
         if self.predictor:

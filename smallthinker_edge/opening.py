@@ -26,7 +26,7 @@ from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, warm_up
 from smallthinker_edge.files.pack import blob_bytes
 from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
-from smallthinker_edge.loading import Loader
+from smallthinker_edge.loading import Loader, Progress
 from smallthinker_edge.machine import cpus
 from smallthinker_edge.machine.memory import available_memory, drop_library_cache
 from smallthinker_edge.plan import Plan, make_plan
@@ -37,7 +37,6 @@ DEFAULT_CONTEXT = 4096
 KV_CHOICES = (*KV_TYPES, "auto")
 BATCH = 512  # most tokens computed together
 T = TypeVar("T")
-Progress = Callable[[int, int], object]  # layers that are loaded, and all
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 # cython: cdivision=True
 # One decode call: its arguments, and how the threads of the team share its work.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from smallthinker_edge._native.buffers cimport Buffers, Scratch
 from smallthinker_edge._native.capture cimport Capture
@@ -62,24 +61,18 @@ cdef inline void check_finite(Call *call, const float *x, int64_t n) noexcept no
         set_flag(&call.not_finite)
 
 
-cdef inline int64_t nanoseconds() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
-
-
 cdef inline void end_part(Call *call, int tid, int part) noexcept nogil:
     """The time since the last part's end was this one's."""
     cdef int64_t now
     if tid == 0:
-        now = nanoseconds()
+        now = st_nanoseconds()
         call.time_ns[part] += now - call.part_at
         call.part_at = now
 
 
 cdef inline bint look_up(Call *call) noexcept nogil:
     """Looks for Ctrl-C and at the cancel signal, at most every LOOK_NS; stops the team and says so where one came."""
-    cdef int64_t now = nanoseconds()
+    cdef int64_t now = st_nanoseconds()
     if now < call.look_at:
         return False
     call.look_at = now + LOOK_NS
@@ -141,12 +134,12 @@ cdef inline const uint8_t *expert_blob(Call *call, int64_t l, int64_t e, int tid
     if pager == NULL:
         return call.weights.experts[id_]
     if tid == 0 and st_pager_progress(pager, id_) < 2:
-        began = nanoseconds()
+        began = st_nanoseconds()
         while not st_pager_wait(pager, id_, LOOK_NS):
             if look_up(call):
                 st_pager_interrupt(pager, 1)
                 break
-        waited = nanoseconds() - began
+        waited = st_nanoseconds() - began
         call.time_ns[TIME_WAITING] += waited
         call.part_at += waited
     return st_pager_take(pager, id_)

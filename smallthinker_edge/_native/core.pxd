@@ -172,6 +172,9 @@ cdef extern from "smallthinker/cpu.h" nogil:
     const st_kernels *st_cpu_best()
     int st_cpu_supports(const char *name)
 
+cdef extern from "smallthinker/clock.h" nogil:
+    int64_t st_nanoseconds()
+
 cdef extern from "smallthinker/sizing.h" nogil:
     ctypedef struct st_sizing:
         int size

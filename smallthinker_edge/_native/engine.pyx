@@ -15,8 +15,8 @@ from array import array
 from smallthinker_edge._native.buffers cimport ModelBuffers
 from smallthinker_edge._native.capture cimport MatrixInputs
 from smallthinker_edge._native.call cimport (
-    LOOK_NS, TIME_ATTENTION, TIME_EXPERTS, TIME_HEAD, TIME_OTHER, TIME_PARTS, TIME_WAITING, Call, check_finite,
-    end_part, nanoseconds)
+    LOOK_NS, TIME_ATTENTION, TIME_EXPERTS, TIME_HEAD, TIME_OTHER, TIME_PARTS, TIME_WAITING, Call,
+    check_finite, end_part)
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.forward cimport forward
 from smallthinker_edge._native.head cimport selected_rows
@@ -287,7 +287,7 @@ cdef class Engine:
         cdef int64_t began, waited
         cdef bint stopped
         call.failed = call.no_row = call.not_finite = 0
-        call.part_at = nanoseconds()
+        call.part_at = st_nanoseconds()
         call.look_at = call.part_at + LOOK_NS
         if paging.pager != NULL:
             st_pager_interrupt(paging.pager, 0)
@@ -296,7 +296,7 @@ cdef class Engine:
         st_team_run(call.team, forward, call, call.n)
         stopped = st_team_stopped(call.team)
         if call.n == 1 and not (stopped or call.failed or call.no_row):
-            self.size_team(nanoseconds() - began, call.time_ns[TIME_WAITING] - waited)
+            self.size_team(st_nanoseconds() - began, call.time_ns[TIME_WAITING] - waited)
         if call.logits != NULL and not (stopped or call.failed or call.no_row):
             end_part(call, 0, TIME_HEAD)
         if paging.pager != NULL:

@@ -7,7 +7,6 @@ that is the tests' work.
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import numpy as np
 
@@ -27,9 +26,7 @@ READ_STEP = ST_READ_STEP
 
 
 cdef double seconds_now() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec + now.tv_nsec * 1e-9
+    return st_nanoseconds() * 1e-9
 
 
 cdef class Memory:

@@ -4,6 +4,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "smallthinker/pager.h"
 
+#include "smallthinker/clock.h"
 #include "smallthinker/crc32.h"
 #include "smallthinker/eviction.h"
 #include "smallthinker/thread_start.h"
@@ -65,12 +66,6 @@ struct st_pager {
     atomic_llong stall_ns;
     st_pager_stats stats;
 };
-
-static int64_t nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 static int get_state(const struct expert *expert) { return atomic_load_explicit(&expert->state, memory_order_relaxed); }
 
@@ -197,9 +192,9 @@ static int must_give_way(const st_pager *pager, const struct expert *expert) {
 
 static void finish_read(st_pager *pager, struct expert *expert) {
     if (--pager->reads == 0)
-        pager->stats.disk_ns += nanoseconds() - pager->reads_since;
+        pager->stats.disk_ns += st_nanoseconds() - pager->reads_since;
     if (expert->pins > 0)
-        pager->arrived = nanoseconds();
+        pager->arrived = st_nanoseconds();
     if (expert->done == pager->config.bytes)
         atomic_store(&expert->state, READY);
     else if (expert->pins > 0)
@@ -245,7 +240,7 @@ static void read_expert(st_pager *pager, int32_t id) {
     atomic_store(&expert->state, READING);
     expert->unused = expert->pins == 0;
     if (pager->reads++ == 0)
-        pager->reads_since = nanoseconds();
+        pager->reads_since = st_nanoseconds();
     while (expert->done < pager->config.bytes) {
         size_t done = expert->done, size = pager->config.bytes - done;
         int wanted = expert->pins > 0;
@@ -396,7 +391,7 @@ void st_pager_want(st_pager *pager, const int32_t *ids, const int32_t *uses, int
         pager->layer = pager->experts[ids[0]].layer;
         st_forecast_step(&pager->forecast, pager->times + pager->layer, (double)tokens);
     }
-    pager->arrived = nanoseconds();
+    pager->arrived = st_nanoseconds();
     for (int64_t i = 0; i < n; i++) /* pin all first, so that none evicts another of the same call */
         pager->pinned += pager->experts[ids[i]].pins++ == 0;
     for (int64_t i = 0; i < n; i++) {
@@ -458,20 +453,20 @@ int st_pager_progress(st_pager *pager, int32_t id) {
 }
 
 static void spin(struct expert *expert, int64_t start) {
-    while (atomic_load(&expert->state) < READY && nanoseconds() - start < SPIN_NS)
+    while (atomic_load(&expert->state) < READY && st_nanoseconds() - start < SPIN_NS)
         sched_yield();
 }
 
 const uint8_t *st_pager_take(st_pager *pager, int32_t id) {
     struct expert *expert = pager->experts + id;
     if (atomic_load(&expert->state) < READY) {
-        int64_t start = nanoseconds();
+        int64_t start = st_nanoseconds();
         spin(expert, start);
         pthread_mutex_lock(&pager->mutex);
         while (atomic_load(&expert->state) < READY && !pager->interrupted)
             pthread_cond_wait(&pager->done, &pager->mutex);
         pthread_mutex_unlock(&pager->mutex);
-        atomic_fetch_add(&pager->stall_ns, nanoseconds() - start);
+        atomic_fetch_add(&pager->stall_ns, st_nanoseconds() - start);
     }
     if (atomic_load(&expert->state) != READY)
         return NULL;
@@ -483,7 +478,7 @@ int st_pager_wait(st_pager *pager, int32_t id, int64_t ns) {
     struct timespec until;
     if (atomic_load(&expert->state) >= READY)
         return 1;
-    int64_t start = nanoseconds();
+    int64_t start = st_nanoseconds();
     spin(expert, start);
     clock_gettime(CLOCK_REALTIME, &until); /* that of pthread_cond_timedwait; a jump of it costs a look, no more */
     until.tv_sec += (time_t)((until.tv_nsec + ns) / 1000000000);
@@ -493,7 +488,7 @@ int st_pager_wait(st_pager *pager, int32_t id, int64_t ns) {
     while (atomic_load(&expert->state) < READY && !late)
         late = pthread_cond_timedwait(&pager->done, &pager->mutex, &until) != 0;
     pthread_mutex_unlock(&pager->mutex);
-    atomic_fetch_add(&pager->stall_ns, nanoseconds() - start);
+    atomic_fetch_add(&pager->stall_ns, st_nanoseconds() - start);
     return atomic_load(&expert->state) >= READY;
 }
 
@@ -521,7 +516,7 @@ int64_t st_pager_since_arrival(st_pager *pager) {
     pthread_mutex_lock(&pager->mutex);
     int64_t arrived = pager->arrived;
     pthread_mutex_unlock(&pager->mutex);
-    return nanoseconds() - arrived;
+    return st_nanoseconds() - arrived;
 }
 
 /* Empties a slot that is no longer used. */

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE /* pthread_setaffinity_np */
 #include "smallthinker/threads.h"
 
+#include "smallthinker/clock.h"
 #include "smallthinker/thread_start.h"
 
 #include <pthread.h>
@@ -10,7 +11,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -63,12 +63,6 @@ struct st_member {
     int tid;
 };
 
-static int64_t nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
 /* Waits until the gate's count differs from old; returns what it is then. slept: NULL, or what takes the time beyond
  * spinning. */
 static uint64_t wait_change(st_team *team, gate *g, uint64_t old, _Atomic int64_t *slept) {
@@ -78,7 +72,7 @@ static uint64_t wait_change(st_team *team, gate *g, uint64_t old, _Atomic int64_
             return now;
         ST_PAUSE();
     }
-    int64_t began = slept ? nanoseconds() : 0;
+    int64_t began = slept ? st_nanoseconds() : 0;
     uint64_t now;
     pthread_mutex_lock(&team->mutex);
     atomic_fetch_add(&g->sleepers, 1);
@@ -87,7 +81,7 @@ static uint64_t wait_change(st_team *team, gate *g, uint64_t old, _Atomic int64_
     atomic_fetch_sub(&g->sleepers, 1);
     pthread_mutex_unlock(&team->mutex);
     if (slept)
-        atomic_fetch_add_explicit(slept, nanoseconds() - began, memory_order_relaxed);
+        atomic_fetch_add_explicit(slept, st_nanoseconds() - began, memory_order_relaxed);
     return now;
 }
 

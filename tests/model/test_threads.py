@@ -24,7 +24,7 @@ MOST_USED = 64  # KiB of a stack: half of what musl gives a thread
 
 PRELUDE = f"""
 import os, re, signal, sys, threading, time
-from smallthinker_edge import Session, SmallThinker
+from smallthinker_edge import SmallThinker
 
 def tids():
     return set(os.listdir("/proc/self/task"))
