@@ -32,12 +32,17 @@ static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, flo
     return bad ? NAN : _mm512_reduce_add_ps(sum);
 }
 
-/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. */
+/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. Between whole pages' tiles of keys the values v
+ * are asked for, which are as long. */
 static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const st_q8x4 *const *q, int64_t G, int64_t p0,
                          int64_t p1, float scale, float *scores, float *m, float *l) {
-    (void)v;
     int64_t t0 = p0 / ST_TILE_ROWS, t1 = (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS;
-    gemm_q8_0(k, ST_ATTN_CHUNK, nb, t0, t1, q, 2 * G, scores + t0 * ST_TILE_ROWS, ST_ATTN_CHUNK);
+    /* Values stand in another order than keys: only all of them are where tiles are. */
+    int64_t asked = t1 - t0 == ST_ATTN_CHUNK / ST_TILE_ROWS ? nb * ST_TILE_Q8_0_BYTES : 0;
+    for (int64_t t = t0; t < t1; t++) {
+        prefetch_far(v + t * asked, asked);
+        gemm_q8_0(k, ST_ATTN_CHUNK, nb, t, t + 1, q, 2 * G, scores + t * ST_TILE_ROWS, ST_ATTN_CHUNK);
+    }
     for (int64_t h = 0; h < G; h++)
         l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
 }
@@ -51,7 +56,7 @@ static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const s
             low[h] = high[h] = _mm512_setzero_si512();                                                                 \
         for (int64_t pair = p0 / 2; pair < (p1 + 1) / 2; pair++) {                                                     \
             const __m256i *line = (const __m256i *)(lines + 64 * pair);                                                \
-            st_prefetch_l1((const uint8_t *)line + PREFETCH_FAR);                                                      \
+            st_prefetch_l1((const uint8_t *)line + PREFETCH_NEAR);                                                     \
             __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256(line));                                                \
             __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256(line + 1));                                            \
             _Pragma("GCC unroll 8") for (int h = 0; h < N; h++) {                                                      \

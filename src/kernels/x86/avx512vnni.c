@@ -313,44 +313,75 @@ static inline void add_weighted(float weight, const float *total, float *y) {
                          _mm512_fmadd_ps(_mm512_set1_ps(weight), _mm512_loadu_ps(total + i), _mm512_loadu_ps(y + i)));
 }
 
-enum { HEADS = 6 }; /* query heads that share a key or value: 24 sums, of 32 registers */
+enum {
+    HEADS = 6,        /* query heads that share a key or value: 24 sums, of 32 registers */
+    VALUES_AHEAD = 16 /* positions whose values are asked into the first-level cache before their turn */
+};
 
-/* Lane i = the sum of a[i]'s lanes. */
-static inline __m128 sum4x16(const __m512 a[4]) {
-    __m256 half[4];
-    for (int i = 0; i < 4; i++)
-        half[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1));
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+/* a's and b's even lanes plus their odd ones, within 128 bits. */
+static inline __m512 hadd16(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+
+/* a's low half plus its high half, and b's. */
+static inline __m512 fold16(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+
+/* Lane i = the sum of the lanes of a[i]: halves first, then neighbours. */
+static inline __m256 sum8x16(const __m512 a[8]) {
+    __m512 low = hadd16(fold16(a[0], a[4]), fold16(a[1], a[5])), high = hadd16(fold16(a[2], a[6]), fold16(a[3], a[7]));
+    __m512 s = hadd16(low, high); /* quarters of 0 to 3, twice, and of 4 to 7 */
+    return _mm512_castps512_ps256(_mm512_add_ps(_mm512_shuffle_f32x4(s, s, 0x88), _mm512_shuffle_f32x4(s, s, 0xdd)));
+}
+
+enum { WHOLE = 0xffff }; /* the mask of 16 lanes */
+
+/* 16 dimensions of H heads and four keys, added to their sums. A mask that is known to be WHOLE costs nothing. */
+static inline __attribute__((always_inline)) void score_step(const int H, const float *q, int64_t hd,
+                                                             const uint16_t *const key[4], __mmask16 mask,
+                                                             __m512 sum[HEADS][4]) {
+    __m512 wide[4];
+    _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) wide[p] = _mm512_cvtph_ps(
+        mask == WHOLE ? _mm256_loadu_si256((const __m256i *)key[p]) : _mm256_maskz_loadu_epi16(mask, key[p]));
+    _Pragma("GCC unroll 8") for (int h = 0; h < H; h++, q += hd) {
+        __m512 query = mask == WHOLE ? _mm512_loadu_ps(q) : _mm512_maskz_loadu_ps(mask, q);
+        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) sum[h][p] = _mm512_fmadd_ps(query, wide[p], sum[h][p]);
+    }
 }
 
 /* Scores of H heads at four positions (the last one repeated beyond n); each key is read and widened once. */
 static inline __attribute__((always_inline)) void scores_h(const int H, const float *q, int64_t hd, const uint16_t *k,
                                                            int64_t n, float scale, float *scores) {
-    __m512 sum[HEADS][4];
-    for (int h = 0; h < H; h++)
+    __m512 sum[HEADS + 1][4]; /* an odd head has a neighbour */
+    const uint16_t *key[4];
+    for (int h = 0; h <= HEADS; h++)
         for (int p = 0; p < 4; p++)
             sum[h][p] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < hd; i += 16) {
-        __mmask16 mask = first_lanes(hd - i);
-        __m512 key[4];
-        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) key[p] =
-            _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, k + (p < n ? p : n - 1) * hd + i));
-        _Pragma("GCC unroll 8") for (int h = 0; h < H; h++) {
-            __m512 query = _mm512_maskz_loadu_ps(mask, q + h * hd + i);
-            for (int p = 0; p < 4; p++)
-                sum[h][p] = _mm512_fmadd_ps(query, key[p], sum[h][p]);
-        }
+    for (int p = 0; p < 4; p++)
+        key[p] = k + (p < n ? p : n - 1) * hd;
+    int64_t i = 0;
+    for (; i + 16 <= hd; i += 16) {
+        score_step(H, q + i, hd, key, WHOLE, sum);
+        for (int p = 0; p < 4; p++)
+            key[p] += 16;
     }
-    for (int h = 0; h < H; h++)
-        _mm_mask_storeu_ps(scores + h * ST_ATTN_CHUNK, (__mmask8)first_lanes(n < 4 ? n : 4),
-                           _mm_mul_ps(sum4x16(sum[h]), _mm_set1_ps(scale)));
+    if (i < hd)
+        score_step(H, q + i, hd, key, first_lanes(hd - i), sum);
+    __mmask8 mask = (__mmask8)first_lanes(n < 4 ? n : 4);
+    for (int h = 0; h < H; h += 2) {
+        __m256 both = _mm256_mul_ps(sum8x16(sum[h]), _mm256_set1_ps(scale));
+        _mm_mask_storeu_ps(scores + h * ST_ATTN_CHUNK, mask, _mm256_castps256_ps128(both));
+        if (h + 1 < H)
+            _mm_mask_storeu_ps(scores + (h + 1) * ST_ATTN_CHUNK, mask, _mm256_extractf128_ps(both, 1));
+    }
 }
 
 /* acc[h] = sum over n positions of scores[h][p] * v[p], 64 columns of H heads at a time. */
 static inline __attribute__((always_inline)) void values_h(const int H, const float *scores, const uint16_t *v,
                                                            int64_t hd, int64_t n, float *acc) {
     for (int64_t i = 0; i < hd; i += 64) {
+        const uint16_t *columns = v + i;
         __m512 sum[HEADS][4];
         __mmask16 mask[4];
         for (int j = 0; j < 4; j++) {
@@ -358,10 +389,12 @@ static inline __attribute__((always_inline)) void values_h(const int H, const fl
             for (int h = 0; h < H; h++)
                 sum[h][j] = _mm512_setzero_ps();
         }
-        for (int64_t p = 0; p < n; p++) {
+        for (int64_t p = 0; p < n; p++, columns += hd) {
             __m512 value[4];
+            st_prefetch_l1((const uint8_t *)(columns + VALUES_AHEAD * hd));
+            st_prefetch_l1((const uint8_t *)(columns + VALUES_AHEAD * hd + 32));
             for (int j = 0; j < 4; j++)
-                value[j] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask[j], v + p * hd + i + 16 * j));
+                value[j] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask[j], columns + 16 * j));
             for (int h = 0; h < H; h++) {
                 __m512 s = _mm512_set1_ps(scores[h * ST_ATTN_CHUNK + p]);
                 for (int j = 0; j < 4; j++)
@@ -400,23 +433,6 @@ static inline void widen(const uint16_t *x, int64_t n, float *out) {
         __mmask16 mask = first_lanes(n - i);
         _mm512_mask_storeu_ps(out + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x + i)));
     }
-}
-
-/* a's and b's even lanes plus their odd ones, within 128 bits. */
-static inline __m512 hadd16(__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
-}
-
-/* a's low half plus its high half, and b's. */
-static inline __m512 fold16(__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-}
-
-/* Lane i = the sum of a[i]'s lanes, added up in the order of sum4x16. */
-static inline __m256 sum8x16(const __m512 a[8]) {
-    __m512 low = hadd16(fold16(a[0], a[4]), fold16(a[1], a[5])), high = hadd16(fold16(a[2], a[6]), fold16(a[3], a[7]));
-    __m512 s = hadd16(low, high); /* quarters of 0 to 3, twice, and of 4 to 7 */
-    return _mm512_castps512_ps256(_mm512_add_ps(_mm512_shuffle_f32x4(s, s, 0x88), _mm512_shuffle_f32x4(s, s, 0xdd)));
 }
 
 /* Scores of H rows at KEYS positions. keys: [KEYS][ld], zero from hd to ld. */
