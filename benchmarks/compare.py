@@ -68,14 +68,19 @@ class Contender:
 
 
 class Worker:
-    """An engine's process, sleeping until asked. started: when it was, by time.perf_counter()."""
+    """An engine's process, sleeping until asked. started: when it was, by time.perf_counter(); held: tokens in
+    every stream."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.started = time.perf_counter()
+        self.held: dict[str, int] = {}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.description = self._answer()
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        if "stream" in job:
+            before = 0 if job["reset"] else self.held.get(job["stream"], 0)
+            self.held[job["stream"]] = before + len(job["tokens"])
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -113,6 +118,12 @@ class Plan:
         return list(dict.fromkeys(contender.engine for contender in self.contenders))
 
     @property
+    def stages(self) -> list[tuple[Job, ...]]:
+        """The jobs, those with the same context together, the shortest context first."""
+        contexts = sorted({job.context for job in self.jobs})
+        return [tuple(job for job in self.jobs if job.context == context) for context in contexts]
+
+    @property
     def context(self) -> int:
         """Positions that the longest stream grows to, in whole attention chunks."""
         most = max(job.context + job.tokens * (self.repetitions if job.context else 1) for job in self.jobs)
@@ -133,27 +144,38 @@ class Plan:
         return [rng.randrange(self.vocab_size) for _ in range(job.context if repetition < 0 else job.tokens)]
 
 
-def prepare(worker: Worker, plan: Plan, contenders: Sequence[Contender]) -> None:
-    """Warms a worker up and fills the streams that start with a context; nothing of it counts."""
+def warm_up(worker: Worker, plan: Plan, contenders: Sequence[Contender]) -> None:
+    """Nothing of it counts."""
     for contender in contenders:
         warm = Job(8, 0, True)
         ask(worker, contender, warm, plan.ids(warm, 0))
-        for job in plan.jobs:
-            if job.context:
-                ids = plan.ids(job, -1)
-                ask(worker, contender, Job(len(ids), job.context, False), ids)
 
 
-def ask(worker: Worker, contender: Contender, job: Job, ids: list[int]) -> dict[str, Any]:
-    """Runs a job. A stream with a context is filled once and then grows from repetition to repetition."""
-    stream = f"{job.context}{contender.stream}"
-    return worker.ask({"stream": stream, "tokens": ids, "steps": job.steps, "reset": job.context == 0})
+def fill(worker: Worker, plan: Plan, contender: Contender, job: Job) -> None:
+    """Puts a job's context before it, for nothing: what stands in the stream already stays, unless that is too much."""
+    if job.context:
+        held = worker.held.get(stream_of(contender, job), 0)
+        held = held if held <= job.context else 0
+        ids = plan.ids(job, -1)[held:]
+        if ids:
+            ask(worker, contender, Job(len(ids), job.context, False), ids, reset=held == 0)
 
 
-def measure(workers: dict[str, Worker], plan: Plan, repetition: int) -> Iterator[dict[str, Any]]:
-    """One repetition: every job by every contender whose worker is there, in turns; the order alternates."""
+def stream_of(contender: Contender, job: Job) -> str:
+    """Jobs with a context share a stream, which grows from one to the next: filling it takes most of the time."""
+    return f"{'grown' if job.context else 'empty'}{contender.stream}"
+
+
+def ask(worker: Worker, contender: Contender, job: Job, ids: list[int], reset: bool | None = None) -> dict[str, Any]:
+    """Runs a job. reset: in an empty stream; None: where it has no context."""
+    reset = job.context == 0 if reset is None else reset
+    return worker.ask({"stream": stream_of(contender, job), "tokens": ids, "steps": job.steps, "reset": reset})
+
+
+def measure(workers: dict[str, Worker], plan: Plan, jobs: Sequence[Job], repetition: int) -> Iterator[dict[str, Any]]:
+    """One repetition: each of the jobs by every contender whose worker is there, in turns; the order alternates."""
     contenders = [contender for contender in plan.contenders if contender.engine in workers]
-    for job in plan.jobs:
+    for job in jobs:
         for contender in contenders if repetition % 2 == 0 else reversed(contenders):
             answer = calm_turn(workers[contender.engine], contender, job, plan.ids(job, repetition))
             yield {"job": asdict(job), "contender": contender.name, "repetition": repetition, **answer}
@@ -198,13 +220,13 @@ def read_limits(workers: dict[str, Worker], pattern: list[int] | None) -> list[d
 
 @contextmanager
 def running(plan: Plan, engines: Sequence[str]) -> Iterator[dict[str, Worker]]:
-    """Prepared workers of the engines."""
+    """Workers of the engines, warmed up."""
     with ExitStack() as stack:
         workers = {}
         for engine in engines:
             workers[engine] = plan.worker(engine)
             stack.callback(workers[engine].close)
-            prepare(workers[engine], plan, [c for c in plan.contenders if c.engine == engine])
+            warm_up(workers[engine], plan, [c for c in plan.contenders if c.engine == engine])
             progress(f"{engine} is loaded")
         yield workers
 
@@ -219,22 +241,29 @@ def run(plan: Plan, together: bool) -> dict[str, Any]:
     limits: list[dict[str, Any]] = []
     descriptions: dict[str, Any] = {}
 
-    def repetition(workers: dict[str, Worker], number: int) -> None:
+    def repeat(workers: dict[str, Worker], jobs: Sequence[Job], numbers: Sequence[int]) -> None:
         descriptions.update({engine: worker.description for engine, worker in workers.items()})
-        limits.extend(read_limits(workers, limits[0]["pattern"] if limits else None))
-        runs.extend(measure(workers, plan, number))
-        progress(f"repetition {number + 1} of {plan.repetitions}: {', '.join(workers)}")
+        for job in jobs:
+            for contender in plan.contenders:
+                if contender.engine in workers:
+                    fill(workers[contender.engine], plan, contender, job)
+        for number in numbers:
+            limits.extend(read_limits(workers, limits[0]["pattern"] if limits else None))
+            runs.extend(measure(workers, plan, jobs, number))
+            at = f"repetition {number + 1} of {plan.repetitions} at {jobs[0].context}"
+            progress(f"{at}: {', '.join(workers)}")
 
     if together:
         with running(plan, plan.engines) as workers:
-            for number in range(plan.repetitions):
-                repetition(workers, number)
+            for jobs in plan.stages:
+                repeat(workers, jobs, range(plan.repetitions))
             limits.extend(read_limits(workers, limits[0]["pattern"]))
     else:
         for number in range(plan.repetitions):
             for engine in plan.engines:
                 with running(plan, [engine]) as workers:
-                    repetition(workers, number)
+                    for jobs in plan.stages:
+                        repeat(workers, jobs, [number])
     return {"engines": descriptions, "read_limits": limits, "runs": runs}
 
 
@@ -268,15 +297,25 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def cpu_name(cpuinfo: str) -> str | None:
+    """The first CPU's name in /proc/cpuinfo, None where it has none. Guests may be told the maker's name alone, which
+    several generations share: then with family and model."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name", fields.get("Model"))
+    if name is None or any(letter.isdigit() for letter in name) or "cpu family" not in fields:
+        return name
+    return f"{name} (family {fields['cpu family']}, model {fields.get('model', '?')})"
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to know of this machine."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        fields = [line.partition(":") for line in lines]
-        model = next((v.strip() for k, _, v in fields if k.strip() in ("model name", "Model")), model)
+    info = Path("/proc/cpuinfo")
+    name = cpu_name(info.read_text(encoding="utf-8")) if info.exists() else None
     return {
-        "cpu": model,
+        "cpu": name or platform.processor() or platform.machine(),
         "cpus": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import compare
@@ -276,6 +277,20 @@ def test_bars_are_as_long_as_the_ratios_say(tmp_path: Path) -> None:
     assert (ours_a / theirs_a, ours_c / theirs_c) == pytest.approx((2.5, 1.5), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t: 1\n",
+         "AMD EPYC (family 25, model 17)"),
+        ("model name\t: Intel(R) Xeon(R) Gold 6448Y\ncpu family\t: 6\nmodel\t\t: 143\n", "Intel(R) Xeon(R) Gold 6448Y"),
+        ("processor\t: 0\nCPU part\t: 0xd08\n\nModel\t\t: Raspberry Pi 4 Model B\n", "Raspberry Pi 4 Model B"),
+        ("processor\t: 0\n", None),
+    ],
+)  # fmt: skip
+def test_cpus_of_one_name_are_told_apart(cpuinfo: str, name: str | None) -> None:
+    assert compare.cpu_name(cpuinfo) == name
+
+
 def test_comparison_measures_this_library_alone(demo_model: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -297,6 +312,41 @@ def test_comparison_measures_this_library_alone(demo_model: Path, tmp_path: Path
     assert len(result["runs"]) == 6
     assert all(run["seconds"] > 0 for run in result["runs"])
     assert (tmp_path / "r.md").read_text() == report.markdown(result)
+
+
+class Listener:
+    """A worker's stand-in that keeps what it is asked for."""
+
+    ask = compare.Worker.ask
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.jobs: list[tuple[str, int, bool]] = []
+        self.process = SimpleNamespace(stdin=io.StringIO())
+
+    def _answer(self) -> dict[str, Any]:
+        job = json.loads(self.process.stdin.getvalue().splitlines()[-1])
+        self.jobs.append((job["stream"], len(job["tokens"]), job["reset"]))
+        return {"seconds": 1.0, "cpu_seconds": 1.0, "idle_cpu_seconds": 0.0}
+
+
+def test_contexts_are_filled_once_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filling a context takes most of a run's time; a stream that has outgrown the next one begins anew."""
+    monkeypatch.setattr(compare, "SETTLE_SECONDS", 0)
+    arguments = compare.arguments_parser().parse_args(
+        ["m", "--contexts", "40", "0", "100", "45", "--decode", "4", "--prompts", "8", "--repetitions", "2"]
+    )
+    plan = compare.make_plan(arguments, 1000, 256)
+    listener, ours = Listener(), plan.contenders[0]
+    for jobs in plan.stages:
+        for job in jobs:
+            compare.fill(listener, plan, ours, job)  # type: ignore[arg-type]
+        for number in range(plan.repetitions):
+            list(compare.measure({ours.engine: listener}, plan, jobs, number))  # type: ignore[dict-item]
+    empty = [("empty", 8, True), ("empty", 4, True)]
+    turns = [("grown", 4, False)] * 2
+    fills = [("grown", 40, True)], [("grown", 45, True)], [("grown", 100 - 53, False)]
+    assert listener.jobs == [*empty, *empty, *fills[0], *turns, *fills[1], *turns, *fills[2], *turns]
 
 
 class Neighbour:

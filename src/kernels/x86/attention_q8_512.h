@@ -32,8 +32,8 @@ static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, flo
     return bad ? NAN : _mm512_reduce_add_ps(sum);
 }
 
-/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. Between whole pages' tiles of keys the values v
- * are asked for, which are as long. */
+/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. Between the tiles of a whole page's keys its
+ * values v, which are as long, are asked for. */
 static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const st_q8x4 *const *q, int64_t G, int64_t p0,
                          int64_t p1, float scale, float *scores, float *m, float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS, t1 = (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS;
