@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 OURS, LLAMA = "smallthinker_edge", "llama.cpp"
 SETTLE_SECONDS = 0.1  # between turns: threads that wait by spinning give up in far less
 CALM_SHARE, ATTEMPTS = 0.1, 3
-FIRST_TOKEN_PROMPT = 16
+FIRST_TOKEN_PROMPT, WARM_UP_TOKENS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Plan:
     def context(self) -> int:
         """Positions that the longest stream grows to, in whole attention chunks."""
         most = max(job.context + job.tokens * (self.repetitions if job.context else 1) for job in self.jobs)
-        return -(-max(most, FIRST_TOKEN_PROMPT) // 256) * 256
+        return -(-max(most, FIRST_TOKEN_PROMPT, WARM_UP_TOKENS) // 256) * 256
 
     def worker(self, engine: str, model: str | None = None) -> Worker:
         python, script = (
@@ -139,16 +140,17 @@ class Plan:
         return Worker([python, str(HERE / script), model or self.model, *options])
 
     def ids(self, job: Job, repetition: int) -> list[int]:
-        """The tokens of a job, the same for every engine. Repetition -1: those that stand before it."""
+        """The tokens of a job, the same for every engine."""
         rng = random.Random(f"{self.seed} {job} {repetition}")
-        return [rng.randrange(self.vocab_size) for _ in range(job.context if repetition < 0 else job.tokens)]
+        return [rng.randrange(self.vocab_size) for _ in range(job.tokens)]
 
 
 def warm_up(worker: Worker, plan: Plan, contenders: Sequence[Contender]) -> None:
-    """Nothing of it counts."""
+    """Memory is slow when it is first used: the longest prompt and some tokens before anything counts."""
+    longest = max((job.tokens for job in plan.jobs if not job.steps), default=1)
     for contender in contenders:
-        warm = Job(8, 0, True)
-        ask(worker, contender, warm, plan.ids(warm, 0))
+        for job in (Job(longest, 0, False), Job(WARM_UP_TOKENS, 0, True)):
+            ask(worker, contender, job, plan.ids(job, -1))
 
 
 def fill(worker: Worker, plan: Plan, contender: Contender, job: Job) -> None:
@@ -156,9 +158,9 @@ def fill(worker: Worker, plan: Plan, contender: Contender, job: Job) -> None:
     if job.context:
         held = worker.held.get(stream_of(contender, job), 0)
         held = held if held <= job.context else 0
-        ids = plan.ids(job, -1)[held:]
-        if ids:
-            ask(worker, contender, Job(len(ids), job.context, False), ids, reset=held == 0)
+        missing = Job(job.context - held, job.context, False)
+        if missing.tokens:
+            ask(worker, contender, missing, plan.ids(missing, -1), reset=held == 0)
 
 
 def stream_of(contender: Contender, job: Job) -> str:
@@ -298,14 +300,14 @@ def progress(text: str) -> None:
 
 
 def cpu_name(cpuinfo: str) -> str | None:
-    """The first CPU's name in /proc/cpuinfo, None where it has none. Guests may be told the maker's name alone, which
+    """The first CPU's name in /proc/cpuinfo, None where it has none. Guests may be told a name without a number, which
     several generations share: then with family and model."""
     fields: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name", fields.get("Model"))
-    if name is None or any(letter.isdigit() for letter in name) or "cpu family" not in fields:
+    name = fields.get("model name") or fields.get("Model")
+    if name is None or "cpu family" not in fields or re.search(r"\d", name.partition("@")[0]):
         return name
     return f"{name} (family {fields['cpu family']}, model {fields.get('model', '?')})"
 
@@ -368,7 +370,8 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 def make_plan(arguments: argparse.Namespace, vocab_size: int, context_length: int) -> Plan:
     """The work asked for, less the contexts that the model does not reach."""
-    contexts = [n for n in arguments.contexts if n + arguments.decode * arguments.repetitions <= context_length]
+    growth = arguments.decode * arguments.repetitions
+    contexts = [n for n in sorted(set(arguments.contexts)) if n + growth <= context_length]
     jobs = [Job(n, 0, False) for n in arguments.prompts if n <= context_length]
     jobs += [Job(arguments.decode, n, True) for n in contexts]
     contenders = [Contender(OURS, OURS, "")]

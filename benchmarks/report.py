@@ -69,11 +69,12 @@ def read_limit(result: Result) -> float:
 
 
 def bytes_per_second(result: Result, job: dict[str, Any], contender: str, whole: bool) -> float:
-    """Median over the repetitions; a stream with a context grows by the job's tokens each time."""
+    """Median over the repetitions; a stream with a context grows by the job's tokens each time, if it stays loaded."""
     traffic = Traffic(**result["traffic"])
+    grows = job["context"] and result["turns"] == "job by job"
     figures = []
     for repetition, rate in enumerate(rates(result, job, contender)):
-        position = job["context"] + (job["tokens"] * repetition if job["context"] else 0) + (job["tokens"] + 1) / 2
+        position = job["context"] + (job["tokens"] * repetition if grows else 0) + (job["tokens"] + 1) / 2
         figures.append(rate * (traffic.whole_at(position) if whole else traffic.at(position)))
     return statistics.median(figures)
 

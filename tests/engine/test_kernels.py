@@ -181,9 +181,10 @@ def test_rows_multiplies_the_chosen_rows(name: str, type_: int, cols: int, kind:
         assert_close(out.check(), w[index] @ x, np.abs(w[index]) @ np.abs(x))
 
 
-@pytest.mark.parametrize("cols", [256, 1280, 1536, 8448])
+@pytest.mark.parametrize("cols", [96, 160, 256, 1280, 1536, 8448])
 @pytest.mark.parametrize("type_", SPARSE)
 def test_up_of_many_tokens_gives_the_bits_of_rows(name: str, type_: int, cols: int) -> None:
+    cols = columns(type_, cols)
     table, rows = Table(name), kernels.pack_rows(type_, weights(type_, 32, cols)[0], 32, cols)
     xq = quantized(name, inputs("normal", (16, cols)))
     for n in (1, 5, 16):
@@ -363,7 +364,7 @@ def test_attention_is_softmax_over_the_chunk(name: str, heads: int, head_dim: in
         assert np.abs(m.check() - s.max(1)).max() < 1e-4
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (2, 40), (6, 64), (7, 128), (3, 136)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (2, 40), (5, 24), (6, 64), (7, 128), (3, 136)])
 @pytest.mark.parametrize(
     "seen",
     [

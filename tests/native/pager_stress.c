@@ -1,5 +1,6 @@
 /* Random wants, reads ahead, takes and releases against a slow and faulty fake reader, checked byte by byte. Run by
  * tests/engine/test_native.py, plain and under sanitizers. Prints "ok" or dies. */
+#include "smallthinker/clock.h"
 #include "smallthinker/crc32.h"
 #include "smallthinker/pager.h"
 
@@ -9,7 +10,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { EXPERTS = 96, SLOTS = 20, BYTES = 16384, PIECE = 4096, ROUNDS = 800, MOST = 12, AHEAD = 10, TAKERS = 3 };
@@ -280,12 +280,6 @@ static int read_after_a_pause(void *source, int64_t offset, size_t size, void *b
     return read_or_fail(source, offset, size, buffer);
 }
 
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
 static void stall(void) {
     int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
@@ -294,16 +288,16 @@ static void stall(void) {
     atomic_store(&hang, 1);
     st_pager_ahead(pager, (int32_t[]){3}, 1); /* the read ahead hangs, and the wanted ones stand behind it */
     int32_t ids[2] = {0, 2};
-    int64_t begun = now_ns();
+    int64_t begun = st_nanoseconds();
     st_pager_want(pager, ids, NULL, 2, 1);
     CHECK(st_pager_take(pager, 2)[0] == 3 && st_pager_take(pager, 0)[BYTES - 1] == 1);
     int64_t since = st_pager_since_arrival(pager); /* the hang comes before the arrival, and does not count */
-    CHECK(since >= 0 && since < now_ns() - begun - 500000000);
+    CHECK(since >= 0 && since < st_nanoseconds() - begun - 500000000);
     st_pager_release(pager, ids, 2);
-    begun = now_ns();
+    begun = st_nanoseconds();
     st_pager_want(pager, ids, NULL, 2, 1); /* both are there: counted from here on */
     since = st_pager_since_arrival(pager);
-    CHECK(since >= 0 && since <= now_ns() - begun);
+    CHECK(since >= 0 && since <= st_nanoseconds() - begun);
     st_pager_release(pager, ids, 2);
     st_pager_stats stats;
     st_pager_get_stats(pager, &stats);

@@ -283,6 +283,8 @@ def test_bars_are_as_long_as_the_ratios_say(tmp_path: Path) -> None:
         ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t: 1\n",
          "AMD EPYC (family 25, model 17)"),
         ("model name\t: Intel(R) Xeon(R) Gold 6448Y\ncpu family\t: 6\nmodel\t\t: 143\n", "Intel(R) Xeon(R) Gold 6448Y"),
+        ("model name\t: Intel(R) Xeon(R) CPU @ 2.20GHz\ncpu family\t: 6\nmodel\t\t: 79\n",
+         "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 79)"),
         ("processor\t: 0\nCPU part\t: 0xd08\n\nModel\t\t: Raspberry Pi 4 Model B\n", "Raspberry Pi 4 Model B"),
         ("processor\t: 0\n", None),
     ],

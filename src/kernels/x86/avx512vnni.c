@@ -166,35 +166,49 @@ TILE_Q8_0(tile_q8_0_x8, 8)
 
 ST_TILED_TYPES(GEMM)
 
-/* Four blocks (64 nibble bytes) a step, sixteen scales a turn; each block leaves 4 sums, which the replicated scales
- * fit. Two rows share the reads of x: `rows` and `out` have R entries. */
-static inline __attribute__((always_inline)) void rows_q4_0_r(const int R, const uint8_t *const *rows, int64_t nb,
-                                                              const st_q8x4 *x, float *out) {
+/* R rows times T tokens (out[r * T + t]): four blocks (64 nibble bytes) a step, sixteen scales a turn; each block
+ * leaves 4 sums, which the replicated scales fit. Rows share the reads of x, and tokens the unpacked rows. */
+static inline __attribute__((always_inline)) void rows_q4_0_many(const int R, const int T, const uint8_t *const *rows,
+                                                                 int64_t nb, const st_q8x4 *const *x, float *out) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m512 sum[8];
+    for (int i = 0; i < R * T; i++)
+        sum[i] = _mm512_setzero_ps();
     for (int64_t b = 0; b < nb; b += 16) {
         __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         __m512 d[2];
         for (int r = 0; r < R; r++)
             d[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(nb - b), rows[r] + 2 * b));
         for (int64_t c = b; c < nb && c < b + 16; c += 4) {
-            const st_q8x4 *q = x + c / 4;
             __mmask16 mask = first_lanes(4 * (nb - c));
-            __m512i q0 = load512(q->q[0]), q1 = load512(q->q[1]), corr = load512(q->corr);
-            __m512 scale = _mm512_loadu_ps(q->scale);
+            __m512i low[2], high[2];
+            __m512 s[2];
             for (int r = 0; r < R; r++) {
                 __m512i v = _mm512_maskz_loadu_epi32(mask, rows[r] + 2 * nb + 16 * c);
-                __m512i even = _mm512_dpbusd_epi32(corr, _mm512_and_si512(v, nibble), q0);
-                __m512i odd =
-                    _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), q1);
-                __m512 s = _mm512_mul_ps(_mm512_permutexvar_ps(spread, d[r]), scale);
-                sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), s, sum[r]);
+                low[r] = _mm512_and_si512(v, nibble);
+                high[r] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+                s[r] = _mm512_permutexvar_ps(spread, d[r]);
+            }
+            _Pragma("GCC unroll 8") for (int t = 0; t < T; t++) {
+                const st_q8x4 *q = x[t] + c / 4;
+                __m512i q0 = load512(q->q[0]), q1 = load512(q->q[1]), corr = load512(q->corr);
+                __m512 scale = _mm512_loadu_ps(q->scale);
+                for (int r = 0; r < R; r++) {
+                    __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(corr, low[r], q0), high[r], q1);
+                    sum[r * T + t] =
+                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(s[r], scale), sum[r * T + t]);
+                }
             }
             spread = _mm512_add_epi32(spread, _mm512_set1_epi32(4));
         }
     }
-    for (int r = 0; r < R; r++)
-        out[r] = _mm512_reduce_add_ps(sum[r]);
+    for (int i = 0; i < R * T; i++)
+        out[i] = _mm512_reduce_add_ps(sum[i]);
+}
+
+static inline __attribute__((always_inline)) void rows_q4_0_r(const int R, const uint8_t *const *rows, int64_t nb,
+                                                              const st_q8x4 *x, float *out) {
+    rows_q4_0_many(R, 1, rows, nb, &x, out);
 }
 
 /* Codes of `bits` bits that four neurons have for 128 outputs: code[2 * v] of outputs 32 * v on, four bytes an output,
@@ -340,24 +354,24 @@ enum { WHOLE = 0xffff }; /* the mask of 16 lanes */
 /* 16 dimensions of H heads and four keys, added to their sums. A mask that is known to be WHOLE costs nothing. */
 static inline __attribute__((always_inline)) void score_step(const int H, const float *q, int64_t hd,
                                                              const uint16_t *const key[4], __mmask16 mask,
-                                                             __m512 sum[HEADS][4]) {
+                                                             __m512 sum[HEADS * 4]) {
     __m512 wide[4];
     _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) wide[p] = _mm512_cvtph_ps(
         mask == WHOLE ? _mm256_loadu_si256((const __m256i *)key[p]) : _mm256_maskz_loadu_epi16(mask, key[p]));
     _Pragma("GCC unroll 8") for (int h = 0; h < H; h++, q += hd) {
         __m512 query = mask == WHOLE ? _mm512_loadu_ps(q) : _mm512_maskz_loadu_ps(mask, q);
-        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) sum[h][p] = _mm512_fmadd_ps(query, wide[p], sum[h][p]);
+        _Pragma("GCC unroll 4") for (int p = 0; p < 4; p++) sum[4 * h + p] =
+            _mm512_fmadd_ps(query, wide[p], sum[4 * h + p]);
     }
 }
 
 /* Scores of H heads at four positions (the last one repeated beyond n); each key is read and widened once. */
 static inline __attribute__((always_inline)) void scores_h(const int H, const float *q, int64_t hd, const uint16_t *k,
                                                            int64_t n, float scale, float *scores) {
-    __m512 sum[HEADS + 1][4]; /* an odd head has a neighbour */
+    __m512 sum[HEADS * 4];
     const uint16_t *key[4];
-    for (int h = 0; h <= HEADS; h++)
-        for (int p = 0; p < 4; p++)
-            sum[h][p] = _mm512_setzero_ps();
+    for (int i = 0; i < HEADS * 4; i++) /* all of them: an odd head is folded with the next one's */
+        sum[i] = _mm512_setzero_ps();
     for (int p = 0; p < 4; p++)
         key[p] = k + (p < n ? p : n - 1) * hd;
     int64_t i = 0;
@@ -370,7 +384,7 @@ static inline __attribute__((always_inline)) void scores_h(const int H, const fl
         score_step(H, q + i, hd, key, first_lanes(hd - i), sum);
     __mmask8 mask = (__mmask8)first_lanes(n < 4 ? n : 4);
     for (int h = 0; h < H; h += 2) {
-        __m256 both = _mm256_mul_ps(sum8x16(sum[h]), _mm256_set1_ps(scale));
+        __m256 both = _mm256_mul_ps(sum8x16(sum + 4 * h), _mm256_set1_ps(scale));
         _mm_mask_storeu_ps(scores + h * ST_ATTN_CHUNK, mask, _mm256_castps256_ps128(both));
         if (h + 1 < H)
             _mm_mask_storeu_ps(scores + (h + 1) * ST_ATTN_CHUNK, mask, _mm256_extractf128_ps(both, 1));
@@ -525,6 +539,7 @@ static float dot(const float *a, const float *b, int64_t n) {
 
 void st_fill_avx512vnni(st_kernels *k) {
     ST_ENTER_MATRICES
+    k->up[ST_TILED_Q4_0] = up_q4_0;
     ENTER_MANY(Q4_K, q4_k)
     ENTER_MANY(Q5_K, q5_k)
     ENTER_MANY(Q6_K, q6_k)

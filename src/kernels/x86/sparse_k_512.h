@@ -1,4 +1,4 @@
-/* Rows and Down of Q4_K, Q5_K and Q6_K at 512 bits, included by avx512vnni.c. */
+/* Rows and Down of Q4_K, Q5_K and Q6_K at 512 bits, and Rows of all for many tokens; included by avx512vnni.c. */
 
 /* Scales and minima of two super-blocks of a row, from ns times the first, second and last four of their bytes
  * (layout.h, Rows). What stands behind a last one is read and not used. */
@@ -148,11 +148,15 @@ static inline __attribute__((always_inline)) void rows_k6_r(const int R, const i
         out[i] = _mm512_reduce_add_ps(_mm512_add_ps(first[i], last[i]));
 }
 
+enum { Q4_0 = 0 }; /* among the K types' bits */
+
 static inline __attribute__((always_inline)) void rows_of(const int bits, const int R, const int T,
                                                           const uint8_t *const *rows, int64_t nb,
                                                           const st_q8x4 *const *x, const __m512 *const *rest,
                                                           float *out) {
-    if (bits == 6)
+    if (bits == Q4_0)
+        rows_q4_0_many(R, T, rows, nb, x, out);
+    else if (bits == 6)
         rows_k6_r(R, T, rows, nb, x, out);
     else
         rows_k_r(bits == 5, R, T, rows, nb, x, rest, out);
@@ -165,7 +169,7 @@ static inline __attribute__((always_inline)) void up_of_many(const int bits, con
                                                              int64_t nb, const st_q8x4 *const *x, int64_t n,
                                                              const uint32_t *fires, float *up) {
     __m512 rest[ST_UP_TOKENS][REST_TURNS];
-    int known = bits != 6 && nb <= 16 * REST_TURNS;
+    int known = (bits == 4 || bits == 5) && nb <= 16 * REST_TURNS;
     for (int64_t t = 0; known && t < n; t++)
         for (int64_t super = 0; super < nb / 8; super += 2)
             rest[t][super / 2] = k_rest(x[t] + 2 * super, nb / 8 - super);
@@ -173,7 +177,7 @@ static inline __attribute__((always_inline)) void up_of_many(const int bits, con
     for (int r = 0; r < 32; r++) {
         const uint8_t *row = w + stride * (size_t)r;
         if (r < 30 && fires[r + 2])
-            prefetch_near(row + 2 * stride, nb * (bits == 6 ? 27 : 2 * bits + 10));
+            prefetch_near(row + 2 * stride, nb * (bits == Q4_0 ? ST_Q4_0_BYTES : bits == 6 ? 27 : 2 * bits + 10));
         for (uint32_t left = fires[r]; left;) {
             const st_q8x4 *of[8];
             const __m512 *rests[8];
@@ -208,6 +212,7 @@ static inline __attribute__((always_inline)) void up_of_many(const int bits, con
         rows_of(bits, R, 1, rows, nb, &x, NULL, out);                                                                  \
     }                                                                                                                  \
     static ST_UP(up_##name) { up_of_many(bits, w, stride, nb, x, n, fires, up); }
+static ST_UP(up_q4_0) { up_of_many(Q4_0, w, stride, nb, x, n, fires, up); }
 ROWS_K(q4_k, 4)
 ROWS_K(q5_k, 5)
 ROWS_K(q6_k, 6)
