@@ -47,8 +47,8 @@ def steps(model: Path, packed: Path, folder: Path, llama_python: str | None, qui
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, str(HERE / name), *arguments]
 
-    def compare(name: str, *arguments: str) -> Step:
-        rival = ["--llama-python", llama_python] if llama_python else []
+    def compare(name: str, *arguments: str, alone: bool = False) -> Step:
+        rival = ["--llama-python", llama_python] if llama_python and not alone else []
         few = ["--decode", "4", "--repetitions", "1", "--starts", "0"] if quick else []
         output = folder / name
         return Step(
@@ -57,10 +57,12 @@ def steps(model: Path, packed: Path, folder: Path, llama_python: str | None, qui
         )
 
     yield compare("compare", *(() if quick else ("--packed", str(packed))))
-    contexts = ["0", "64"] if quick else ["0", "1024", "4096", "8192", "16384", "32000"]
+    contexts = ["0", "64"] if quick else ["0", "1024", "4096", "8192", "16384"]
+    longest = "128" if quick else "32000"  # llama.cpp takes most of an hour to fill it
     prompts = ["8", "32"] if quick else ["8", "32", "128", "512", "2048"]
     thrice = ("--repetitions", "3", "--starts", "0")
     yield compare("growth", "--contexts", *contexts, "--prompts", *prompts, "--decode", "32", *thrice)
+    yield compare("growth-long", "--contexts", longest, "--prompts", "--decode", "32", *thrice, alone=True)
     most = auto_threads()
     for threads in sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16) if n < most} | {most}):
         alone = ("--threads", str(threads), "--contexts", "0", "--prompts", "512")

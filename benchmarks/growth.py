@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py FOLDER
 
-From what everything.py left in FOLDER: growth.json (contexts and prompts), threads-N.json, budgets.json; what is not
-there is left out. Writes FOLDER/growth.svg. Needs the [plots] extra.
+From what everything.py left in FOLDER: growth.json (contexts and prompts), growth-long.json (a longer context, without
+llama.cpp), threads-N.json, budgets.json; what is not there is left out. Writes FOLDER/growth.svg. Needs the [plots] extra.
 """
 
 from __future__ import annotations
@@ -55,15 +55,17 @@ def of_budgets(folder: Path) -> Points:
 
 def panels(folder: Path) -> list[tuple[str, str, Points]]:
     """(title, label of x, points) of every panel there is something for."""
-    found = []
-    path = folder / "growth.json"
-    if path.exists():
-        result = json.loads(path.read_text(encoding="utf-8"))
-        found += [
-            ("Decoding after a context", "positions", of_jobs(result, lambda job: bool(job["steps"]), "context")),
-            ("Prompts", "tokens", of_jobs(result, lambda job: not job["steps"], "tokens")),
-        ]
-    found += [
+    decoding: Points = {}
+    prompts: Points = {}
+    for path in (folder / "growth.json", folder / "growth-long.json"):
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            for engine, points in of_jobs(result, lambda job: bool(job["steps"]), "context").items():
+                decoding[engine] = decoding.get(engine, []) + points
+            prompts |= of_jobs(result, lambda job: not job["steps"], "tokens")
+    found = [
+        ("Decoding after a context", "positions", decoding),
+        ("Prompts", "tokens", prompts),
         ("Decoding by threads", "threads", of_threads(folder, True)),
         ("A prompt by threads", "threads", of_threads(folder, False)),
         ("Decoding within a budget", "GiB", of_budgets(folder)),
