@@ -410,7 +410,7 @@ def main() -> None:
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = markdown(result)
+    text = markdown(result, output.parent)
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     progress(f"written to {output.with_suffix('.json')} and {output.with_suffix('.md')}")

@@ -3,7 +3,8 @@
     python benchmarks/growth.py FOLDER
 
 From what everything.py left in FOLDER: growth.json (contexts and prompts), growth-long.json (a longer context, without
-llama.cpp), threads-N.json, budgets.json; what is not there is left out. Writes FOLDER/growth.svg. Needs the [plots] extra.
+llama.cpp), threads-N.json, budgets.json; what is not there is left out. Writes FOLDER/growth.svg. Needs the [plots]
+extra.
 """
 
 from __future__ import annotations

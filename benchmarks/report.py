@@ -7,6 +7,7 @@ python benchmarks/report.py RESULT.json      # prints one page
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -160,11 +161,13 @@ def notes(result: Result) -> str:
     )
 
 
-def markdown(result: Result) -> str:
-    """The page of one result: what it compares, all its tables, and how it was measured."""
+def markdown(result: Result, folder: Path = RESULTS) -> str:
+    """The page of one result: what it compares, all its tables, and how it was measured. folder: where it will be."""
+    inside = folder.resolve().is_relative_to(RESULTS)
+    readme = os.path.relpath(RESULTS / "README.md", folder) if inside else "README.md"
     parts = [
         f"# {result['model']['name']}, {result['engines'][OURS]['kernels']}, {result['machine']['cpu']}",
-        "`make bench-docs` writes this page from the .json beside it; [README.md](README.md) says how it was measured.",
+        f"`make bench-docs` writes this page from the .json beside it; [README.md]({readme}) says how it was measured.",
         speed_table(result),
     ]
     if result["read_limits"] and any(job["steps"] for job in jobs_of(result)):
@@ -175,13 +178,14 @@ def markdown(result: Result) -> str:
 
 
 def results_of(folder: Path) -> dict[Path, Result]:
-    """Every .json of a folder, by its file."""
-    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """Every .json of a folder and of those in it, by its file."""
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))}
 
 
 def pages(results: Path = RESULTS) -> dict[Path, str]:
     """The page of every comparison in a folder: its file, and its text made anew from the .json of the same name."""
-    return {path.with_suffix(".md"): markdown(it) for path, it in results_of(results).items() if "runs" in it}
+    found = {path: it for path, it in results_of(results).items() if "runs" in it}
+    return {path.with_suffix(".md"): markdown(it, path.parent) for path, it in found.items()}
 
 
 def pictures(results: Path = RESULTS) -> dict[Path, str]:

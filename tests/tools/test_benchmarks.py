@@ -152,6 +152,11 @@ def test_growth_is_drawn_from_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "budgets.json").write_text(json.dumps({"budgets": rows}))
     ((title, _, points),) = growth.panels(tmp_path)
     assert (title, points) == ("Decoding within a budget", {report.OURS: [(0.5, 51.2), (1.0, 102.4)]})
+    for name, context, rivals in (("growth", 4096, {"llama.cpp": [20.0]}), ("growth-long", 32000, {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result_of([40.0], rivals, context)))
+    (title, _, points), _ = growth.panels(tmp_path)
+    assert (title, points["llama.cpp"]) == ("Decoding after a context", [(4096, pytest.approx(20))])
+    assert points[report.OURS] == [(4096, pytest.approx(40)), (32000, pytest.approx(40))]
     pytest.importorskip("matplotlib")
     assert growth.draw(tmp_path).read_text().startswith("<?xml")
 
