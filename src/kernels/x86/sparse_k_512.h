@@ -148,13 +148,13 @@ static inline __attribute__((always_inline)) void rows_k6_r(const int R, const i
         out[i] = _mm512_reduce_add_ps(_mm512_add_ps(first[i], last[i]));
 }
 
-enum { Q4_0 = 0 }; /* among the K types' bits */
+enum { PLAIN = 0 }; /* Q4_0, among the K types' bits */
 
 static inline __attribute__((always_inline)) void rows_of(const int bits, const int R, const int T,
                                                           const uint8_t *const *rows, int64_t nb,
                                                           const st_q8x4 *const *x, const __m512 *const *rest,
                                                           float *out) {
-    if (bits == Q4_0)
+    if (bits == PLAIN)
         rows_q4_0_many(R, T, rows, nb, x, out);
     else if (bits == 6)
         rows_k6_r(R, T, rows, nb, x, out);
@@ -164,10 +164,10 @@ static inline __attribute__((always_inline)) void rows_of(const int bits, const 
 
 enum { REST_TURNS = 16 }; /* of two super-blocks: in wider rows k_rest() is computed again for each */
 
-/* A row at a time, for the tokens in which it is wanted, eight at a time. */
-static inline __attribute__((always_inline)) void up_of_many(const int bits, const uint8_t *w, size_t stride,
-                                                             int64_t nb, const st_q8x4 *const *x, int64_t n,
-                                                             const uint32_t *fires, float *up) {
+/* A row of `bytes` at a time, for the tokens in which it is wanted, eight at a time. */
+static inline __attribute__((always_inline)) void up_of_many(const int bits, const int64_t bytes, const uint8_t *w,
+                                                             size_t stride, int64_t nb, const st_q8x4 *const *x,
+                                                             int64_t n, const uint32_t *fires, float *up) {
     __m512 rest[ST_UP_TOKENS][REST_TURNS];
     int known = (bits == 4 || bits == 5) && nb <= 16 * REST_TURNS;
     for (int64_t t = 0; known && t < n; t++)
@@ -177,7 +177,7 @@ static inline __attribute__((always_inline)) void up_of_many(const int bits, con
     for (int r = 0; r < 32; r++) {
         const uint8_t *row = w + stride * (size_t)r;
         if (r < 30 && fires[r + 2])
-            prefetch_near(row + 2 * stride, nb * (bits == Q4_0 ? ST_Q4_0_BYTES : bits == 6 ? 27 : 2 * bits + 10));
+            prefetch_near(row + 2 * stride, bytes);
         for (uint32_t left = fires[r]; left;) {
             const st_q8x4 *of[8];
             const __m512 *rests[8];
@@ -205,17 +205,22 @@ static inline __attribute__((always_inline)) void up_of_many(const int bits, con
     }
 }
 
-/* One token for drivers.h, and many for the rows of a group. */
-#define ROWS_K(name, bits)                                                                                             \
+/* Many tokens for the rows of a group, and one for drivers.h. */
+#define UP(NAME, name, bits)                                                                                           \
+    static ST_UP(up_##name) {                                                                                          \
+        int64_t bytes = nb * ST_BLOCK / ST_##NAME##_COLUMNS * ST_##NAME##_BYTES;                                       \
+        up_of_many(bits, bytes, w, stride, nb, x, n, fires, up);                                                       \
+    }
+#define ROWS_K(NAME, name, bits)                                                                                       \
     static inline __attribute__((always_inline)) void rows_##name##_r(const int R, const uint8_t *const *rows,         \
                                                                       int64_t nb, const st_q8x4 *x, float *out) {      \
         rows_of(bits, R, 1, rows, nb, &x, NULL, out);                                                                  \
     }                                                                                                                  \
-    static ST_UP(up_##name) { up_of_many(bits, w, stride, nb, x, n, fires, up); }
-static ST_UP(up_q4_0) { up_of_many(Q4_0, w, stride, nb, x, n, fires, up); }
-ROWS_K(q4_k, 4)
-ROWS_K(q5_k, 5)
-ROWS_K(q6_k, 6)
+    UP(NAME, name, bits)
+UP(Q4_0, q4_0, PLAIN)
+ROWS_K(Q4_K, q4_k, 4)
+ROWS_K(Q5_K, q5_k, 5)
+ROWS_K(Q6_K, q6_k, 6)
 
 /* 128 outputs of group g's 32 neurons, added to y; c: see down_sums. */
 static inline __attribute__((always_inline)) void chunk_k(const int bits, const int c, const st_down_view *down,
