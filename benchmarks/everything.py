@@ -47,13 +47,13 @@ def steps(model: Path, packed: Path, folder: Path, llama_python: str | None, qui
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, str(HERE / name), *arguments]
 
-    def compare(name: str, *arguments: str, alone: bool = False) -> Step:
-        rival = ["--llama-python", llama_python] if llama_python and not alone else []
+    def compare(name: str, *arguments: str, rival: bool = True) -> Step:
+        against = ["--llama-python", llama_python] if llama_python and rival else []
         few = ["--decode", "4", "--repetitions", "1", "--starts", "0"] if quick else []
         output = folder / name
         return Step(
             output.with_suffix(".json"),
-            script("compare.py", str(model), *rival, "--output", str(output), *arguments, *few),
+            script("compare.py", str(model), *against, "--output", str(output), *arguments, *few),
         )
 
     yield compare("compare", *(() if quick else ("--packed", str(packed))))
@@ -62,7 +62,7 @@ def steps(model: Path, packed: Path, folder: Path, llama_python: str | None, qui
     prompts = ["8", "32"] if quick else ["8", "32", "128", "512", "2048"]
     thrice = ("--repetitions", "3", "--starts", "0")
     yield compare("growth", "--contexts", *contexts, "--prompts", *prompts, "--decode", "32", *thrice)
-    yield compare("growth-long", "--contexts", longest, "--prompts", "--decode", "32", *thrice, alone=True)
+    yield compare("growth-long", "--contexts", longest, "--prompts", "--decode", "32", *thrice, rival=False)
     most = auto_threads()
     for threads in sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16) if n < most} | {most}):
         alone = ("--threads", str(threads), "--contexts", "0", "--prompts", "512")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from smallthinker_edge.machine.memory import parse_memory
 Points = dict[str, list[tuple[float, float]]]  # of each engine: (x, tokens per second)
 
 
-def of_jobs(result: dict[str, Any], wanted: Callable[[dict[str, Any]], bool], x: str) -> Points:
+def of_jobs(results: Sequence[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool], x: str) -> Points:
     """Medians of the jobs that are wanted, by one of their fields."""
     points: Points = {}
-    for job in filter(wanted, report.jobs_of(result)):
-        values = report.summary(result, job)
-        points.setdefault(report.OURS, []).append((job[x], values["ours"]))
-        if "rival" in values:
-            points.setdefault("llama.cpp", []).append((job[x], values["rival"]))
+    for result in results:
+        for job in filter(wanted, report.jobs_of(result)):
+            values = report.summary(result, job)
+            points.setdefault(report.OURS, []).append((job[x], values["ours"]))
+            if "rival" in values:
+                points.setdefault("llama.cpp", []).append((job[x], values["rival"]))
     return {engine: sorted(found) for engine, found in points.items()}
 
 
@@ -56,17 +57,11 @@ def of_budgets(folder: Path) -> Points:
 
 def panels(folder: Path) -> list[tuple[str, str, Points]]:
     """(title, label of x, points) of every panel there is something for."""
-    decoding: Points = {}
-    prompts: Points = {}
-    for path in (folder / "growth.json", folder / "growth-long.json"):
-        if path.exists():
-            result = json.loads(path.read_text(encoding="utf-8"))
-            for engine, points in of_jobs(result, lambda job: bool(job["steps"]), "context").items():
-                decoding[engine] = decoding.get(engine, []) + points
-            prompts |= of_jobs(result, lambda job: not job["steps"], "tokens")
+    paths = (folder / "growth.json", folder / "growth-long.json")
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     found = [
-        ("Decoding after a context", "positions", decoding),
-        ("Prompts", "tokens", prompts),
+        ("Decoding after a context", "positions", of_jobs(results, lambda job: bool(job["steps"]), "context")),
+        ("Prompts", "tokens", of_jobs(results, lambda job: not job["steps"], "tokens")),
         ("Decoding by threads", "threads", of_threads(folder, True)),
         ("A prompt by threads", "threads", of_threads(folder, False)),
         ("Decoding within a budget", "GiB", of_budgets(folder)),
