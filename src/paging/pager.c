@@ -19,9 +19,11 @@
 #include <unistd.h>
 
 enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
-/* A taker looks again for this long before it sleeps: with all cores asleep, what ends a read has to wake one first.
- * Measured: docs/notes/2026-11-24-reads-of-experts.md. */
-enum { SPIN_NS = 1000000 };
+/* From how long before an expert should come, and for how long after, a taker looks again and again instead of sleeping:
+ * with all cores asleep, what ends a read has to wake one first. Measured: docs/notes/2026-11-24-reads-of-experts.md. */
+enum { NEAR_NS = 100000 };
+/* A taker that sleeps looks this often anyway. */
+enum { SLEEP_NS = 1000000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
 
 struct expert {
@@ -33,7 +35,8 @@ struct expert {
     uint8_t unused;  /* read before it was wanted, and not wanted since */
     uint8_t broken;  /* its last read failed: only who needs it tries again */
     int32_t layer;
-    size_t done; /* bytes read so far */
+    size_t done;   /* bytes read so far */
+    int64_t begun; /* when the read of the next ones was */
     st_use use;
 };
 
@@ -248,6 +251,7 @@ static void read_expert(st_pager *pager, int32_t id) {
         if (size > most)
             size = most;
         pager->wanted_reads += wanted;
+        expert->begun = st_nanoseconds();
         pthread_mutex_unlock(&pager->mutex);
         int status = pager->config.read(pager->config.source, pager->offsets[id] + (int64_t)done, size, slot + done);
         pthread_mutex_lock(&pager->mutex);
@@ -452,22 +456,49 @@ int st_pager_progress(st_pager *pager, int32_t id) {
     return state >= READY ? 2 : state == READING;
 }
 
-static void spin(struct expert *expert, int64_t start) {
-    while (atomic_load(&expert->state) < READY && st_nanoseconds() - start < SPIN_NS)
-        sched_yield();
+/* When a read that has begun should end, by what the storage has read up to now. */
+static int64_t expected_end(const st_pager *pager, const struct expert *expert) {
+    double read = (double)pager->stats.bytes_read, left = (double)(pager->config.bytes - expert->done);
+    return expert->begun + (read > 0 ? (int64_t)(left * (double)pager->stats.disk_ns / read) : 0);
+}
+
+/* Waits on `done` for some nanoseconds; it may come back earlier, as that of a condition does. */
+static void wait_done(st_pager *pager, int64_t ns) {
+    struct timespec at;
+    ns = ns < SLEEP_NS ? ns : SLEEP_NS;
+    clock_gettime(CLOCK_REALTIME, &at); /* that of pthread_cond_timedwait; a jump of it costs a look, no more */
+    at.tv_sec += (time_t)((at.tv_nsec + ns) / 1000000000);
+    at.tv_nsec = (long)((at.tv_nsec + ns) % 1000000000);
+    pthread_cond_timedwait(&pager->done, &pager->mutex, &at);
+}
+
+/* Waits until a wanted expert is ready or failed, takers are interrupted, or it is `until`: sleeps, but looks again and
+ * again, once, around the moment it should come. */
+static void await(st_pager *pager, struct expert *expert, int64_t until) {
+    int64_t start = st_nanoseconds(), now = start;
+    int looked = 0;
+    pthread_mutex_lock(&pager->mutex);
+    while (atomic_load(&expert->state) < READY && !pager->interrupted && now < until) {
+        int64_t look = looked || get_state(expert) != READING ? INT64_MAX : expected_end(pager, expert) - NEAR_NS;
+        if (now < look) {
+            wait_done(pager, (look < until ? look : until) - now);
+        } else {
+            looked = 1;
+            pthread_mutex_unlock(&pager->mutex);
+            while (atomic_load(&expert->state) < READY && st_nanoseconds() - now < 2 * NEAR_NS)
+                sched_yield();
+            pthread_mutex_lock(&pager->mutex);
+        }
+        now = st_nanoseconds();
+    }
+    pthread_mutex_unlock(&pager->mutex);
+    atomic_fetch_add(&pager->stall_ns, st_nanoseconds() - start);
 }
 
 const uint8_t *st_pager_take(st_pager *pager, int32_t id) {
     struct expert *expert = pager->experts + id;
-    if (atomic_load(&expert->state) < READY) {
-        int64_t start = st_nanoseconds();
-        spin(expert, start);
-        pthread_mutex_lock(&pager->mutex);
-        while (atomic_load(&expert->state) < READY && !pager->interrupted)
-            pthread_cond_wait(&pager->done, &pager->mutex);
-        pthread_mutex_unlock(&pager->mutex);
-        atomic_fetch_add(&pager->stall_ns, st_nanoseconds() - start);
-    }
+    if (atomic_load(&expert->state) < READY)
+        await(pager, expert, INT64_MAX);
     if (atomic_load(&expert->state) != READY)
         return NULL;
     return pager->config.memory + (size_t)expert->slot * pager->config.bytes;
@@ -475,20 +506,8 @@ const uint8_t *st_pager_take(st_pager *pager, int32_t id) {
 
 int st_pager_wait(st_pager *pager, int32_t id, int64_t ns) {
     struct expert *expert = pager->experts + id;
-    struct timespec until;
-    if (atomic_load(&expert->state) >= READY)
-        return 1;
-    int64_t start = st_nanoseconds();
-    spin(expert, start);
-    clock_gettime(CLOCK_REALTIME, &until); /* that of pthread_cond_timedwait; a jump of it costs a look, no more */
-    until.tv_sec += (time_t)((until.tv_nsec + ns) / 1000000000);
-    until.tv_nsec = (long)((until.tv_nsec + ns) % 1000000000);
-    int late = 0;
-    pthread_mutex_lock(&pager->mutex);
-    while (atomic_load(&expert->state) < READY && !late)
-        late = pthread_cond_timedwait(&pager->done, &pager->mutex, &until) != 0;
-    pthread_mutex_unlock(&pager->mutex);
-    atomic_fetch_add(&pager->stall_ns, st_nanoseconds() - start);
+    if (atomic_load(&expert->state) < READY)
+        await(pager, expert, st_nanoseconds() + ns);
     return atomic_load(&expert->state) >= READY;
 }
 
