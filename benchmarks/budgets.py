@@ -1,82 +1,141 @@
-"""Speed of a packed model within memory budgets, each in a real limit and from a cold page cache.
+"""Speed of a packed model within memory budgets, beside the same model all in memory.
 
-    python benchmarks/budgets.py MODEL.stpk [--budgets 512MiB 1GiB 2GiB] [--context 2048] [--output FILE.json]
+    python benchmarks/budgets.py MODEL.stpk [--budgets 512MiB 1GiB 2GiB] [--context 2048] [--output NAME]
 
-Every budget is a process of its own under tools/paging/capped.py: a prompt of 512 random tokens, some to warm up, then
---series series of --tokens random ones, decoded one by one. A budget that the model does not fit into is left out.
-Called by everything.py too.
+Every budget is a process of its own in a real limit (tools/paging/capped.py) that starts from a cold page cache: a
+prompt of 512 random tokens, some to warm up, then --series series of --tokens random ones, decoded one by one. In turns
+with it a process that has the whole model in memory decodes as many, where both fit, so that both meet the machine as
+it is then. A budget that the model does not fit into is left out. Writes NAME.json and its page, NAME.md. Called by
+everything.py too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from compare import machine
+import psutil
+from compare import Worker, machine
+from report import budgets_page
 
-from smallthinker_edge import MemoryBudgetError, SmallThinker
+from smallthinker_edge.files.config import ModelConfig
+from smallthinker_edge.files.gguf import GGUFFile
+from smallthinker_edge.files.packed import as_model
+from smallthinker_edge.machine.cpus import auto_threads
+from smallthinker_edge.machine.memory import parse_memory
 
-ROOT = Path(__file__).resolve().parent.parent
-CAPPED = ROOT / "tools" / "paging" / "capped.py"
+HERE = Path(__file__).resolve().parent
+CAPPED = HERE.parent / "tools" / "paging" / "capped.py"
 PROMPT, WARM_UP = 512, 64
+ROOM = 3 << 29  # bytes of memory that are left to the system where two processes run
+
+Draw = Callable[[int], list[int]]  # so many random tokens
 
 
-def measure(path: str, memory: str, context: int, tokens: int, series: int) -> dict[str, Any]:
-    """What one budget gives; "fits": False where the model does not open within it."""
-    draw = random.Random(0)
-    try:
-        model = SmallThinker(path, memory=memory, context=context)
-    except MemoryBudgetError as error:
-        return {"fits": False, "why": str(error)}
-    with model, model.session() as session:
+@contextmanager
+def worker(arguments: argparse.Namespace, memory: str | None = None) -> Iterator[tuple[Worker, Path]]:
+    """A process with the model, and the file that has what it wrote to standard error. memory: its budget and its
+    limit. Raises SystemExit where it does not open."""
+    command = [sys.executable, str(HERE / "worker_smallthinker.py"), arguments.model]
+    command += ["--threads", str(arguments.threads), "--context", str(arguments.context)]
+    if memory:
+        capped = [sys.executable, str(CAPPED), "--memory", memory, "--drop-caches", "--"]
+        command = [*capped, *command, "--memory", memory]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as errors:
+        try:
+            process = Worker(command, errors)
+        except SystemExit as end:
+            written = Path(errors.name).read_text(encoding="utf-8")
+            raise SystemExit(f"{end}\n{written}") from None
+        try:
+            yield process, Path(errors.name)
+        finally:
+            process.close()
 
-        def timed(count: int, one_by_one: bool) -> float:
-            ids = [draw.randrange(model.config.vocab_size) for _ in range(count)]
-            begun = time.perf_counter()
-            for piece in [[i] for i in ids] if one_by_one else [ids]:
-                session.decode(piece)
-            return count / (time.perf_counter() - begun)
 
-        prompt = timed(min(PROMPT, context // 2), False)
-        timed(WARM_UP, True)
-        before = model.stats()
-        rates = [timed(tokens, True) for _ in range(series)]
-        after = model.stats()
+def decode(process: Worker, ids: list[int], steps: bool = True) -> float:
+    """Tokens per second."""
+    answer = process.ask({"stream": "tokens", "tokens": ids, "steps": steps, "reset": False})
+    return len(ids) / float(answer["seconds"])
 
-    def change(name: str) -> float:
-        return float(after[name]) - float(before[name])  # type: ignore[arg-type]
 
-    uses = change("hits") + change("ahead_hits") + change("misses")
+def warm_up(process: Worker, draw: Draw, context: int) -> float:
+    """Tokens per second of the prompt, after which some tokens are decoded."""
+    speed = decode(process, draw(min(PROMPT, context // 2)), steps=False)
+    decode(process, draw(WARM_UP))
+    return speed
+
+
+def measure(arguments: argparse.Namespace, process: Worker, alone: Worker | None, draw: Draw) -> dict[str, Any]:
+    """What one budget gives."""
+    prompt = warm_up(process, draw, arguments.context)
+    figures: dict[str, list[float]] = {"decode": [], "alone": []}
+    stolen = 0.0
+    before = stats(process)
+    for _ in range(arguments.series):
+        if alone is not None:
+            alone.ask({"stream": "tokens", "tokens": draw(WARM_UP), "steps": False, "reset": True})
+            figures["alone"].append(decode(alone, draw(arguments.tokens)))
+        stolen -= stolen_seconds()
+        figures["decode"].append(decode(process, draw(arguments.tokens)))
+        stolen += stolen_seconds()
+    after = stats(process)
+    change = {name: after[name] - before[name] for name in before}
+    uses = change["hits"] + change["ahead_hits"] + change["misses"]
+    tokens = arguments.tokens * arguments.series
     return {
         "fits": True,
         "slots": after["slots"],
         "prompt": prompt,
-        "decode": rates,
-        "hit_rate": change("hits") / uses if uses else 1.0,
-        "read_bytes_per_token": change("read_bytes") / (tokens * series),
+        **figures,
+        "hit_rate": change["hits"] / uses if uses else 1.0,
+        "ahead_hit_rate": change["ahead_hits"] / uses if uses else 0.0,
+        "stolen_cpu_seconds_per_token": stolen / tokens,
+        **{f"{name}_per_token": change[name] / tokens for name in PER_TOKEN},
     }
 
 
-def in_limit(arguments: argparse.Namespace, memory: str) -> dict[str, Any]:
+PER_TOKEN = ("read_bytes", "wasted_bytes", "disk_seconds", "wait_seconds", "tail_seconds")
+
+
+def stats(process: Worker) -> dict[str, float]:
+    """The pager's counts up to now."""
+    counts = process.ask({"call": "stats", "arguments": {}})
+    return {name: float(counts[name]) for name in ("slots", "hits", "ahead_hits", "misses", *PER_TOKEN)}
+
+
+def stolen_seconds() -> float:
+    """CPU seconds that the host of a virtual machine gave to others, up to now."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
+
+
+def in_limit(arguments: argparse.Namespace, memory: str, alone: Worker | None, draw: Draw) -> dict[str, Any]:
     """One budget in a process of its own."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as result:
-        sizes = [str(n) for n in (arguments.context, arguments.tokens, arguments.series)]
-        work = [sys.executable, __file__, arguments.model, "--worker", memory, *sizes, result.name]
-        command = [sys.executable, str(CAPPED), "--memory", memory, "--drop-caches", "--", *work]
-        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-        text = Path(result.name).read_text(encoding="utf-8")
-    report = [line for line in done.stderr.splitlines() if line.startswith("capped: ")]
-    if not text:
-        raise SystemExit(f"{memory}: {done.stderr}")
-    return {"memory": memory, "limit": report, **json.loads(text)}
+    try:
+        with worker(arguments, memory) as (process, errors):
+            figures = measure(arguments, process, alone, draw)
+            process.close()  # what the limit counted is told at the end
+            report = [line for line in errors.read_text(encoding="utf-8").splitlines() if line.startswith("capped: ")]
+    except SystemExit as end:
+        if "MemoryBudgetError" not in str(end):
+            raise
+        why = [line for line in str(end).splitlines() if "MemoryBudgetError" in line]
+        return {"memory": memory, "fits": False, "why": why[-1].partition(": ")[2]}
+    return {"memory": memory, "limit": report, **figures}
+
+
+def fits_beside(model: str, memory: str) -> bool:
+    """Whether a process with the whole model and one of that size have room together."""
+    return psutil.virtual_memory().total > os.path.getsize(model) + parse_memory(memory) + ROOM
 
 
 def main() -> None:
@@ -84,29 +143,44 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL.stpk")
     parser.add_argument("--budgets", nargs="+", default=["512MiB", "768MiB", "1GiB", "1.5GiB", "2GiB", "2.5GiB"])
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=auto_threads())
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of a series (64)")
     parser.add_argument("--series", type=int, default=5, metavar="N", help="the median of which counts (5)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, metavar="NAME", help="writes NAME.json and NAME.md")
     arguments = parser.parse_args()
-    if arguments.worker:
-        memory, *sizes, result = arguments.worker
-        figures = measure(arguments.model, memory, *(int(size) for size in sizes))
-        Path(result).write_text(json.dumps(figures), encoding="utf-8")
-        return
-    rows = []
-    for memory in arguments.budgets:
-        rows.append(in_limit(arguments, memory))
-        row = rows[-1]
-        told = (
-            f"{statistics.median(row['decode']):.1f} tok/s, hit rate {row['hit_rate']:.3f}"
-            if row["fits"]
-            else row["why"]
-        )
-        print(f"{memory}: {told}", flush=True)
+    with GGUFFile(arguments.model) as file:
+        config = ModelConfig.from_gguf(as_model(file))
+        name = str(file.metadata.get("general.name", Path(arguments.model).name))
+    tokens = random.Random(0)
+    rows: list[dict[str, Any]] = []
+
+    def draw(count: int) -> list[int]:
+        return [tokens.randrange(config.vocab_size) for _ in range(count)]
+
+    def run(budgets: list[str], alone: Worker | None) -> None:
+        for memory in budgets:
+            rows.append(in_limit(arguments, memory, alone, draw))
+            print(f"{memory} is measured", file=sys.stderr, flush=True)
+
+    beside = [memory for memory in arguments.budgets if fits_beside(arguments.model, memory)]
+    if beside:
+        with worker(arguments) as (alone, _):
+            warm_up(alone, draw, arguments.context)
+            run(beside, alone)
+    run([memory for memory in arguments.budgets if memory not in beside], None)
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "model": {"name": name, "file_bytes": os.path.getsize(arguments.model)},
+        "threads": arguments.threads,
+        "context": arguments.context,
+        "budgets": rows,
+    }
     if arguments.output:
-        result = {"machine": machine(), "context": arguments.context, "budgets": rows}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".md").write_text(budgets_page(result, arguments.output.parent), encoding="utf-8")
+    print(budgets_page(result))
 
 
 if __name__ == "__main__":

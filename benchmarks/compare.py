@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 from report import markdown
@@ -72,10 +72,12 @@ class Worker:
     """An engine's process, sleeping until asked. started: when it was, by time.perf_counter(); held: tokens in
     every stream."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], errors: TextIO | None = None) -> None:
+        """errors: takes what the process writes to its standard error."""
         self.started = time.perf_counter()
         self.held: dict[str, int] = {}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
         self.description = self._answer()
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:

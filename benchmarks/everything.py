@@ -56,7 +56,7 @@ def steps(model: Path, packed: Path, folder: Path, llama_python: str | None, qui
             script("compare.py", str(model), *against, "--output", str(output), *arguments, *few),
         )
 
-    yield compare("compare", *(() if quick else ("--packed", str(packed))))
+    yield compare("compare", *(() if quick else ("--packed", str(packed), "--starts", "9")))
     contexts = ["0", "64"] if quick else ["0", "1024", "4096", "8192", "16384"]
     longest = "128" if quick else "32000"  # llama.cpp takes most of an hour to fill it
     prompts = ["8", "32"] if quick else ["8", "32", "128", "512", "2048"]
@@ -71,8 +71,9 @@ def steps(model: Path, packed: Path, folder: Path, llama_python: str | None, qui
     budgets = [f"{round(size * share) >> 20}MiB" for share in (0.25, 0.35, 0.5, 0.7, 0.9, 1.1)]
     short = ["--tokens", "4", "--series", "1"] if quick else []
     if size >= PAGED:
-        output = folder / "budgets.json"
-        yield Step(output, script("budgets.py", str(packed), "--budgets", *budgets, *short, "--output", str(output)))
+        output = folder / "budgets"
+        command = script("budgets.py", str(packed), "--budgets", *budgets, *short, "--output", str(output))
+        yield Step(output.with_suffix(".json"), command)
     cli = [sys.executable, "-m", "smallthinker_edge", "bench"]
     if not quick:
         yield Step(folder / "context.md", script("context.py", str(model), "--repeat", "2"), prints=True)

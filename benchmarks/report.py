@@ -1,4 +1,4 @@
-"""Puts the figures of compare.py into words: medians, ratios, bytes per second. It measures nothing.
+"""Puts the figures of compare.py and budgets.py into words: medians, ratios, bytes per second. It measures nothing.
 
 python benchmarks/report.py                  # writes the page of each comparison in docs/measurements/, and the picture
 python benchmarks/report.py RESULT.json      # prints one page
@@ -139,9 +139,18 @@ def first_token_table(result: Result) -> str:
     return table(["seconds from process start to the logits after 16 tokens", ""], rows)
 
 
+def machine_of(result: Result) -> str:
+    """When and where it was measured."""
+    machine = result["machine"]
+    return (
+        f"{result['date']}; {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{machine['system']}, Python {machine['python']}."
+    )
+
+
 def notes(result: Result) -> str:
     """How it was measured, in a paragraph."""
-    machine, share = result["machine"], result["active_share"]
+    share = result["active_share"]
     engines = [f"{d['engine']}" + (f" ({d['kernels']})" if "kernels" in d else "") for d in result["engines"].values()]
     repetitions = 1 + max(run["repetition"] for run in result["runs"])
     idle = max(run["idle_cpu_seconds"] for run in result["runs"])
@@ -151,8 +160,7 @@ def notes(result: Result) -> str:
     )
     how = f"{share:.3f}, {result['active_share_source']}" if share is not None else result["active_share_source"]
     return (
-        f"{result['date']}; {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{machine['system']}, Python {machine['python']}. {' against '.join(engines)}; "
+        f"{machine_of(result)} {' against '.join(engines)}; "
         f"{result['threads']} threads each; "
         f"{result['model']['name']}, {result['model']['file_bytes'] / 1e9:.2f} GB. {repetitions} repetitions, turns "
         f"{result['turns']}; no engine used more than {idle * 1e3:.0f} ms of CPU between two of its turns, "
@@ -161,13 +169,20 @@ def notes(result: Result) -> str:
     )
 
 
-def markdown(result: Result, folder: Path = RESULTS) -> str:
-    """The page of one result: what it compares, all its tables, and how it was measured. folder: where it will be."""
+def made_from(folder: Path) -> str:
+    """What a page says of itself. folder: where it will be."""
     inside = folder.resolve().is_relative_to(RESULTS)
     readme = os.path.relpath(RESULTS / "README.md", folder) if inside else "README.md"
+    return (
+        f"`make bench-docs` writes this page from the .json beside it; [README.md]({readme}) says how it was measured."
+    )
+
+
+def markdown(result: Result, folder: Path = RESULTS) -> str:
+    """The page of one comparison: all its tables, and how it was measured. folder: where it will be."""
     parts = [
         f"# {result['model']['name']}, {result['engines'][OURS]['kernels']}, {result['machine']['cpu']}",
-        f"`make bench-docs` writes this page from the .json beside it; [README.md]({readme}) says how it was measured.",
+        made_from(folder),
         speed_table(result),
     ]
     if result["read_limits"] and any(job["steps"] for job in jobs_of(result)):
@@ -177,15 +192,61 @@ def markdown(result: Result, folder: Path = RESULTS) -> str:
     return "\n\n".join([*parts, notes(result)]) + "\n"
 
 
+def budget_bound(row: dict[str, Any]) -> float:
+    """Tokens per second that computing alone or reading alone would allow, the smaller: what the same process does with
+    all experts in memory, and the experts that had to be read at the speed of the reads that took place."""
+    computing, wanted = statistics.median(row["alone"]), row["read_bytes_per_token"] - row["wasted_bytes_per_token"]
+    if wanted <= 0:
+        return computing
+    return min(computing, row["read_bytes_per_token"] / row["disk_seconds_per_token"] / wanted)
+
+
+def budget_row(row: dict[str, Any]) -> list[str]:
+    """A budget's figures; of what was not measured, none."""
+    figures = [row["memory"]]
+    if not row["fits"]:
+        return figures + ["does not fit"] + [""] * 7
+    figures += [f"{row['slots']:.0f}", f"{row['hit_rate']:.3f}", f"{row['read_bytes_per_token'] / 1e6:.1f}"]
+    figures.append(f"**{spread(row['decode'])}**")
+    if not row.get("alone"):
+        return figures + [""] * 4
+    bound, speed = budget_bound(row), statistics.median(row["decode"])
+    ratios = [a / b for a, b in zip(row["decode"], row["alone"], strict=True)]
+    figures += [spread(row["alone"]), spread(ratios, 2), f"{bound:.1f}, {speed / bound:.0%}"]
+    return [*figures, f"{row['wait_seconds_per_token'] * speed:.0%}"]
+
+
+def budgets_page(result: Result, folder: Path = RESULTS) -> str:
+    """The page of budgets.py. folder: where it will be."""
+    head = ["limit and budget", "slots", "found in memory", "MB read a token", "tokens per second", "all in memory"]
+    head += ["ratio of pairs", "bound, of which", "of the time waiting"]
+    rows = result["budgets"]
+    stolen = [row["stolen_cpu_seconds_per_token"] * statistics.median(row["decode"]) for row in rows if "alone" in row]
+    gone = f" The host took up to {max(stolen):.0%} of a CPU away meanwhile." if stolen else ""
+    parts = [
+        f"# {result['model']['name']} within budgets, {result['machine']['cpu']}",
+        made_from(folder),
+        table(head, [budget_row(row) for row in rows]),
+        f"{machine_of(result)} {result['threads']} threads, context {result['context']}; packed, "
+        f"{result['model']['file_bytes'] / 1e9:.2f} GB.{gone}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def results_of(folder: Path) -> dict[Path, Result]:
     """Every .json of a folder and of those in it, by its file."""
     return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))}
 
 
 def pages(results: Path = RESULTS) -> dict[Path, str]:
-    """The page of every comparison in a folder: its file, and its text made anew from the .json of the same name."""
-    found = {path: it for path, it in results_of(results).items() if "runs" in it}
-    return {path.with_suffix(".md"): markdown(it, path.parent) for path, it in found.items()}
+    """The page of every comparison and of all budgets in a folder: its file, and its text made anew from the .json of
+    the same name."""
+    makers = {"runs": markdown, "budgets": budgets_page}
+    return {
+        path.with_suffix(".md"): makers[kind](it, path.parent)
+        for path, it in results_of(results).items()
+        for kind in makers.keys() & it.keys()
+    }
 
 
 def pictures(results: Path = RESULTS) -> dict[Path, str]:
@@ -217,7 +278,8 @@ def publish(table: str, about: str, others: object, output: str | None) -> None:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+        result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        print(budgets_page(result) if "budgets" in result else markdown(result))
         return
     for path, text in (pages() | pictures()).items():
         path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""This library as a worker of compare.py.
+"""This library as a worker of compare.py and budgets.py.
 
 python benchmarks/worker_smallthinker.py MODEL --threads 2 --context 512
 """
@@ -19,10 +19,10 @@ from smallthinker_edge.measure.limits import arbitrary_weights, read_limit, stre
 class SmallThinkerEngine:
     """One model; a stream is a Session."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, memory: str | None = None) -> None:
         started = time.perf_counter()
         self.threads, self.context = threads, context
-        self.model = SmallThinker(path, threads=threads, context=context)
+        self.model = SmallThinker(path, threads=threads, context=context, memory=memory)
         self.load_seconds = time.perf_counter() - started
         self.streams: dict[str, Session] = {}
         self.read_memory: Any = None
@@ -45,6 +45,9 @@ class SmallThinkerEngine:
             self.streams[stream] = self.model.session(self.context)
         self.streams[stream].decode(tokens)
 
+    def stats(self) -> dict[str, Any]:
+        return dict(self.model.stats())
+
     def read_limit(self, pattern: list[int] | None) -> dict[str, Any]:
         """How fast memory can be read: the best of all patterns, or by one (streams, ahead)."""
         if self.read_memory is None:
@@ -59,8 +62,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True, help="positions of every stream")
+    parser.add_argument("--memory", metavar="SIZE", help="budget of a packed model (default: none)")
     arguments = parser.parse_args()
-    serve(SmallThinkerEngine(arguments.model, arguments.threads, arguments.context))
+    serve(SmallThinkerEngine(arguments.model, arguments.threads, arguments.context, arguments.memory))
 
 
 if __name__ == "__main__":
