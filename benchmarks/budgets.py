@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -126,10 +127,10 @@ def in_limit(arguments: argparse.Namespace, memory: str, alone: Worker | None, d
             process.close()  # what the limit counted is told at the end
             report = [line for line in errors.read_text(encoding="utf-8").splitlines() if line.startswith("capped: ")]
     except SystemExit as end:
-        if "MemoryBudgetError" not in str(end):
+        refused = re.findall(r"MemoryBudgetError: (.*)", str(end)) or re.findall(r"killed for memory: [1-9]", str(end))
+        if not refused:
             raise
-        why = [line for line in str(end).splitlines() if "MemoryBudgetError" in line]
-        return {"memory": memory, "fits": False, "why": why[-1].partition(": ")[2]}
+        return {"memory": memory, "fits": False, "why": refused[-1]}
     return {"memory": memory, "limit": report, **figures}
 
 

@@ -19,8 +19,9 @@
 #include <unistd.h>
 
 enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
-/* From how long before an expert should come, and for how long after, a taker looks again and again instead of sleeping:
- * with all cores asleep, what ends a read has to wake one first. Measured: docs/notes/2026-11-24-reads-of-experts.md. */
+/* From how long before an expert should come, and for how long after, a taker looks again and again instead of
+ * sleeping: with all cores asleep, what ends a read has to wake one first. Measured:
+ * docs/notes/2026-11-24-reads-of-experts.md. */
 enum { NEAR_NS = 100000 };
 /* A taker that sleeps looks this often anyway. */
 enum { SLEEP_NS = 1000000000 };

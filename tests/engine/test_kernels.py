@@ -481,12 +481,30 @@ def test_attention_q8_is_softmax_over_the_positions(name: str, heads: int, head_
         e = np.exp(s - s.max(1, keepdims=True))
         expected = e @ q8_values(values) / e.sum(1, keepdims=True)
         got = acc.check().reshape(heads, head_dim) / lsum.check()[:, None]
-        # Weights are rounded to 1/32767 of the largest scale: n independent errors of at most half of that.
-        rounding = 2 * np.sqrt(last - first) * np.abs(values).max() / 32767 / e.sum(1, keepdims=True)
+        # Weights are rounded to 1/32767 of the largest scale, or 1/32639: n independent errors of at most half of that.
+        rounding = 2 * np.sqrt(last - first) * np.abs(values).max() / 32639 / e.sum(1, keepdims=True)
         # Queries are rounded to 1/(127 * 254): a score, and with it a weight, is off by the sum of so many of these.
         rounding += 0.3 * np.sqrt(head_dim) * np.abs(q).max() / (127 * 254) / 4 * np.abs(values).max()
         assert np.all(np.abs(got - expected) < rounding + 2e-5 * np.abs(values).max())
         assert np.abs(m.check() - s.max(1)).max() < 1e-3
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_arm_tables_give_attention_q8_the_same_bits(name: str, heads: int) -> None:
+    if name not in ("dotprod", "i8mm"):
+        pytest.skip("for ARM64 tables other than neon")
+    rng = np.random.default_rng(heads)
+    for first, last in ((0, 256), (3, 4), (17, 190)):
+        q, keys, values = (rng.standard_normal((n, 96)).astype(np.float32) for n in (heads, 256, 256))
+        found = []
+        for table in (Table(name), Table("neon")):
+            k, v = (np.zeros(kernels.kv_head_bytes(96), np.uint8) for _ in range(2))
+            table.kv_store(keys, values, 0, k, v)
+            acc, m, lsum = np.empty((heads, 96), np.float32), np.empty(heads, np.float32), np.empty(heads, np.float32)
+            scores = np.empty(2 * heads * 256, np.float32)
+            table.attention_q8(rounded_queries(name, q), 96, k, v, first, last, 0.3, scores, acc, m, lsum)
+            found.append(acc.tobytes() + m.tobytes() + lsum.tobytes())
+        assert found[0] == found[1]
 
 
 # Types of gate, up and down, and whether down is transposed: those that files have, and others that may stand together.

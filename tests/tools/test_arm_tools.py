@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import subprocess
+import sysconfig
+
 import predict
 import pytest
 import zig_cc
@@ -34,6 +39,17 @@ LISTING = """
 )
 def test_options_are_spelled_as_zig_wants_them(gcc: str, zig: list[str]) -> None:
     assert zig_cc.translate(gcc) == zig
+
+
+COMPILER = shlex.split(sysconfig.get_config_var("CC") or "cc")
+
+
+@pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="needs a C compiler")
+def test_what_is_counted_calls_the_kernels_as_they_are() -> None:
+    """It is compiled by hand only, for ARM: a kernel's new argument would stay unseen."""
+    source = predict.ROOT / "tools" / "arm" / "arm_count.c"
+    flags = ["-fsyntax-only", "-std=gnu11", "-Werror", "-Wall", f"-I{predict.ROOT / 'include'}"]
+    subprocess.run([*COMPILER, *flags, source], check=True)
 
 
 def test_the_inner_loop_is_the_one_that_multiplies() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import capped
 import compare
 import everything
 import gguf_files
@@ -24,6 +25,7 @@ from traffic import Traffic, traffic_of
 
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile, TensorInfo
+from smallthinker_edge.files.pack import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,6 +268,55 @@ def test_every_comparison_of_a_folder_has_its_page(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(result))
     (tmp_path / "other.json").write_text("{}")
     assert report.pages(tmp_path) == {tmp_path / "b.md": report.markdown(result)}
+
+
+def budget(memory: str, **figures: Any) -> dict[str, Any]:
+    """A budget's row: 2 MB read a token in 4 ms, half of it in vain."""
+    row = {"memory": memory, "fits": True, "slots": 9.0, "hit_rate": 0.75, "ahead_hit_rate": 0.1,
+           "decode": [80, 90, 100], "alone": [100, 120, 110], "stolen_cpu_seconds_per_token": 0.001,
+           "read_bytes_per_token": 2e6, "wasted_bytes_per_token": 1e6, "disk_seconds_per_token": 4e-3,
+           "wait_seconds_per_token": 1e-3, "tail_seconds_per_token": 0.0}  # fmt: skip
+    return row | figures
+
+
+def test_a_budget_is_bound_by_computing_or_by_what_had_to_be_read() -> None:
+    assert report.budget_bound(budget("a")) == pytest.approx(110)
+    assert report.budget_bound(budget("a", disk_seconds_per_token=40e-3)) == pytest.approx(1 / 20e-3)
+    nothing_read = {f"{name}_per_token": 0.0 for name in ("read_bytes", "wasted_bytes", "disk_seconds")}
+    assert report.budget_bound(budget("a", **nothing_read)) == pytest.approx(110)
+
+
+def test_page_of_budgets(tmp_path: Path) -> None:
+    rows = [{"memory": "1MiB", "fits": False, "why": "too small"}, budget("1GiB"), budget("9GiB", alone=[])]
+    result = {name: result_of([1], {})[name] for name in ("date", "machine", "model", "threads")}
+    (tmp_path / "budgets.json").write_text(json.dumps(result | {"context": 64, "budgets": rows}))
+    ((path, text),) = report.pages(tmp_path).items()
+    assert path == tmp_path / "budgets.md"
+    too_small, beside, without = (line for line in text.splitlines() if re.match(r"\| \d", line))
+    assert "does not fit" in too_small
+    assert "| **90.0 (80.0-100.0)** | 110.0 (100.0-120.0) | 0.80 (0.75-0.91) | 110.0, 82% | 9% |" in beside
+    assert without.endswith("| **90.0 (80.0-100.0)** |  |  |  |  |")
+    assert len({line.count("|") for line in (too_small, beside, without)}) == 1
+    assert "took up to 9% of a CPU" in text
+
+
+def test_budgets_of_the_demo_model(demo_model: Path, tmp_path: Path) -> None:
+    try:
+        capped.Cgroup(1 << 30).remove()
+    except OSError as problem:
+        pytest.skip(f"no memory cgroup can be made here: {problem}")
+    packed = tmp_path / "demo.stpk"
+    pack(demo_model, packed)
+    command = [sys.executable, str(ROOT / "benchmarks" / "budgets.py"), str(packed), "--budgets", "1MiB", "300MiB"]
+    command += ["--context", "256", "--threads", "1", "--tokens", "2", "--series", "2", "--output", str(tmp_path / "b")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    too_small, fits = json.loads((tmp_path / "b.json").read_text())["budgets"]
+    assert not too_small["fits"]
+    assert "killed for memory" in too_small["why"]
+    assert fits["hit_rate"] > 0
+    assert len(fits["decode"]) == len(fits["alone"]) == 2
+    assert any("exit status 0" in line for line in fits["limit"])
+    assert report.pages(tmp_path) == {tmp_path / "b.md": (tmp_path / "b.md").read_text()}
 
 
 def test_bars_are_as_long_as_the_ratios_say(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 /* One kernel, worked a given number of times on the shapes of the 4B model: what tools/arm/predict.py counts the
  * instructions of, under qemu. Usage: arm_count KERNEL TABLE TIMES; prints the weights of one time. */
 #include "smallthinker/cpu.h"
+#include "smallthinker/expert.h"
 #include "smallthinker/kv.h"
 
 #include <stdio.h>
@@ -45,35 +46,46 @@ static long gemm(const st_kernels *k, int type, int64_t n, int times) {
     return n * ROWS * COLS;
 }
 
+static st_expert expert(void) {
+    st_expert e;
+    if (st_expert_init(&e, COLS, FFN, ST_Q4_0, ST_Q4_0, ST_Q4_0, 0, 1) != 0)
+        exit(1);
+    return e;
+}
+
 /* As the engine calls it: the active rows of 32 neurons at a time. */
 static long rows(const st_kernels *k, int times) {
-    uint8_t *w = zeros((size_t)ROWS * COLS / 32 * 18);
+    st_expert e = expert();
+    const uint8_t *blob = zeros(e.bytes);
     float out[32];
     const st_q8x4 *x = input(k);
     for (int t = 0; t < times; t++)
-        for (int32_t group = 0; group < ROWS; group += 32) {
+        for (int32_t group = 0; group < FFN; group += 32) {
             int32_t index[32];
             int64_t n = 0;
             for (int32_t i = 0; i < 32; i++)
                 if (i % STEP < ACTIVE)
                     index[n++] = group + i;
-            k->rows[ST_TILED_Q4_0](w, COLS / 32, index, n, x, out);
+            k->rows[ST_TILED_Q4_0](blob + e.up_at, e.stride, COLS / 32, index, n, x, out);
         }
-    return (long)ROWS * ACTIVE / STEP * COLS;
+    return (long)FFN * ACTIVE / STEP * COLS;
 }
 
+/* One chunk of outputs. */
 static long down(const st_kernels *k, int times) {
-    uint8_t *chunk = zeros(FFN / 32 * 256 + FFN * 64);
+    st_expert e = expert();
+    st_down_view view = st_expert_down(&e, zeros(e.bytes));
     st_active *a = zeros(FFN / 32 * sizeof *a);
-    float gate[32], up[32], y[128] = {0};
+    float gate[32], up[32], y[128] = {0}, weight = 1, *out = y;
     for (int i = 0; i < 32; i++) {
         gate[i] = i % STEP < ACTIVE ? 1.0f : -1.0f;
         up[i] = 1;
     }
     for (int g = 0; g < FFN / 32; g++)
         k->activate(gate, up, a + g);
+    const st_active *active = a;
     for (int t = 0; t < times; t++)
-        k->down[ST_TILED_Q4_0](chunk, 128, FFN / 32, 0, 1, a, 1, y);
+        k->down[ST_TILED_Q4_0](&view, COLS, FFN / 32, 0, 1, &active, &weight, 1, &out);
     return (long)FFN * ACTIVE / STEP * 128;
 }
 

@@ -27,7 +27,7 @@ TABLES = {"cortex-a72": "neon", "cortex-a76": "dotprod", "max": "i8mm"}
 KERNELS = ("gemv_q4_0", "gemm_q4_0", "gemv_q8_0", "rows", "down", "attention_f16", "attention_q8")
 SOURCES: dict[str, list[str]] = {
     "tools/arm/arm_count.c": [], "src/system/cpu.c": [], "src/weights/types.c": [], "src/weights/layout.c": [],
-    "src/kernels/kv.c": [], "src/kernels/neurons.c": [], "src/kernels/ref.c": [],
+    "src/weights/expert.c": [], "src/kernels/kv.c": [], "src/kernels/neurons.c": [], "src/kernels/ref.c": [],
     "src/kernels/arm/common.c": [], "src/kernels/arm/neon.c": [],
     "src/kernels/arm/dotprod.c": ["-march=armv8.2-a+dotprod"],
     "src/kernels/arm/i8mm.c": ["-march=armv8.2-a+dotprod+i8mm"],

@@ -243,7 +243,7 @@ static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, flo
     return vaddvq_f32(sum);
 }
 
-/* w[G][256] = scores times the block's scales, in 15 bits of the largest scale, which is returned. */
+/* w[G][256] = scores times the block's scales, in ST_Q8_WEIGHTs of the largest scale, which is returned. */
 static float weights_q8(const uint8_t *scales, const float *scores, int64_t G, int64_t p0, int64_t p1, int16_t *w) {
     float by[ST_ATTN_CHUNK];
     int64_t start = p0 / 16 * 16, end = (p1 + 15) / 16 * 16;
@@ -253,7 +253,7 @@ static float weights_q8(const uint8_t *scales, const float *scores, int64_t G, i
         most = vmaxq_f32(most, d);
         vst1q_f32(by + p, d);
     }
-    float top = vmaxvq_f32(most), inverse = top > 0 ? 32767 / top : 0;
+    float top = vmaxvq_f32(most), inverse = top > 0 ? ST_Q8_WEIGHT / top : 0;
     for (int64_t p = start; p < end; p += 8) {
         float32x4_t f0 = vmulq_n_f32(vld1q_f32(by + p), inverse), f1 = vmulq_n_f32(vld1q_f32(by + p + 4), inverse);
         for (int64_t h = 0; h < G; h++) {
@@ -284,8 +284,7 @@ static inline void widen_line(const uint8_t *line, int16x8_t even[4], int16x8_t 
     }
 }
 
-/* out[h][32] = the sums of one block of 32 dimensions for H heads (one or two); they share the widening. Four positions
- * a turn: weights outside p0..p1 are zero as far as the tiles reach that hold it. */
+/* For H heads (one or two), which share the widening; four positions a turn. */
 ALWAYS_INLINE void values_q8(const int H, const uint8_t *lines, const int16_t *w, int64_t p0, int64_t p1, float by,
                              int64_t hd, float *out) {
     int32x4_t sum[2][8];
@@ -312,9 +311,18 @@ ALWAYS_INLINE void values_q8(const int H, const uint8_t *lines, const int16_t *w
             vst1q_f32(out + h * hd + 4 * i, vmulq_n_f32(vcvtq_f32_s32(sum[h][i]), by));
 }
 
-void st_neon_attention_q8(st_gemm *gemm_q8_0, const st_q8x4 *const *q, int64_t G, int64_t hd, const uint8_t *k,
-                          const uint8_t *v, int64_t p0, int64_t p1, float scale, float *scores, float *acc, float *m,
-                          float *l) {
+void st_neon_values_q8(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by, int64_t hd,
+                       float *out) {
+    int64_t h = 0;
+    for (; h + 2 <= G; h += 2)
+        values_q8(2, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
+    if (h < G)
+        values_q8(1, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
+}
+
+void st_neon_attention_q8(st_gemm *gemm_q8_0, st_q8_values *values, const st_q8x4 *const *q, int64_t G, int64_t hd,
+                          const uint8_t *k, const uint8_t *v, int64_t p0, int64_t p1, float scale, float *scores,
+                          float *acc, float *m, float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS;
     int16_t *w = (int16_t *)(scores + G * ST_ATTN_CHUNK);
     gemm_q8_0(k, ST_ATTN_CHUNK, hd / ST_BLOCK, t0, (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS, q, 2 * G,
@@ -322,13 +330,8 @@ void st_neon_attention_q8(st_gemm *gemm_q8_0, const st_q8x4 *const *q, int64_t G
     for (int64_t h = 0; h < G; h++)
         l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
     for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
-        const uint8_t *lines = v + 2 * ST_ATTN_CHUNK;
-        float by = weights_q8(v, scores, G, p0, p1, w) / 32767, *out = acc + b * ST_BLOCK;
-        int64_t h = 0;
-        for (; h + 2 <= G; h += 2)
-            values_q8(2, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
-        if (h < G)
-            values_q8(1, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
+        float by = weights_q8(v, scores, G, p0, p1, w) / ST_Q8_WEIGHT;
+        values(v + 2 * ST_ATTN_CHUNK, w, G, p0, p1, by, hd, acc + b * ST_BLOCK);
     }
 }
 

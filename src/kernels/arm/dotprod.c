@@ -41,8 +41,77 @@ typedef int32x4_t sum8;
 #define TOKENS 8
 #include "matrix.h"
 
+/* The signed bytes of w[16 * n]: w = 256 * high + low. */
+static void split_weights(const int16_t *w, int64_t n, int8_t *high, int8_t *low) {
+    for (int64_t p = 0; p < 16 * n; p += 16) {
+        int16x8_t w0 = vld1q_s16(w + p), w1 = vld1q_s16(w + p + 8), half = vdupq_n_s16(128);
+        vst1q_s8(high + p, vshrn_high_n_s16(vshrn_n_s16(vaddq_s16(w0, half), 8), vaddq_s16(w1, half), 8));
+        vst1q_s8(low + p, vuzp1q_s8(vreinterpretq_s8_s16(w0), vreinterpretq_s8_s16(w1)));
+    }
+}
+
+/* sum[4] += 16 dimensions of four positions times their weights, which are lane `lane` of w. */
+#define ADD_FOUR(sum, x, w, lane)                                                                                      \
+    for (int i = 0; i < 4; i++)                                                                                        \
+        (sum)[i] = vdotq_laneq_s32((sum)[i], (x)[i], w, lane);
+
+/* Half a block, 16 dimensions, for H heads (one or two); 16 positions a turn. Two lines of two positions each are put
+ * together, so that a lane of 32 bits has a dimension at four of them. high, low: [H][256]. */
+ALWAYS_INLINE void half_values_q8(const int H, const uint8_t *lines, const int8_t *high, const int8_t *low, int64_t p0,
+                                  int64_t p1, float by, int64_t hd, float *out) {
+    int32x4_t sum[2][2][4];
+    for (int h = 0; h < 2 * H; h++)
+        for (int i = 0; i < 4; i++)
+            sum[h / 2][h % 2][i] = vdupq_n_s32(0);
+    for (int64_t p = p0 / 16 * 16; p < p1; p += 16) {
+        int8x16_t w[2][2];
+        for (int h = 0; h < H; h++) {
+            w[h][0] = vld1q_s8(high + h * ST_ATTN_CHUNK + p);
+            w[h][1] = vld1q_s8(low + h * ST_ATTN_CHUNK + p);
+        }
+#define STEP(lane)                                                                                                     \
+    {                                                                                                                  \
+        const int16_t *a = (const int16_t *)(lines + 32 * p + 128 * (lane)), *b = a + 32;                              \
+        int8x16_t x[4];                                                                                                \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            int16x8_t first = vld1q_s16(a + 8 * i), second = vld1q_s16(b + 8 * i);                                     \
+            x[2 * i] = vreinterpretq_s8_s16(vzip1q_s16(first, second));                                                \
+            x[2 * i + 1] = vreinterpretq_s8_s16(vzip2q_s16(first, second));                                            \
+        }                                                                                                              \
+        for (int h = 0; h < H; h++) {                                                                                  \
+            ADD_FOUR(sum[h][0], x, w[h][0], lane)                                                                      \
+            ADD_FOUR(sum[h][1], x, w[h][1], lane)                                                                      \
+        }                                                                                                              \
+    }
+        STEP(0) STEP(1) STEP(2) STEP(3)
+#undef STEP
+    }
+    for (int h = 0; h < H; h++)
+        for (int i = 0; i < 4; i++) {
+            int32x4_t total = vaddq_s32(vshlq_n_s32(sum[h][0][i], 8), sum[h][1][i]);
+            vst1q_f32(out + h * hd + 4 * i, vmulq_n_f32(vcvtq_f32_s32(total), by));
+        }
+}
+
+void st_dotprod_values_q8(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
+                          int64_t hd, float *out) {
+    int8_t high[2 * ST_ATTN_CHUNK], low[2 * ST_ATTN_CHUNK];
+    int64_t first = p0 / 16 * 16, turns = (p1 - first + 15) / 16;
+    for (int64_t h = 0; h < G; h += 2, w += 2 * ST_ATTN_CHUNK, out += 2 * hd) {
+        int two = h + 2 <= G;
+        for (int i = 0; i <= two; i++)
+            split_weights(w + i * ST_ATTN_CHUNK + first, turns, high + i * ST_ATTN_CHUNK + first,
+                          low + i * ST_ATTN_CHUNK + first);
+        for (int half = 0; half < 2; half++)
+            if (two)
+                half_values_q8(2, lines + 32 * half, high, low, p0, p1, by, hd, out + 16 * half);
+            else
+                half_values_q8(1, lines + 32 * half, high, low, p0, p1, by, hd, out + 16 * half);
+    }
+}
+
 static ST_ATTENTION_Q8(attention_q8) {
-    st_neon_attention_q8(gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
+    st_neon_attention_q8(gemm_q8_0, st_dotprod_values_q8, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
 }
 
 #define GEMM_OF(NAME, name) [ST_TILED_##NAME] = gemm_##name,

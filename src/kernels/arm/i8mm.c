@@ -113,7 +113,7 @@ GEMM(Q4_0, q4_0)
 GEMM(Q8_0, q8_0)
 
 static ST_ATTENTION_Q8(attention_q8) {
-    st_neon_attention_q8(gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
+    st_neon_attention_q8(gemm_q8_0, st_dotprod_values_q8, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
 }
 
 void st_fill_i8mm(st_kernels *k) {

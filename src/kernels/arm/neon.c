@@ -83,7 +83,7 @@ static inline int32x4_t total8(sum8 sum) { return vpaddq_s32(sum.low, sum.high);
 #include "matrix.h"
 
 static ST_ATTENTION_Q8(attention_q8) {
-    st_neon_attention_q8(gemm_q8_0, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
+    st_neon_attention_q8(gemm_q8_0, st_neon_values_q8, q, G, hd, k, v, p0, p1, scale, scores, acc, m, l);
 }
 
 void st_fill_neon(st_kernels *k) {
