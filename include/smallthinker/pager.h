@@ -59,7 +59,7 @@ int st_pager_progress(st_pager *pager, int32_t id);
 /* The weights of a wanted expert, waiting for them; NULL where the read failed, or takers are interrupted. Valid until
  * release. */
 const uint8_t *st_pager_take(st_pager *pager, int32_t id);
-/* Waits for a wanted expert for at most some ns nanoseconds; 1 where take will not wait. */
+/* Waits for a wanted expert for about ns nanoseconds at most; 1 where take will not wait. */
 int st_pager_wait(st_pager *pager, int32_t id, int64_t ns);
 /* on: takers do not wait any longer, and those that do come back with NULL, until a later call with 0. */
 void st_pager_interrupt(st_pager *pager, int on);

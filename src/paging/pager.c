@@ -21,7 +21,7 @@
 enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
 /* From how long before an expert should come, and for how long after, a taker looks again and again instead of
  * sleeping: with all cores asleep, what ends a read has to wake one first. Measured:
- * docs/notes/2026-11-24-reads-of-experts.md. */
+ * docs/notes/2026-12-01-waiting-for-reads.md. */
 enum { NEAR_NS = 100000 };
 /* A taker that sleeps looks this often anyway. */
 enum { SLEEP_NS = 1000000000 };
@@ -457,43 +457,46 @@ int st_pager_progress(st_pager *pager, int32_t id) {
     return state >= READY ? 2 : state == READING;
 }
 
-/* When a read that has begun should end, by what the storage has read up to now. */
-static int64_t expected_end(const st_pager *pager, const struct expert *expert) {
+/* Nanoseconds that reading what is left of an expert should take, by what the storage has read up to now; 0 before the
+ * first read has ended. */
+static int64_t read_ns(const st_pager *pager, const struct expert *expert) {
     double read = (double)pager->stats.bytes_read, left = (double)(pager->config.bytes - expert->done);
-    return expert->begun + (read > 0 ? (int64_t)(left * (double)pager->stats.disk_ns / read) : 0);
+    return read > 0 ? (int64_t)(left * (double)pager->stats.disk_ns / read) : 0;
 }
 
 /* Waits on `done` for some nanoseconds; it may come back earlier, as that of a condition does. */
 static void wait_done(st_pager *pager, int64_t ns) {
     struct timespec at;
     ns = ns < SLEEP_NS ? ns : SLEEP_NS;
-    clock_gettime(CLOCK_REALTIME, &at); /* that of pthread_cond_timedwait; a jump of it costs a look, no more */
+    clock_gettime(CLOCK_REALTIME, &at); /* that of pthread_cond_timedwait; what ends a read wakes us by any clock */
     at.tv_sec += (time_t)((at.tv_nsec + ns) / 1000000000);
     at.tv_nsec = (long)((at.tv_nsec + ns) % 1000000000);
     pthread_cond_timedwait(&pager->done, &pager->mutex, &at);
 }
 
-/* Waits until a wanted expert is ready or failed, takers are interrupted, or it is `until`: sleeps, but looks again and
- * again, once, around the moment it should come. */
-static void await(st_pager *pager, struct expert *expert, int64_t until) {
+/* Waits until a wanted expert is ready or failed, takers are interrupted, or it is `until`; 0 in the last case. Sleeps,
+ * but looks again and again, once, around the moment it should come. */
+static int await(st_pager *pager, struct expert *expert, int64_t until) {
     int64_t start = st_nanoseconds(), now = start;
-    int looked = 0;
+    int looked = 0, over;
     pthread_mutex_lock(&pager->mutex);
-    while (atomic_load(&expert->state) < READY && !pager->interrupted && now < until) {
-        int64_t look = looked || get_state(expert) != READING ? INT64_MAX : expected_end(pager, expert) - NEAR_NS;
-        if (now < look) {
-            wait_done(pager, (look < until ? look : until) - now);
-        } else {
+    while (!(over = atomic_load(&expert->state) >= READY || pager->interrupted) && now < until) {
+        int reading = get_state(expert) == READING;
+        int64_t near = (reading ? expert->begun : now) + read_ns(pager, expert) - NEAR_NS;
+        if (reading && near <= now && !looked) {
             looked = 1;
             pthread_mutex_unlock(&pager->mutex);
             while (atomic_load(&expert->state) < READY && st_nanoseconds() - now < 2 * NEAR_NS)
                 sched_yield();
             pthread_mutex_lock(&pager->mutex);
+        } else { /* what is queued cannot come before a read takes */
+            wait_done(pager, (near > now && near < until ? near : until) - now);
         }
         now = st_nanoseconds();
     }
     pthread_mutex_unlock(&pager->mutex);
-    atomic_fetch_add(&pager->stall_ns, st_nanoseconds() - start);
+    atomic_fetch_add(&pager->stall_ns, now - start);
+    return over;
 }
 
 const uint8_t *st_pager_take(st_pager *pager, int32_t id) {
@@ -507,9 +510,7 @@ const uint8_t *st_pager_take(st_pager *pager, int32_t id) {
 
 int st_pager_wait(st_pager *pager, int32_t id, int64_t ns) {
     struct expert *expert = pager->experts + id;
-    if (atomic_load(&expert->state) < READY)
-        await(pager, expert, st_nanoseconds() + ns);
-    return atomic_load(&expert->state) >= READY;
+    return atomic_load(&expert->state) >= READY || await(pager, expert, st_nanoseconds() + ns);
 }
 
 void st_pager_interrupt(st_pager *pager, int on) {

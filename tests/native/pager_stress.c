@@ -306,6 +306,44 @@ static void stall(void) {
     free(memory);
 }
 
+/* Waiting for a while, and being interrupted, before a read that takes as long as one likes. */
+static atomic_int closed;
+static int read_when_open(void *source, int64_t offset, size_t size, void *buffer) {
+    while (atomic_load(&closed))
+        usleep(100);
+    return read_or_fail(source, offset, size, buffer);
+}
+
+static void waiting(int first) {
+    enum { SHORT = 2000000 };
+    const int64_t LONG = INT64_C(60000000000);
+    int64_t offsets[3] = {0, BYTES, 2 * BYTES};
+    uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
+    st_pager_config config = {read_when_open, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0};
+    st_pager *pager = st_pager_create(&config);
+    int32_t ids[2] = {1, 2};
+    if (!first) { /* the pager knows how long a read takes */
+        st_pager_want(pager, (int32_t[]){0}, NULL, 1, 1);
+        CHECK(st_pager_take(pager, 0));
+        st_pager_release(pager, (int32_t[]){0}, 1);
+    }
+    atomic_store(&closed, 1);
+    st_pager_want(pager, ids, NULL, 2, 1); /* one is being read, the other waits its turn */
+    for (int i = 0; i < 2; i++)
+        CHECK(!st_pager_wait(pager, ids[i], SHORT));
+    st_pager_interrupt(pager, 1);
+    for (int i = 0; i < 2; i++) /* take will not wait: nor does wait, and it says so */
+        CHECK(st_pager_wait(pager, ids[i], LONG) && !st_pager_take(pager, ids[i]));
+    st_pager_interrupt(pager, 0);
+    CHECK(!st_pager_wait(pager, ids[1], SHORT));
+    atomic_store(&closed, 0);
+    for (int i = 1; i >= 0; i--)
+        CHECK(st_pager_wait(pager, ids[i], LONG) && st_pager_take(pager, ids[i])[0] == ids[i] + 1);
+    st_pager_release(pager, ids, 2);
+    st_pager_destroy(pager);
+    free(memory);
+}
+
 int main(void) {
     run(4, 0, 0);
     run(4, 1, 0);
@@ -317,6 +355,8 @@ int main(void) {
     warm_layers();
     resize();
     stall();
+    waiting(0);
+    waiting(1);
     puts("ok");
     return 0;
 }
