@@ -4,9 +4,9 @@
 
 Every budget is a process of its own in a real limit (tools/paging/capped.py) that starts from a cold page cache: a
 prompt of 512 random tokens, some to warm up, then --series series of --tokens random ones, decoded one by one. In turns
-with it a process that has the whole model in memory decodes as many, where both fit, so that both meet the machine as
-it is then. A budget that the model does not fit into is left out. Writes NAME.json and its page, NAME.md. Called by
-everything.py too.
+with it a process that has the whole model in memory decodes as many at the same positions, where both fit, so that both
+meet the machine as it is then. A budget that the model does not fit into is left out. Writes NAME.json and its page,
+NAME.md. Called by everything.py too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CAPPED = HERE.parent / "tools" / "paging" / "capped.py"
 PROMPT, WARM_UP = 512, 64
 ROOM = 3 << 29  # bytes of memory that are left to the system where two processes run
 
-Draw = Callable[[int], list[int]]  # so many random tokens
+Ids = Callable[[str, int], list[int]]  # of a name and a number: so many random tokens, always the same of a name
 
 
 @contextmanager
@@ -54,76 +54,72 @@ def worker(arguments: argparse.Namespace, memory: str | None = None) -> Iterator
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as errors:
         try:
             process = Worker(command, errors)
+            try:
+                yield process, Path(errors.name)
+            finally:
+                process.close()
         except SystemExit as end:
             written = Path(errors.name).read_text(encoding="utf-8")
             raise SystemExit(f"{end}\n{written}") from None
-        try:
-            yield process, Path(errors.name)
-        finally:
-            process.close()
 
 
-def decode(process: Worker, ids: list[int], steps: bool = True) -> float:
-    """Tokens per second."""
-    answer = process.ask({"stream": "tokens", "tokens": ids, "steps": steps, "reset": False})
-    return len(ids) / float(answer["seconds"])
+def decode(process: Worker, ids: list[int], prompt: bool = False) -> float:
+    """Seconds. prompt: all at once, at the beginning of the context."""
+    answer = process.ask({"stream": "tokens", "tokens": ids, "steps": not prompt, "reset": prompt})
+    return float(answer["seconds"])
 
 
-def warm_up(process: Worker, draw: Draw, context: int) -> float:
-    """Tokens per second of the prompt, after which some tokens are decoded."""
-    speed = decode(process, draw(min(PROMPT, context // 2)), steps=False)
-    decode(process, draw(WARM_UP))
-    return speed
-
-
-def measure(arguments: argparse.Namespace, process: Worker, alone: Worker | None, draw: Draw) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, process: Worker, alone: Worker | None, ids: Ids) -> dict[str, Any]:
     """What one budget gives."""
-    prompt = warm_up(process, draw, arguments.context)
-    figures: dict[str, list[float]] = {"decode": [], "alone": []}
-    stolen = 0.0
-    before = stats(process)
-    for _ in range(arguments.series):
-        if alone is not None:
-            alone.ask({"stream": "tokens", "tokens": draw(WARM_UP), "steps": False, "reset": True})
-            figures["alone"].append(decode(alone, draw(arguments.tokens)))
-        stolen -= stolen_seconds()
-        figures["decode"].append(decode(process, draw(arguments.tokens)))
-        stolen += stolen_seconds()
-    after = stats(process)
-    change = {name: after[name] - before[name] for name in before}
+    both = [process] if alone is None else [alone, process]
+    for one in both:
+        prompt = prompt_of(arguments) / decode(one, ids("prompt", prompt_of(arguments)), prompt=True)
+        decode(one, ids("warm up", WARM_UP))
+    seconds: dict[Worker, list[float]] = {one: [] for one in both}
+    change = dict.fromkeys(COUNTS, 0.0)
+    for series in range(arguments.series):
+        for one in both if series % 2 == 0 else reversed(both):
+            before = counts(process)
+            seconds[one].append(decode(one, ids(f"series {series}", arguments.tokens)))
+            after = counts(process)
+            if one is process:
+                change = {name: change[name] + after[name] - before[name] for name in COUNTS}
     uses = change["hits"] + change["ahead_hits"] + change["misses"]
     tokens = arguments.tokens * arguments.series
     return {
         "fits": True,
-        "slots": after["slots"],
+        "slots": process.ask({"call": "stats", "arguments": {}})["slots"],
         "prompt": prompt,
-        **figures,
+        "decode": [arguments.tokens / s for s in seconds[process]],
+        "alone": [arguments.tokens / s for s in seconds[alone]] if alone else [],
         "hit_rate": change["hits"] / uses if uses else 1.0,
         "ahead_hit_rate": change["ahead_hits"] / uses if uses else 0.0,
-        "stolen_cpu_seconds_per_token": stolen / tokens,
-        **{f"{name}_per_token": change[name] / tokens for name in PER_TOKEN},
+        "wait_share": change["wait_seconds"] / sum(seconds[process]),
+        "stolen_share": change["steal"] / sum(seconds[process]) if hasattr(psutil.cpu_times(), "steal") else None,
+        **{f"{name}_per_token": change[name] / tokens for name in ("read_bytes", "wasted_bytes", "disk_seconds")},
     }
 
 
-PER_TOKEN = ("read_bytes", "wasted_bytes", "disk_seconds", "wait_seconds", "tail_seconds")
+PAGER = ("hits", "ahead_hits", "misses", "read_bytes", "wasted_bytes", "disk_seconds", "wait_seconds")
+COUNTS = (*PAGER, "steal")
 
 
-def stats(process: Worker) -> dict[str, float]:
-    """The pager's counts up to now."""
-    counts = process.ask({"call": "stats", "arguments": {}})
-    return {name: float(counts[name]) for name in ("slots", "hits", "ahead_hits", "misses", *PER_TOKEN)}
+def counts(process: Worker) -> dict[str, float]:
+    """The pager's counts up to now, and the CPU seconds that the host of a virtual machine has given to others."""
+    told = process.ask({"call": "stats", "arguments": {}})
+    return {name: float(told[name]) for name in PAGER} | {"steal": getattr(psutil.cpu_times(), "steal", 0.0)}
 
 
-def stolen_seconds() -> float:
-    """CPU seconds that the host of a virtual machine gave to others, up to now."""
-    return float(getattr(psutil.cpu_times(), "steal", 0.0))
+def prompt_of(arguments: argparse.Namespace) -> int:
+    """Tokens of the prompt."""
+    return min(PROMPT, int(arguments.context) // 2)
 
 
-def in_limit(arguments: argparse.Namespace, memory: str, alone: Worker | None, draw: Draw) -> dict[str, Any]:
+def in_limit(arguments: argparse.Namespace, memory: str, alone: Worker | None, ids: Ids) -> dict[str, Any]:
     """One budget in a process of its own."""
     try:
         with worker(arguments, memory) as (process, errors):
-            figures = measure(arguments, process, alone, draw)
+            figures = measure(arguments, process, alone, ids)
             process.close()  # what the limit counted is told at the end
             report = [line for line in errors.read_text(encoding="utf-8").splitlines() if line.startswith("capped: ")]
     except SystemExit as end:
@@ -136,7 +132,7 @@ def in_limit(arguments: argparse.Namespace, memory: str, alone: Worker | None, d
 
 def fits_beside(model: str, memory: str) -> bool:
     """Whether a process with the whole model and one of that size have room together."""
-    return psutil.virtual_memory().total > os.path.getsize(model) + parse_memory(memory) + ROOM
+    return psutil.virtual_memory().available > os.path.getsize(model) + parse_memory(memory) + ROOM
 
 
 def main() -> None:
@@ -149,34 +145,34 @@ def main() -> None:
     parser.add_argument("--series", type=int, default=5, metavar="N", help="the median of which counts (5)")
     parser.add_argument("--output", type=Path, metavar="NAME", help="writes NAME.json and NAME.md")
     arguments = parser.parse_args()
+    if prompt_of(arguments) + WARM_UP + arguments.tokens * arguments.series > arguments.context:
+        parser.error("the context does not hold all series")
     with GGUFFile(arguments.model) as file:
         config = ModelConfig.from_gguf(as_model(file))
         name = str(file.metadata.get("general.name", Path(arguments.model).name))
-    tokens = random.Random(0)
-    rows: list[dict[str, Any]] = []
-
-    def draw(count: int) -> list[int]:
-        return [tokens.randrange(config.vocab_size) for _ in range(count)]
-
-    def run(budgets: list[str], alone: Worker | None) -> None:
-        for memory in budgets:
-            rows.append(in_limit(arguments, memory, alone, draw))
-            print(f"{memory} is measured", file=sys.stderr, flush=True)
-
-    beside = [memory for memory in arguments.budgets if fits_beside(arguments.model, memory)]
-    if beside:
-        with worker(arguments) as (alone, _):
-            warm_up(alone, draw, arguments.context)
-            run(beside, alone)
-    run([memory for memory in arguments.budgets if memory not in beside], None)
-    result = {
+    result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine(),
         "model": {"name": name, "file_bytes": os.path.getsize(arguments.model)},
         "threads": arguments.threads,
         "context": arguments.context,
-        "budgets": rows,
+        "budgets": [],
     }
+
+    def ids(name: str, count: int) -> list[int]:
+        tokens = random.Random(name)
+        return [tokens.randrange(config.vocab_size) for _ in range(count)]
+
+    def run(budgets: list[str], alone: Worker | None) -> None:
+        for memory in budgets:
+            result["budgets"].append(in_limit(arguments, memory, alone, ids))
+            print(f"{memory} is measured", file=sys.stderr, flush=True)
+
+    beside = [memory for memory in arguments.budgets if fits_beside(arguments.model, memory)]
+    if beside:
+        with worker(arguments) as (alone, _):
+            run(beside, alone)
+    run([memory for memory in arguments.budgets if memory not in beside], None)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -193,27 +193,26 @@ def markdown(result: Result, folder: Path = RESULTS) -> str:
 
 
 def budget_bound(row: dict[str, Any]) -> float:
-    """Tokens per second that computing alone or reading alone would allow, the smaller: what the same process does with
+    """Tokens per second that computing alone or reading alone would allow, the smaller: what the same model does with
     all experts in memory, and the experts that had to be read at the speed of the reads that took place."""
     computing, wanted = statistics.median(row["alone"]), row["read_bytes_per_token"] - row["wasted_bytes_per_token"]
-    if wanted <= 0:
+    if wanted <= 0 or not row["disk_seconds_per_token"]:
         return computing
     return min(computing, row["read_bytes_per_token"] / row["disk_seconds_per_token"] / wanted)
 
 
 def budget_row(row: dict[str, Any]) -> list[str]:
     """A budget's figures; of what was not measured, none."""
-    figures = [row["memory"]]
     if not row["fits"]:
-        return figures + ["does not fit"] + [""] * 7
-    figures += [f"{row['slots']:.0f}", f"{row['hit_rate']:.3f}", f"{row['read_bytes_per_token'] / 1e6:.1f}"]
-    figures.append(f"**{spread(row['decode'])}**")
+        return [row["memory"], "killed for memory" if "killed" in row["why"] else "does not fit", *[""] * 7]
+    figures = [row["memory"], f"{row['slots']:.0f}", f"{row['hit_rate']:.3f}"]
+    figures += [f"{row['read_bytes_per_token'] / 1e6:.1f}", f"**{spread(row['decode'])}**"]
+    waiting = f"{row['wait_share']:.0%}" if "wait_share" in row else ""
     if not row.get("alone"):
-        return figures + [""] * 4
-    bound, speed = budget_bound(row), statistics.median(row["decode"])
-    ratios = [a / b for a, b in zip(row["decode"], row["alone"], strict=True)]
-    figures += [spread(row["alone"]), spread(ratios, 2), f"{bound:.1f}, {speed / bound:.0%}"]
-    return [*figures, f"{row['wait_seconds_per_token'] * speed:.0%}"]
+        return [*figures, "", "", "", waiting]
+    bound, ratios = budget_bound(row), [a / b for a, b in zip(row["decode"], row["alone"], strict=True)]
+    figures += [spread(row["alone"]), spread(ratios, 2), f"{bound:.1f}, {statistics.median(row['decode']) / bound:.0%}"]
+    return [*figures, waiting]
 
 
 def budgets_page(result: Result, folder: Path = RESULTS) -> str:
@@ -221,8 +220,8 @@ def budgets_page(result: Result, folder: Path = RESULTS) -> str:
     head = ["limit and budget", "slots", "found in memory", "MB read a token", "tokens per second", "all in memory"]
     head += ["ratio of pairs", "bound, of which", "of the time waiting"]
     rows = result["budgets"]
-    stolen = [row["stolen_cpu_seconds_per_token"] * statistics.median(row["decode"]) for row in rows if "alone" in row]
-    gone = f" The host took up to {max(stolen):.0%} of a CPU away meanwhile." if stolen else ""
+    stolen = [row["stolen_share"] for row in rows if row.get("stolen_share") is not None]
+    gone = f" The host took {min(stolen):.0%} to {max(stolen):.0%} of a CPU away, by budget." if stolen else ""
     parts = [
         f"# {result['model']['name']} within budgets, {result['machine']['cpu']}",
         made_from(folder),

@@ -273,9 +273,8 @@ def test_every_comparison_of_a_folder_has_its_page(tmp_path: Path) -> None:
 def budget(memory: str, **figures: Any) -> dict[str, Any]:
     """A budget's row: 2 MB read a token in 4 ms, half of it in vain."""
     row = {"memory": memory, "fits": True, "slots": 9.0, "hit_rate": 0.75, "ahead_hit_rate": 0.1,
-           "decode": [80, 90, 100], "alone": [100, 120, 110], "stolen_cpu_seconds_per_token": 0.001,
-           "read_bytes_per_token": 2e6, "wasted_bytes_per_token": 1e6, "disk_seconds_per_token": 4e-3,
-           "wait_seconds_per_token": 1e-3, "tail_seconds_per_token": 0.0}  # fmt: skip
+           "decode": [80, 90, 100], "alone": [100, 120, 110], "wait_share": 0.09, "stolen_share": 0.04,
+           "read_bytes_per_token": 2e6, "wasted_bytes_per_token": 1e6, "disk_seconds_per_token": 4e-3}  # fmt: skip
     return row | figures
 
 
@@ -287,17 +286,23 @@ def test_a_budget_is_bound_by_computing_or_by_what_had_to_be_read() -> None:
 
 
 def test_page_of_budgets(tmp_path: Path) -> None:
-    rows = [{"memory": "1MiB", "fits": False, "why": "too small"}, budget("1GiB"), budget("9GiB", alone=[])]
+    rows = [{"memory": "1MiB", "fits": False, "why": "too small"},
+            {"memory": "2MiB", "fits": False, "why": "killed for memory: 1"},
+            budget("1GiB"), budget("9GiB", alone=[], stolen_share=0.2)]  # fmt: skip
     result = {name: result_of([1], {})[name] for name in ("date", "machine", "model", "threads")}
     (tmp_path / "budgets.json").write_text(json.dumps(result | {"context": 64, "budgets": rows}))
     ((path, text),) = report.pages(tmp_path).items()
     assert path == tmp_path / "budgets.md"
-    too_small, beside, without = (line for line in text.splitlines() if re.match(r"\| \d", line))
-    assert "does not fit" in too_small
+    too_small, killed, beside, without = (line for line in text.splitlines() if re.match(r"\| \d", line))
+    assert "| does not fit |" in too_small
+    assert "| killed for memory |" in killed
     assert "| **90.0 (80.0-100.0)** | 110.0 (100.0-120.0) | 0.80 (0.75-0.91) | 110.0, 82% | 9% |" in beside
-    assert without.endswith("| **90.0 (80.0-100.0)** |  |  |  |  |")
-    assert len({line.count("|") for line in (too_small, beside, without)}) == 1
-    assert "took up to 9% of a CPU" in text
+    assert without.endswith("| **90.0 (80.0-100.0)** |  |  |  | 9% |")
+    assert len({line.count("|") for line in (too_small, killed, beside, without)}) == 1
+    assert "took 4% to 20% of a CPU" in text
+    untold = result | {"context": 64, "budgets": [budget("1GiB", stolen_share=None)]}
+    (tmp_path / "budgets.json").write_text(json.dumps(untold))
+    assert "The host" not in report.pages(tmp_path)[path]
 
 
 def test_budgets_of_the_demo_model(demo_model: Path, tmp_path: Path) -> None:
@@ -314,6 +319,7 @@ def test_budgets_of_the_demo_model(demo_model: Path, tmp_path: Path) -> None:
     assert not too_small["fits"]
     assert "killed for memory" in too_small["why"]
     assert fits["hit_rate"] > 0
+    assert 0 <= fits["wait_share"] < 1
     assert len(fits["decode"]) == len(fits["alone"]) == 2
     assert any("exit status 0" in line for line in fits["limit"])
     assert report.pages(tmp_path) == {tmp_path / "b.md": (tmp_path / "b.md").read_text()}
