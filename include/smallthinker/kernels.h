@@ -134,8 +134,8 @@ typedef struct st_kernels {
      * their scales are the queries' / 254, so that 254 * q + rest counts in 16 bits, which a table may make of both at
      * once. k, v: the page's keys and values (kv.h), written at least at p0..p1, zero or older positions elsewhere;
      * scores: scratch of 2 * G * ST_ATTN_CHUNK floats; hd % 32 == 0.  The weights of a block of dimensions are
-     * exp(score - m) times the values' scales, rounded to 15 bits of the largest scale, so that the sum over the
-     * positions is one of integers: exact. */
+     * exp(score - m) times the values' scales, rounded to 1/32767 of the largest scale (ARM64: 1/32639), so that the
+     * sum over the positions is one of integers: exact. */
     st_attention_q8 *attention_q8;
 
     /* out[n] = x / sqrt(mean(x^2) + eps) * w */

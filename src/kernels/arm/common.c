@@ -1,6 +1,7 @@
 /* The operations on floats and on 32 neurons, in the NEON that every ARM64 CPU has. All ARM64 tables use them. */
 #include "common.h"
 
+#include "../heads.h"
 #include "../plain.h"
 
 #include "smallthinker/kv.h"
@@ -115,24 +116,45 @@ void st_neon_activate(const float *g, const float *up, st_active *out) {
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* Scores of N query heads; they share the reading and conversion of k. N is a constant wherever this is inlined. */
+/* 8 keys or values in float. */
+static inline void widen8(const uint16_t *x, float32x4_t out[2]) {
+    float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(x));
+    out[0] = vcvt_f32_f16(vget_low_f16(halves));
+    out[1] = vcvt_high_f32_f16(halves);
+}
+
+enum { HEADS = 8 }; /* query heads at most that share the reading and widening of a key or value */
+
+/* Scores of N heads at P <= 2 positions, which share the reading of the queries. N and P are constants wherever this is
+ * inlined; a score's sum depends on neither. */
+ALWAYS_INLINE void score_positions(const int N, const int P, const float *q, int64_t hd, const uint16_t *k, float scale,
+                                   float *scores) {
+    float32x4_t sum[HEADS][2];
+    for (int h = 0; h < N; h++)
+        sum[h][0] = sum[h][1] = vdupq_n_f32(0);
+    for (int64_t i = 0; i < hd; i += 8) {
+        float32x4_t key[2][2];
+        for (int p = 0; p < P; p++)
+            widen8(k + p * hd + i, key[p]);
+        for (int h = 0; h < N; h++)
+            for (int j = 0; j < 2; j++) {
+                float32x4_t query = vld1q_f32(q + h * hd + i + 4 * j);
+                for (int p = 0; p < P; p++)
+                    sum[h][p] = vfmaq_f32(sum[h][p], query, key[p][j]);
+            }
+    }
+    for (int h = 0; h < N; h++)
+        for (int p = 0; p < P; p++)
+            scores[h * ST_ATTN_CHUNK + p] = vaddvq_f32(sum[h][p]) * scale;
+}
+
 ALWAYS_INLINE void score_heads(const int N, const float *q, int64_t hd, const uint16_t *k, int64_t n, float scale,
                                float *scores) {
-    for (int64_t p = 0; p < n; p++, k += hd) {
-        float32x4_t s0[4], s1[4];
-        for (int h = 0; h < N; h++)
-            s0[h] = s1[h] = vdupq_n_f32(0);
-        for (int64_t i = 0; i < hd; i += 8) {
-            float16x8_t key = vreinterpretq_f16_u16(vld1q_u16(k + i));
-            float32x4_t k0 = vcvt_f32_f16(vget_low_f16(key)), k1 = vcvt_high_f32_f16(key);
-            for (int h = 0; h < N; h++) {
-                s0[h] = vfmaq_f32(s0[h], vld1q_f32(q + h * hd + i), k0);
-                s1[h] = vfmaq_f32(s1[h], vld1q_f32(q + h * hd + i + 4), k1);
-            }
-        }
-        for (int h = 0; h < N; h++)
-            scores[h * ST_ATTN_CHUNK + p] = vaddvq_f32(vaddq_f32(s0[h], s1[h])) * scale;
-    }
+    int64_t p = 0;
+    for (; p + 2 <= n; p += 2)
+        score_positions(N, 2, q, hd, k + p * hd, scale, scores + p);
+    if (p < n)
+        score_positions(N, 1, q, hd, k + p * hd, scale, scores + p);
 }
 
 /* scores[0..n) -> exp(score - max); returns their sum. Lanes past n count nothing. */
@@ -161,24 +183,29 @@ enum { VALUE_ROWS = 32 }; /* rows of v that stay in the first cache (8 KiB at he
 ALWAYS_INLINE void add_values(const int N, const float *scores, int64_t hd, const uint16_t *v, int64_t rows,
                               float *acc) {
     for (int64_t i = 0; i < hd; i += 8) {
-        float32x4_t a0[4], a1[4];
-        for (int h = 0; h < N; h++) {
-            a0[h] = vld1q_f32(acc + h * hd + i);
-            a1[h] = vld1q_f32(acc + h * hd + i + 4);
+        float32x4_t sum[HEADS][2], value[2];
+        for (int h = 0; h < N; h++)
+            for (int j = 0; j < 2; j++)
+                sum[h][j] = vld1q_f32(acc + h * hd + i + 4 * j);
+        int64_t p = 0;
+#define ADD(weights, lane)                                                                                             \
+    widen8(v + (p + (lane)) * hd + i, value);                                                                          \
+    for (int h = 0; h < N; h++)                                                                                        \
+        for (int j = 0; j < 2; j++)                                                                                    \
+            sum[h][j] = vfmaq_laneq_f32(sum[h][j], value[j], weights, lane);
+        for (; p + 4 <= rows; p += 4) {
+            float32x4_t four[HEADS];
+            for (int h = 0; h < N; h++)
+                four[h] = vld1q_f32(scores + h * ST_ATTN_CHUNK + p);
+            ADD(four[h], 0) ADD(four[h], 1) ADD(four[h], 2) ADD(four[h], 3)
         }
-        for (int64_t p = 0; p < rows; p++) {
-            float16x8_t value = vreinterpretq_f16_u16(vld1q_u16(v + p * hd + i));
-            float32x4_t v0 = vcvt_f32_f16(vget_low_f16(value)), v1 = vcvt_high_f32_f16(value);
-            for (int h = 0; h < N; h++) {
-                float32x4_t e = vld1q_dup_f32(scores + h * ST_ATTN_CHUNK + p);
-                a0[h] = vfmaq_f32(a0[h], e, v0);
-                a1[h] = vfmaq_f32(a1[h], e, v1);
-            }
+        for (; p < rows; p++) {
+            ADD(vld1q_dup_f32(scores + h * ST_ATTN_CHUNK + p), 0)
         }
-        for (int h = 0; h < N; h++) {
-            vst1q_f32(acc + h * hd + i, a0[h]);
-            vst1q_f32(acc + h * hd + i + 4, a1[h]);
-        }
+#undef ADD
+        for (int h = 0; h < N; h++)
+            for (int j = 0; j < 2; j++)
+                vst1q_f32(acc + h * hd + i + 4 * j, sum[h][j]);
     }
 }
 
@@ -192,18 +219,12 @@ ALWAYS_INLINE void attend_heads(const int N, const float *q, int64_t hd, const u
         add_values(N, scores + p, hd, v + p * hd, n - p < VALUE_ROWS ? n - p : VALUE_ROWS, acc);
 }
 
-/* Up to four heads at a time; a head's sums do not depend on its neighbours. */
+/* A head's sums do not depend on its neighbours. */
 static ST_ATTENTION(attention) {
-    for (int64_t h = 0; h < G; h += 4) {
-        const float *heads = q + h * hd;
-        float *s = scores + h * ST_ATTN_CHUNK, *a = acc + h * hd;
-        switch (G - h) {
-        case 1: attend_heads(1, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
-        case 2: attend_heads(2, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
-        case 3: attend_heads(3, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
-        default: attend_heads(4, heads, hd, k, v, n, scale, s, a, m + h, l + h); break;
-        }
-    }
+#define STEP(h, H)                                                                                                     \
+    attend_heads(H, q + h * hd, hd, k, v, n, scale, scores + h * ST_ATTN_CHUNK, acc + h * hd, m + h, l + h)
+    EACH_GROUP(HEADS, G, STEP)
+#undef STEP
 }
 
 static ST_ATTENTION_MANY(attention_many) {

@@ -1,9 +1,9 @@
 /* AVX-512 with VNNI: the matrix kernels, attention, dot, RoPE and top-k at 512 bits. The rest it has from the AVX2
  * table, which every CPU of this table can run. */
 #include "../ahead.h"
+#include "../heads.h"
 #include "../plain.h"
 #include "../table.h"
-#include "heads.h"
 #include "prefetch.h"
 
 #include <immintrin.h>

@@ -5,9 +5,9 @@
  *   TO_I32(sum)       eight 32-bit sums of four neighbouring products each
  *   DOT_SIGNED(w, s)  eight 32-bit sums of signed w times signed s (|w|, |s| <= 128, s != -128) */
 #include "../ahead.h"
+#include "../heads.h"
 #include "../plain.h"
 #include "../table.h"
-#include "heads.h"
 #include "prefetch.h"
 
 #include <immintrin.h>
