@@ -72,8 +72,9 @@ def decode(process: Worker, ids: list[int], prompt: bool = False) -> float:
 def measure(arguments: argparse.Namespace, process: Worker, alone: Worker | None, ids: Ids) -> dict[str, Any]:
     """What one budget gives."""
     both = [process] if alone is None else [alone, process]
+    prompts = {}
     for one in both:
-        prompt = prompt_of(arguments) / decode(one, ids("prompt", prompt_of(arguments)), prompt=True)
+        prompts[one] = prompt_of(arguments) / decode(one, ids("prompt", prompt_of(arguments)), prompt=True)
         decode(one, ids("warm up", WARM_UP))
     seconds: dict[Worker, list[float]] = {one: [] for one in both}
     change = dict.fromkeys(COUNTS, 0.0)
@@ -89,7 +90,7 @@ def measure(arguments: argparse.Namespace, process: Worker, alone: Worker | None
     return {
         "fits": True,
         "slots": process.ask({"call": "stats", "arguments": {}})["slots"],
-        "prompt": prompt,
+        "prompt": prompts[process],
         "decode": [arguments.tokens / s for s in seconds[process]],
         "alone": [arguments.tokens / s for s in seconds[alone]] if alone else [],
         "hit_rate": change["hits"] / uses if uses else 1.0,

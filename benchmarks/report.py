@@ -1,6 +1,6 @@
 """Puts the figures of compare.py and budgets.py into words: medians, ratios, bytes per second. It measures nothing.
 
-python benchmarks/report.py                  # writes the page of each comparison in docs/measurements/, and the picture
+python benchmarks/report.py                  # writes the pages and the picture of docs/measurements/
 python benchmarks/report.py RESULT.json      # prints one page
 """
 
@@ -237,15 +237,18 @@ def results_of(folder: Path) -> dict[Path, Result]:
     return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))}
 
 
+def page_of(result: Result, folder: Path = RESULTS) -> str | None:
+    """The page of a comparison or of budgets; None where it is neither. folder: where it will be."""
+    return (
+        markdown(result, folder) if "runs" in result else budgets_page(result, folder) if "budgets" in result else None
+    )
+
+
 def pages(results: Path = RESULTS) -> dict[Path, str]:
     """The page of every comparison and of all budgets in a folder: its file, and its text made anew from the .json of
     the same name."""
-    makers = {"runs": markdown, "budgets": budgets_page}
-    return {
-        path.with_suffix(".md"): makers[kind](it, path.parent)
-        for path, it in results_of(results).items()
-        for kind in makers.keys() & it.keys()
-    }
+    made = {path.with_suffix(".md"): page_of(it, path.parent) for path, it in results_of(results).items()}
+    return {path: text for path, text in made.items() if text is not None}
 
 
 def pictures(results: Path = RESULTS) -> dict[Path, str]:
@@ -277,8 +280,7 @@ def publish(table: str, about: str, others: object, output: str | None) -> None:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-        print(budgets_page(result) if "budgets" in result else markdown(result))
+        print(page_of(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
         return
     for path, text in (pages() | pictures()).items():
         path.write_text(text, encoding="utf-8")

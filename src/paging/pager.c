@@ -23,7 +23,7 @@ enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
  * sleeping: with all cores asleep, what ends a read has to wake one first. Measured:
  * docs/notes/2026-12-01-waiting-for-reads.md. */
 enum { NEAR_NS = 100000 };
-/* A taker that sleeps looks this often anyway. */
+/* A taker sleeps no longer than this at once: what pthread_cond_timedwait can be told is finite. */
 enum { SLEEP_NS = 1000000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
 
@@ -483,13 +483,15 @@ static int await(st_pager *pager, struct expert *expert, int64_t until) {
     while (!(over = atomic_load(&expert->state) >= READY || pager->interrupted) && now < until) {
         int reading = get_state(expert) == READING;
         int64_t near = (reading ? expert->begun : now) + read_ns(pager, expert) - NEAR_NS;
+        if (!reading && near < now + NEAR_NS) /* queued: look whether it is its turn, more and more seldom */
+            near = 2 * now - start + NEAR_NS;
         if (reading && near <= now && !looked) {
             looked = 1;
             pthread_mutex_unlock(&pager->mutex);
             while (atomic_load(&expert->state) < READY && st_nanoseconds() - now < 2 * NEAR_NS)
                 sched_yield();
             pthread_mutex_lock(&pager->mutex);
-        } else { /* what is queued cannot come before a read takes */
+        } else {
             wait_done(pager, (near > now && near < until ? near : until) - now);
         }
         now = st_nanoseconds();

@@ -114,8 +114,6 @@ void st_neon_activate(const float *g, const float *up, st_active *out) {
     out->scale = amax / 127;
 }
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 /* 8 keys or values in float. */
 static inline void widen8(const uint16_t *x, float32x4_t out[2]) {
     float16x8_t halves = vreinterpretq_f16_u16(vld1q_u16(x));

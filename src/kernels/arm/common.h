@@ -7,6 +7,8 @@
 
 #include <arm_neon.h>
 
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 static inline float32x4_t load_f16x4(const void *p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p)));
 }
