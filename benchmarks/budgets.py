@@ -12,7 +12,6 @@ NAME.md. Called by everything.py too.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -26,7 +25,7 @@ from typing import Any
 
 import psutil
 from compare import Worker, machine
-from report import budgets_page
+from report import budgets_page, save
 
 from smallthinker_edge.files.config import ModelConfig
 from smallthinker_edge.files.gguf import GGUFFile
@@ -82,8 +81,8 @@ def measure(arguments: argparse.Namespace, process: Worker, alone: Worker | None
         for one in both if series % 2 == 0 else reversed(both):
             before = counts(process)
             seconds[one].append(decode(one, ids(f"series {series}", arguments.tokens)))
-            after = counts(process)
             if one is process:
+                after = counts(process)
                 change = {name: change[name] + after[name] - before[name] for name in COUNTS}
     uses = change["hits"] + change["ahead_hits"] + change["misses"]
     tokens = arguments.tokens * arguments.series
@@ -174,11 +173,7 @@ def main() -> None:
         with worker(arguments) as (alone, _):
             run(beside, alone)
     run([memory for memory in arguments.budgets if memory not in beside], None)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        arguments.output.with_suffix(".md").write_text(budgets_page(result, arguments.output.parent), encoding="utf-8")
-    print(budgets_page(result))
+    print(save(result, arguments.output) if arguments.output else budgets_page(result))
 
 
 if __name__ == "__main__":

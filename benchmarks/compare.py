@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-from report import markdown
+from report import save
 from traffic import traffic_of
 
 from smallthinker_edge.files.config import ModelConfig
@@ -410,11 +410,7 @@ def main() -> None:
         "first_token": first_token(plan, arguments.packed, arguments.starts) if arguments.starts else [],
     }
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = markdown(result, output.parent)
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    print(save(result, output))
     progress(f"written to {output.with_suffix('.json')} and {output.with_suffix('.md')}")
 
 

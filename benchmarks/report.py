@@ -244,6 +244,16 @@ def page_of(result: Result, folder: Path = RESULTS) -> str | None:
     )
 
 
+def save(result: Result, output: Path) -> str:
+    """Writes a result and its page, OUTPUT.json and OUTPUT.md; returns the page."""
+    text = page_of(result, output.parent)
+    assert text is not None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
 def pages(results: Path = RESULTS) -> dict[Path, str]:
     """The page of every comparison and of all budgets in a folder: its file, and its text made anew from the .json of
     the same name."""

@@ -332,11 +332,9 @@ ALWAYS_INLINE void values_q8(const int H, const uint8_t *lines, const int16_t *w
 
 void st_neon_values_q8(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by, int64_t hd,
                        float *out) {
-    int64_t h = 0;
-    for (; h + 2 <= G; h += 2)
-        values_q8(2, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
-    if (h < G)
-        values_q8(1, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd);
+#define STEP(h, H) values_q8(H, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd)
+    EACH_GROUP(2, G, STEP)
+#undef STEP
 }
 
 void st_neon_attention_q8(st_gemm *gemm_q8_0, st_q8_values *values, const st_q8x4 *const *q, int64_t G, int64_t hd,

@@ -2,6 +2,8 @@
  * one instruction. */
 #include "common.h"
 
+#include "../heads.h"
+
 typedef int32x4_t sum4;
 typedef struct columns {
     int8x16_t q[2];
@@ -93,21 +95,22 @@ ALWAYS_INLINE void half_values_q8(const int H, const uint8_t *lines, const int8_
         }
 }
 
-void st_dotprod_values_q8(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
-                          int64_t hd, float *out) {
+/* A block of 32 dimensions for H heads (one or two). */
+ALWAYS_INLINE void values_q8(const int H, const uint8_t *lines, const int16_t *w, int64_t p0, int64_t p1, float by,
+                             int64_t hd, float *out) {
     int8_t high[2 * ST_ATTN_CHUNK], low[2 * ST_ATTN_CHUNK];
     int64_t first = p0 / 16 * 16, turns = (p1 - first + 15) / 16;
-    for (int64_t h = 0; h < G; h += 2, w += 2 * ST_ATTN_CHUNK, out += 2 * hd) {
-        int two = h + 2 <= G;
-        for (int i = 0; i <= two; i++)
-            split_weights(w + i * ST_ATTN_CHUNK + first, turns, high + i * ST_ATTN_CHUNK + first,
-                          low + i * ST_ATTN_CHUNK + first);
-        for (int half = 0; half < 2; half++)
-            if (two)
-                half_values_q8(2, lines + 32 * half, high, low, p0, p1, by, hd, out + 16 * half);
-            else
-                half_values_q8(1, lines + 32 * half, high, low, p0, p1, by, hd, out + 16 * half);
-    }
+    for (int64_t at = first; at < H * ST_ATTN_CHUNK; at += ST_ATTN_CHUNK)
+        split_weights(w + at, turns, high + at, low + at);
+    for (int half = 0; half < 2; half++)
+        half_values_q8(H, lines + 32 * half, high, low, p0, p1, by, hd, out + 16 * half);
+}
+
+void st_dotprod_values_q8(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
+                          int64_t hd, float *out) {
+#define STEP(h, H) values_q8(H, lines, w + h * ST_ATTN_CHUNK, p0, p1, by, hd, out + h * hd)
+    EACH_GROUP(2, G, STEP)
+#undef STEP
 }
 
 static ST_ATTENTION_Q8(attention_q8) {
