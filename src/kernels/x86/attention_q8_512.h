@@ -32,13 +32,13 @@ static float softmax_q8(float *s, const float *rest, int64_t p0, int64_t p1, flo
     return bad ? NAN : _mm512_reduce_add_ps(sum);
 }
 
-/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. Between the tiles of a whole page's keys its
- * values v, which are as long, are asked for. */
+/* scores[G][256] = exp(score - m), of the positions p0..p1; l: their sums. Between the tiles of a whole page's keys the
+ * first block of its values v is asked for. */
 static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const st_q8x4 *const *q, int64_t G, int64_t p0,
                          int64_t p1, float scale, float *scores, float *m, float *l) {
     int64_t t0 = p0 / ST_TILE_ROWS, t1 = (p1 + ST_TILE_ROWS - 1) / ST_TILE_ROWS;
-    /* Values stand in another order than keys: only all of them are where tiles are. */
-    int64_t asked = t1 - t0 == ST_ATTN_CHUNK / ST_TILE_ROWS ? nb * ST_TILE_Q8_0_BYTES : 0;
+    /* Values stand in another order than keys: only all of a block's are where tiles are. */
+    int64_t asked = t1 - t0 == ST_ATTN_CHUNK / ST_TILE_ROWS ? ST_TILE_Q8_0_BYTES : 0;
     for (int64_t t = t0; t < t1; t++) {
         prefetch_far(v + t * asked, asked);
         gemm_q8_0(k, ST_ATTN_CHUNK, nb, t, t + 1, q, 2 * G, scores + t * ST_TILE_ROWS, ST_ATTN_CHUNK);
@@ -47,16 +47,18 @@ static void softmaxes_q8(const uint8_t *k, const uint8_t *v, int64_t nb, const s
         l[h] = softmax_q8(scores + h * ST_ATTN_CHUNK, scores + (G + h) * ST_ATTN_CHUNK, p0, p1, scale, m + h);
 }
 
-/* Sums of one block of dimensions for N heads; w: [N][256] weights, of which p0..p1 rounded to pairs are read. */
+/* Sums of one block of dimensions for N heads; w: [N][256] weights, of which p0..p1 rounded to pairs are read.
+ * Meanwhile the bytes are asked for that stand so far ahead. */
 #define VALUES_Q8(N)                                                                                                   \
-    static void values_q8_x##N(const uint8_t *lines, const int16_t *w, int64_t p0, int64_t p1, float by, float *acc,   \
-                               int64_t hd) {                                                                           \
+    static void values_q8_x##N(const uint8_t *lines, int64_t ahead, const int16_t *w, int64_t p0, int64_t p1,          \
+                               float by, float *acc, int64_t hd) {                                                     \
         __m512i low[N], high[N];                                                                                       \
         for (int h = 0; h < N; h++)                                                                                    \
             low[h] = high[h] = _mm512_setzero_si512();                                                                 \
         for (int64_t pair = p0 / 2; pair < (p1 + 1) / 2; pair++) {                                                     \
             const __m256i *line = (const __m256i *)(lines + 64 * pair);                                                \
             st_prefetch_l1((const uint8_t *)line + PREFETCH_NEAR);                                                     \
+            st_prefetch_l2((const uint8_t *)line + ahead);                                                             \
             __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256(line));                                                \
             __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256(line + 1));                                            \
             _Pragma("GCC unroll 8") for (int h = 0; h < N; h++) {                                                      \
@@ -101,18 +103,18 @@ static float weights_q8(const uint8_t *scales, const float *scores, int64_t G, i
     return top;
 }
 
-/* Sums of one block for all heads, up to Q8_HEADS at a time. */
-static void values_q8_all(const uint8_t *lines, const int16_t *w, int64_t G, int64_t p0, int64_t p1, float by,
-                          float *acc, int64_t hd) {
+/* Sums of one block for all heads, up to Q8_HEADS at a time. ahead: bytes to the next block, 0 at the last. */
+static void values_q8_all(const uint8_t *lines, int64_t ahead, const int16_t *w, int64_t G, int64_t p0, int64_t p1,
+                          float by, float *acc, int64_t hd) {
     for (int64_t h = 0, step; h < G; h += step, w += step * ST_ATTN_CHUNK, acc += step * hd) {
         step = G - h < Q8_HEADS ? G - h : G - h == Q8_HEADS + 1 ? 4 : Q8_HEADS; /* seven as four and three */
         switch (step) {
-        case 6: values_q8_x6(lines, w, p0, p1, by, acc, hd); break;
-        case 5: values_q8_x5(lines, w, p0, p1, by, acc, hd); break;
-        case 4: values_q8_x4(lines, w, p0, p1, by, acc, hd); break;
-        case 3: values_q8_x3(lines, w, p0, p1, by, acc, hd); break;
-        case 2: values_q8_x2(lines, w, p0, p1, by, acc, hd); break;
-        default: values_q8_x1(lines, w, p0, p1, by, acc, hd); break;
+        case 6: values_q8_x6(lines, ahead, w, p0, p1, by, acc, hd); break;
+        case 5: values_q8_x5(lines, ahead, w, p0, p1, by, acc, hd); break;
+        case 4: values_q8_x4(lines, ahead, w, p0, p1, by, acc, hd); break;
+        case 3: values_q8_x3(lines, ahead, w, p0, p1, by, acc, hd); break;
+        case 2: values_q8_x2(lines, ahead, w, p0, p1, by, acc, hd); break;
+        default: values_q8_x1(lines, ahead, w, p0, p1, by, acc, hd); break;
         }
     }
 }

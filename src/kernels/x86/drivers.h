@@ -184,6 +184,7 @@ static ST_ATTENTION_Q8(attention_q8) {
     softmaxes_q8(k, v, hd / ST_BLOCK, q, G, p0, p1, scale, scores, m, l);
     for (int64_t b = 0; b < hd / ST_BLOCK; b++, v += ST_KV_Q8_BLOCK_BYTES) {
         float by = weights_q8(v, scores, G, p0, p1, w) / 32767;
-        values_q8_all(v + 2 * ST_ATTN_CHUNK, w, G, p0, p1, by, acc + b * ST_BLOCK, hd);
+        int64_t ahead = b + 1 < hd / ST_BLOCK ? ST_KV_Q8_BLOCK_BYTES : 0;
+        values_q8_all(v + 2 * ST_ATTN_CHUNK, ahead, w, G, p0, p1, by, acc + b * ST_BLOCK, hd);
     }
 }
