@@ -25,6 +25,9 @@ typedef struct st_pager_config {
         *sums;           /* CRC-32 of every expert, compared when it is first read; copied; NULL: nothing is compared */
     size_t piece;        /* bytes after which a read ahead gives way to a wanted expert; a multiple of 4096 */
     int64_t give_way_ns; /* or several pieces, as many as the storage reads in this time; 0: one */
+    /* CPU time that was taken away from this machine up to now; NULL: none ever is (st_stolen_ns). Asked now and then
+     * by the I/O threads: where much is, takers sleep rather than look. */
+    int64_t (*stolen)(void);
 } st_pager_config;
 
 /* Of experts asked for by want: hits + ahead_hits + misses = all. */
@@ -39,6 +42,7 @@ typedef struct st_pager_stats {
     int64_t ahead_reads;                /* reads ahead begun */
     int64_t stall_ns;                   /* time that takers waited, summed over threads */
     int64_t disk_ns;                    /* time with a read in progress */
+    int64_t near_ns;                    /* a taker looks from so long before an expert should come */
 } st_pager_stats;
 
 /* NULL where memory or threads cannot be had. */

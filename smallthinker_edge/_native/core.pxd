@@ -222,6 +222,7 @@ cdef extern from "smallthinker/pager.h" nogil:
         const uint32_t *sums
         size_t piece
         int64_t give_way_ns
+        int64_t (*stolen)() noexcept nogil
     ctypedef struct st_pager_stats:
         int64_t hits
         int64_t ahead_hits
@@ -249,6 +250,9 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)
+
+cdef extern from "smallthinker/stolen.h" nogil:
+    int64_t st_stolen_ns()
 
 cdef extern from "smallthinker/memory.h" nogil:
     void *st_memory_alloc(size_t bytes)

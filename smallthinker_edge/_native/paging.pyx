@@ -69,7 +69,7 @@ cdef class ExpertPaging:
         self.arena, self.slot_arena = Arena(), Arena()
         self.slot_memory = <uint8_t *>self.slot_arena.take_apart(self.most_slots * blob_bytes)
         pager.memory, pager.slots, pager.io_threads = self.slot_memory, self.most_slots, io_threads
-        pager.piece, pager.give_way_ns, pager.sums = piece, give_way_ns, NULL
+        pager.piece, pager.give_way_ns, pager.sums, pager.stolen = piece, give_way_ns, NULL, st_stolen_ns
         if sums is not None:
             pager.sums = &checksums[0]
         self.state.ahead = min(ahead, <int64_t>config.n_layers - 1)

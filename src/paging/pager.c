@@ -20,9 +20,11 @@
 
 enum { ABSENT, QUEUED, READING, PARKED, READY, FAILED };
 /* From how long before an expert should come, and for how long after, a taker looks again and again instead of
- * sleeping: with all cores asleep, what ends a read has to wake one first. Measured:
- * docs/notes/2026-12-01-waiting-for-reads.md. */
-enum { NEAR_NS = 100000 };
+ * sleeping: with all cores asleep, what ends a read has to wake one first. Where the host takes CPU time away, looking
+ * uses up what reading needs: shorter, from this share of one CPU on, asked once in a while. Measured:
+ * docs/notes/2026-12-01-waiting-for-reads.md, 2026-12-01-xeon.md. */
+enum { NEAR_NS = 600000, NEAR_STOLEN_NS = 100000, STOLEN_EVERY_NS = 1000000000 };
+static const double MUCH_STOLEN = 0.03;
 /* A taker sleeps no longer than this at once: what pthread_cond_timedwait can be told is finite. */
 enum { SLEEP_NS = 1000000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
@@ -61,6 +63,7 @@ struct st_pager {
     int wanted_reads, reads; /* in progress: of wanted experts, and of all */
     int64_t reads_since;     /* when `reads` left zero */
     int64_t arrived;         /* when the last wanted expert came, or was asked for where it was there */
+    int64_t asked, stolen;   /* when it was last asked what was taken away, and the answer */
     int stop, interrupted;
     pthread_mutex_t mutex;
     pthread_cond_t work, done;
@@ -237,6 +240,20 @@ static size_t ahead_bytes(const st_pager *pager) {
     return pieces < 2 ? pager->config.piece : (size_t)fmin(pieces, most) * pager->config.piece;
 }
 
+/* Looks again what the host takes away, where it is time to. Locked, except while it asks. */
+static void ask_stolen(st_pager *pager) {
+    int64_t now = st_nanoseconds(), since = now - pager->asked;
+    if (!pager->config.stolen || since < STOLEN_EVERY_NS)
+        return;
+    pager->asked = now;
+    pthread_mutex_unlock(&pager->mutex);
+    int64_t stolen = pager->config.stolen();
+    pthread_mutex_lock(&pager->mutex);
+    int much = (double)(stolen - pager->stolen) > MUCH_STOLEN * (double)since;
+    pager->stats.near_ns = much ? NEAR_STOLEN_NS : NEAR_NS;
+    pager->stolen = stolen;
+}
+
 /* Reads an expert to its end, or until it has to give way. Locked, except while it reads. */
 static void read_expert(st_pager *pager, int32_t id) {
     struct expert *expert = pager->experts + id;
@@ -273,6 +290,7 @@ static void read_expert(st_pager *pager, int32_t id) {
     if (expert->done == pager->config.bytes && !expert->checked)
         check_sum(pager, expert, pager->sums[id], slot);
     finish_read(pager, expert);
+    ask_stolen(pager);
 }
 
 static void *io_main(void *arg) {
@@ -340,6 +358,9 @@ st_pager *st_pager_create(const st_pager_config *config) {
     for (size_t i = 0; i < slots; i++)
         pager->owner[i] = -1;
     pager->slots = pager->free_slots = config->slots;
+    pager->stats.near_ns = NEAR_NS;
+    pager->asked = st_nanoseconds();
+    pager->stolen = config->stolen ? config->stolen() : 0;
     st_forecast_init(&pager->forecast, pager->layers);
     pthread_mutex_init(&pager->mutex, NULL);
     pthread_cond_init(&pager->work, NULL);
@@ -482,13 +503,13 @@ static int await(st_pager *pager, struct expert *expert, int64_t until) {
     pthread_mutex_lock(&pager->mutex);
     while (!(over = atomic_load(&expert->state) >= READY || pager->interrupted) && now < until) {
         int reading = get_state(expert) == READING;
-        int64_t near = (reading ? expert->begun : now) + read_ns(pager, expert) - NEAR_NS;
-        if (!reading && near < now + NEAR_NS) /* queued: look whether it is its turn, more and more seldom */
-            near = 2 * now - start + NEAR_NS;
+        int64_t before = pager->stats.near_ns, near = (reading ? expert->begun : now) + read_ns(pager, expert) - before;
+        if (!reading && near < now + before) /* queued: look whether it is its turn, more and more seldom */
+            near = 2 * now - start + before;
         if (reading && near <= now && !looked) {
             looked = 1;
             pthread_mutex_unlock(&pager->mutex);
-            while (atomic_load(&expert->state) < READY && st_nanoseconds() - now < 2 * NEAR_NS)
+            while (atomic_load(&expert->state) < READY && st_nanoseconds() - now < 2 * before)
                 sched_yield();
             pthread_mutex_lock(&pager->mutex);
         } else {

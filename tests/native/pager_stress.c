@@ -78,8 +78,8 @@ static void run(int io_threads, int ahead, int64_t give_way_ns) {
     for (int i = 0; i < EXPERTS; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, SLOTS * BYTES);
-    st_pager_config config = {fake_read, NULL,  EXPERTS,    EXPERTS, offsets, BYTES,
-                              memory,    SLOTS, io_threads, NULL,    PIECE,   give_way_ns};
+    st_pager_config config = {fake_read, NULL,       EXPERTS, EXPERTS, offsets,     BYTES, memory,
+                              SLOTS,     io_threads, NULL,    PIECE,   give_way_ns, NULL};
     struct round round = {.pager = st_pager_create(&config)};
     CHECK(round.pager);
     atomic_store(&bytes, 0);
@@ -148,7 +148,7 @@ static int read_or_fail(void *source, int64_t offset, size_t size, void *buffer)
 static void recover(void) {
     int64_t offsets[2] = {0, BYTES};
     uint8_t *memory = aligned_alloc(4096, 2 * BYTES);
-    st_pager_config config = {read_or_fail, NULL, 2, 2, offsets, BYTES, memory, 2, 1, NULL, PIECE, 0};
+    st_pager_config config = {read_or_fail, NULL, 2, 2, offsets, BYTES, memory, 2, 1, NULL, PIECE, 0, NULL};
     st_pager *pager = st_pager_create(&config);
     int32_t both[2] = {0, 1};
     broken = 1;
@@ -172,8 +172,8 @@ static void check(void) {
     memset(memory, 1, BYTES);
     right = st_crc32(memory, BYTES);
     for (int good = 0; good < 2; good++) {
-        st_pager_config config = {read_or_fail,           NULL,  1, 1, &offset, BYTES, memory, 1, 1,
-                                  good ? &right : &wrong, PIECE, 0};
+        st_pager_config config = {read_or_fail,           NULL,  1, 1,   &offset, BYTES, memory, 1, 1,
+                                  good ? &right : &wrong, PIECE, 0, NULL};
         st_pager *pager = st_pager_create(&config);
         CHECK(pager);
         for (int i = 0; i < 2; i++) {
@@ -195,7 +195,7 @@ static void warm(void) {
     for (int i = 0; i < 8; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES), resident[8];
-    st_pager_config config = {read_or_fail, NULL, 8, 8, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0};
+    st_pager_config config = {read_or_fail, NULL, 8, 8, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
     st_pager *pager = st_pager_create(&config);
     st_pager_warm(pager, (int32_t[]){5, 2, 7, 1}, (double[]){9, 8, 7, 6}, 4);
     do {
@@ -218,7 +218,7 @@ static void warm(void) {
 static void warm_layers(void) {
     int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES), resident[4];
-    st_pager_config config = {read_or_fail, NULL, 4, 2, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0};
+    st_pager_config config = {read_or_fail, NULL, 4, 2, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
     st_pager *pager = st_pager_create(&config);
     st_pager_warm(pager, (int32_t[]){0, 1, 3}, (double[]){7, 8, 9}, 3); /* into the slots in this order */
     do {
@@ -243,7 +243,7 @@ static void resize(void) {
     for (int i = 0; i < 6; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, 4 * BYTES), resident[6];
-    st_pager_config config = {read_or_fail, NULL, 6, 6, offsets, BYTES, memory, 4, 1, NULL, PIECE, 0};
+    st_pager_config config = {read_or_fail, NULL, 6, 6, offsets, BYTES, memory, 4, 1, NULL, PIECE, 0, NULL};
     st_pager *pager = st_pager_create(&config);
     for (int32_t i = 0; i < 4; i++) { /* expert i in slot i, used 1, 2, 3, 4 times */
         st_pager_want(pager, &i, &(int32_t){i + 1}, 1, 4);
@@ -283,7 +283,7 @@ static int read_after_a_pause(void *source, int64_t offset, size_t size, void *b
 static void stall(void) {
     int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
-    st_pager_config config = {read_after_a_pause, NULL, 4, 4, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0};
+    st_pager_config config = {read_after_a_pause, NULL, 4, 4, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
     st_pager *pager = st_pager_create(&config);
     atomic_store(&hang, 1);
     st_pager_ahead(pager, (int32_t[]){3}, 1); /* the read ahead hangs, and the wanted ones stand behind it */
@@ -319,7 +319,7 @@ static void waiting(int first) {
     const int64_t LONG = INT64_C(60000000000);
     int64_t offsets[3] = {0, BYTES, 2 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
-    st_pager_config config = {read_when_open, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0};
+    st_pager_config config = {read_when_open, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
     st_pager *pager = st_pager_create(&config);
     int32_t ids[2] = {1, 2};
     if (!first) { /* the pager knows how long a read takes */
@@ -344,6 +344,33 @@ static void waiting(int first) {
     free(memory);
 }
 
+static atomic_llong taken_away;
+static int64_t stolen(void) { return atomic_load(&taken_away); }
+
+/* How long takers look follows what was taken away since the last time that it was asked. */
+static void looking(void) {
+    int64_t offsets[3] = {0, BYTES, 2 * BYTES}, near[3] = {0};
+    uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
+    st_pager_config config = {read_or_fail, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, stolen};
+    st_pager *pager = st_pager_create(&config);
+    st_pager_stats stats;
+    st_pager_get_stats(pager, &stats);
+    int64_t before = stats.near_ns;
+    for (int i = 0; i < 3; i++) {
+        atomic_fetch_add(&taken_away, i == 1 ? 0 : 500000000);
+        usleep(1100000); /* it is asked once a second */
+        st_pager_want(pager, &i, NULL, 1, 1);
+        CHECK(st_pager_take(pager, i));
+        st_pager_release(pager, &i, 1);
+        usleep(20000); /* the answer comes after the read */
+        st_pager_get_stats(pager, &stats);
+        near[i] = stats.near_ns;
+    }
+    CHECK(near[0] < before && near[1] == before && near[2] == near[0]);
+    st_pager_destroy(pager);
+    free(memory);
+}
+
 int main(void) {
     run(4, 0, 0);
     run(4, 1, 0);
@@ -357,6 +384,7 @@ int main(void) {
     stall();
     waiting(0);
     waiting(1);
+    looking();
     puts("ok");
     return 0;
 }
