@@ -76,6 +76,9 @@ int64_t st_pager_since_arrival(st_pager *pager);
  * first ones whose expert was used less, or given up, and their memory is not touched again until a later call includes
  * them. Nothing may be pinned; waits for reads in progress there. */
 void st_pager_resize(st_pager *pager, int64_t slots);
+/* Of the first slots so many have held an expert at some time; the memory of the others was not written to by the
+ * pager. */
+int64_t st_pager_touched(st_pager *pager);
 
 /* How much each expert was used lately, into uses[experts]: tokens, old ones weighing less (see eviction.h). */
 void st_pager_get_uses(st_pager *pager, double *uses);

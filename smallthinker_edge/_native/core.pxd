@@ -202,6 +202,7 @@ cdef extern from "smallthinker/reader.h" nogil:
     st_reader *st_reader_open(const char *path, int cached)
     void st_reader_close(st_reader *reader)
     int st_reader_direct(const st_reader *reader)
+    int st_reader_cached(const st_reader *reader)
     int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer)
     int st_read_at(int fd, int64_t offset, size_t size, void *buffer)
 
@@ -247,6 +248,7 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n)
     int64_t st_pager_since_arrival(st_pager *pager)
     void st_pager_resize(st_pager *pager, int64_t slots)
+    int64_t st_pager_touched(st_pager *pager)
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)

@@ -202,7 +202,7 @@ cdef class Engine:
         self.fit_buffers(cache)
         self.buffers.fill_rope(&self.weights.weights.shape, cache.position, n)
         if self.paging is not None:
-            self.paging.fit(self.memory.in_use)
+            self.paging.begin(self.memory.in_use)
         cache.prepare(n)
         call.kv, call.tokens, call.n, call.position = cache.view, &ids[0], n, cache.position
         chosen, call.trace = None, NULL
@@ -218,6 +218,8 @@ cdef class Engine:
         done = not (stopped or call.failed or call.no_row or call.not_finite)
         cache.advance(&ids[0], n, done)
         self.computing = False
+        if self.paging is not None and not (done and logits is None):  # more of a prompt is to come
+            self.paging.end()
         self.rows_read += n
         if done:
             if call.sparse_head:

@@ -53,7 +53,7 @@ struct st_pager {
     struct expert *experts;
     int32_t *owner; /* of every slot; -1 free */
     int64_t slots;  /* in use: the first ones */
-    int64_t free_slots;
+    int64_t free_slots, touched;
     int32_t *queue; /* ring of wanted ids to read, first come first served */
     int64_t queue_head, queue_size;
     int32_t *ahead; /* ids to read ahead, the most urgent first */
@@ -148,6 +148,8 @@ static int give_slot(st_pager *pager, int32_t id, int may_evict) {
         return 0;
     pager->owner[slot] = id;
     pager->free_slots--;
+    if (slot >= pager->touched)
+        pager->touched = slot + 1;
     expert->slot = slot;
     return 1;
 }
@@ -598,6 +600,13 @@ void st_pager_resize(st_pager *pager, int64_t slots) {
         if (pager->owner[i] >= 0)
             clear_slot(pager, i);
     pthread_mutex_unlock(&pager->mutex);
+}
+
+int64_t st_pager_touched(st_pager *pager) {
+    pthread_mutex_lock(&pager->mutex);
+    int64_t touched = pager->touched;
+    pthread_mutex_unlock(&pager->mutex);
+    return touched;
 }
 
 void st_pager_get_uses(st_pager *pager, double *uses) {

@@ -237,6 +237,40 @@ def test_experts_that_all_have_room_are_read_at_the_opening(stpk: str) -> None:
     assert (stats["read_bytes"], stats["misses"], stats["ahead_reads"]) == (everything, 0, 0)
 
 
+def test_a_first_prompt_uses_slots_again_rather_than_memory_new_to_the_process(
+    gguf: str, stpk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New memory can be slower than the page cache: it comes after the first logits, unless there is time before."""
+    with SmallThinker(gguf) as model:
+        expected = model.session().decode(TOKENS)
+    read_when_wanted(monkeypatch)
+    Path(stpk).read_bytes()
+    with SmallThinker(stpk) as model, model.session() as session:
+        everything = model.plan.slots
+        session.prefill(TOKENS[:100])
+        before = model.stats()
+        got = session.decode(TOKENS[100:])
+        session.decode(TOKENS[:100])
+        after = model.stats()
+    assert (before["slots"], before["evictions"]) == (everything // 2, everything // 2)
+    assert (after["slots"], after["evictions"]) == (everything, everything // 2 + everything)
+    assert np.array_equal(got, expected)
+
+
+def test_after_a_first_prompt_all_experts_are_read(stpk: str) -> None:
+    def held() -> int:
+        stats = model.stats()
+        return int(stats["read_bytes"] - stats["wasted_bytes"]) // model.plan.slot_bytes - int(stats["evictions"])
+
+    Path(stpk).read_bytes()
+    with SmallThinker(stpk) as model, model.session() as session:
+        session.decode(TOKENS)  # may come before all were read, and evict some
+        wait_until(lambda: held() == model.plan.slots)
+        misses = model.stats()["misses"]
+        session.decode(TOKENS)
+        assert model.stats()["misses"] == misses
+
+
 def test_a_read_error_is_an_exception_and_the_session_goes_on(
     gguf: str, stpk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
