@@ -1,4 +1,4 @@
-"""Puts a GGUF file's tensors into an Engine: reads piece by piece, so that the peak is the packed model.
+"""Puts a GGUF file's tensors into an Engine, which reads them piece by piece, so that the peak is the packed model.
 
 Called by opening.py. It knows tensor names and types, and nothing of what is computed.
 """
@@ -10,7 +10,6 @@ from contextlib import suppress
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.layouts import TYPES
@@ -19,7 +18,8 @@ from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
 from smallthinker_edge.files.gguf import StoredBytes
 
 Progress = Callable[[int, int], object]  # layers that are loaded, and all
-Matrix = tuple[int, StoredBytes | npt.NDArray[np.uint8]]
+Matrix = tuple[int, StoredBytes]
+UNREAD = 256 << 20  # bytes that the engine is told of before it reads them
 
 
 def forget(source: ModelFile, name: str) -> None:
@@ -51,17 +51,22 @@ class Loader:
             self._load_predictor(tensor_name("lm_head_profiler"))
         embedding = tensor_name("token_embd")
         number, data = self._matrix(embedding)
-        norm = self._floats(tensor_name("output_norm"))
+        norm = self.gguf.stored(tensor_name("output_norm"))
         if self.config.tied:
             self.engine.weights.set_embedding(number, data)
             self.engine.weights.set_head(norm)
         else:
             self.engine.weights.set_embedding_rows(number, data.file.fileno(), data.offset)
             self.engine.weights.set_head(norm, *self._matrix(tensor_name("output")))
-        for layer in range(self.config.n_layers):
+        loaded, layers = 0, self.config.n_layers
+        for layer in range(layers):
             self._load_layer(layer)
-            if progress is not None:
-                progress(layer + 1, self.config.n_layers)
+            if self.engine.weights.unread >= UNREAD or layer + 1 == layers:
+                self.engine.fill()
+                if progress is not None:
+                    for done in range(loaded, layer + 1):
+                        progress(done + 1, layers)
+                loaded = layer + 1
         if not self.config.tied:
             self.gguf.expect_rows(embedding)
             if self.paged:  # there is a budget to keep to
@@ -69,7 +74,7 @@ class Loader:
 
     def _load_predictor(self, name: str) -> None:
         """A score that is not a number would silence its row for good, so each scale (or weight) is looked at."""
-        number, data = self._matrix(name)[0], self.gguf.data(name)
+        data = self.gguf.data(name)
         kind = self.gguf.tensors[name].type
         if kind in ("Q4_0", "Q8_0"):
             scales = data.reshape(-1, TYPES[kind].bytes)[:, :2]
@@ -82,14 +87,14 @@ class Loader:
             broken = data.view("<u2") & largest == largest
         if broken.any():
             raise ModelFormatError("holds scales or weights that are not finite", path=self.gguf.path, field=name)
-        self.engine.weights.set_predictor(number, data)
+        self.engine.weights.set_predictor(*self._matrix(name))
 
     def _load_layer(self, layer: int) -> None:
         def name(role: str) -> str:
             return tensor_name(role, layer)
 
-        norms = self._floats(name("attn_norm")), self._floats(name("ffn_norm"))
-        router = self._floats(name("ffn_gate_inp"))
+        norms = self.gguf.stored(name("attn_norm")), self.gguf.stored(name("ffn_norm"))
+        router = self.gguf.stored(name("ffn_gate_inp"))
         q, k, v = self._query_key_value(layer)
         self.engine.weights.set_layer(layer, *norms, router, q, k, v, self._matrix(name("attn_output")))
         if self.paged:
@@ -99,10 +104,6 @@ class Loader:
 
     def _matrix(self, name: str) -> tuple[int, StoredBytes]:
         return TYPES[self.gguf.tensors[name].type].number, self.gguf.stored(name)
-
-    def _floats(self, name: str) -> np.ndarray:
-        """A norm or router, which ModelConfig has checked to be F32, as one flat array."""
-        return self.gguf.data(name).view(np.float32)
 
     def _query_key_value(self, layer: int) -> Sequence[Matrix]:
         """q, k and v, cut out of the fused tensor where the file has that."""
@@ -114,4 +115,4 @@ class Loader:
         row = data.size // self.gguf.tensors[fused].shape[1]
         cuts = np.cumsum([config.n_heads, config.n_kv_heads, config.n_kv_heads]) * config.head_dim * row
         starts = (0, cuts[0], cuts[1])
-        return [(number, data[a:b]) for a, b in zip(starts, cuts, strict=True)]
+        return [(number, data.part(int(a), int(b))) for a, b in zip(starts, cuts, strict=True)]

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from smallthinker_edge._native.engine import Engine
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES
 from smallthinker_edge._native.paging import ExpertPaging
-from smallthinker_edge.errors import ModelFormatError
+from smallthinker_edge.errors import MemoryBudgetError, ModelFormatError
 from smallthinker_edge.files.config import ModelConfig, ModelFile
 from smallthinker_edge.files.gguf import GGUFFile
 from smallthinker_edge.files.hot_experts import load_profile, profile_path, warm_up
@@ -29,13 +29,14 @@ from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.loading import Loader, Progress
 from smallthinker_edge.machine import cpus
 from smallthinker_edge.machine.memory import available_memory, drop_library_cache
-from smallthinker_edge.plan import Plan, make_plan
+from smallthinker_edge.plan import Plan, make_plan, warn_of_few_slots
 from smallthinker_edge.text.grammar import Grammars
 from smallthinker_edge.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
 KV_CHOICES = (*KV_TYPES, "auto")
 BATCH = 512  # most tokens computed together
+BUILDING = 160 << 20  # bytes that the tokenizer takes while it is built, and a grammar's, generously
 T = TypeVar("T")
 
 
@@ -110,21 +111,23 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
                 experts.file.check_dense(experts.sums)
             Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load(progress)
 
-        if settings.memory is None:  # nothing to divide, so that weights can be read while Python builds the tokenizer
+        if settings.memory is None or _fits(plan, BUILDING):
             with _started(partial(_text_side, file, config, settings)) as building:
                 load(_watching(building, settings.on_load))
-                if experts:  # now: two threads that touch new memory may hold each other up
-                    experts.start_paging(engine, plan(held=engine.weights.bytes))
                 tokenizer, grammars = building.result()
-            made = plan(held=engine.weights.bytes + int(engine.paging_stats().get("read_bytes", 0)))
-        else:
+            made = plan(held=engine.weights.bytes)
+        else:  # so that what is too much is known before it is taken
             tokenizer, grammars = _text_side(file, config, settings)
-            made = plan()  # with all of Python's part in memory, so that it counts
+            made = plan()
             load(settings.on_load)
-            if experts:
-                experts.start_paging(engine, made)
-                file.forget()  # what was read until now is in the page cache, which a memory limit counts
-                drop_library_cache()
+        # Both plans count all of Python's part. Experts only come now: where memory new to the process is slow, reading
+        # into it beside the tokenizer makes that wait.
+        warn_of_few_slots(made, config)
+        if experts:
+            experts.start_paging(engine, made)
+        if experts and made.limit is not None:
+            file.forget()  # what was read until now is in the page cache, which a memory limit counts
+            drop_library_cache()
         engine.keep_to(made.sessions, made.most_sessions, context, made.kv)
         return OpenedModel(file, config, context, threshold, engine, tokenizer, grammars, made)
     except BaseException:
@@ -132,6 +135,15 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
         if engine is not None:
             engine.close()
         raise
+
+
+def _fits(plan: Callable[[int], Plan], more: int) -> bool:
+    """Whether there is a plan with so many bytes more in use than now."""
+    try:
+        plan(-more)
+    except MemoryBudgetError:
+        return False
+    return True
 
 
 def _text_side(file: ModelFile, config: ModelConfig, settings: Settings) -> tuple[Tokenizer, Grammars | None]:
@@ -245,5 +257,6 @@ def plan_memory(
             slot_bytes = file.experts(config)[1]
         positions = min(context, config.context_length)
         plan = make_plan(file, config, positions, BATCH, memory, slot_bytes, kv, threads=cpus.auto_threads())
+        warn_of_few_slots(plan, config)
         del tokenizer  # it was built so that its memory counts
         return plan

@@ -162,9 +162,14 @@ def make_plan(
             f"bytes{hint}\n{least.table()}"
         )
     slots = min(experts, (limit - plan.fixed) // slot_bytes) if slot_bytes else 0
-    if slot_bytes and slots < config.n_layers * config.n_experts_used:
-        logger.warning("%d expert slots are fewer than one token uses: nearly every expert will be read again", slots)
     return replace(plan, slots=slots)
+
+
+def warn_of_few_slots(plan: Plan, config: ModelConfig) -> None:
+    """Tells the log where experts have too little room."""
+    if plan.slot_bytes and plan.slots < config.n_layers * config.n_experts_used:
+        message = "%d expert slots are fewer than one token uses: nearly every expert will be read again"
+        logger.warning(message, plan.slots)
 
 
 def _buffer_bytes(

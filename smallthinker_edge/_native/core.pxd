@@ -196,6 +196,28 @@ cdef extern from "smallthinker/threads.h" nogil:
     void st_team_stop(st_team *team)
     int st_team_stopped(const st_team *team)
 
+cdef extern from "smallthinker/fill.h" nogil:
+    enum:
+        ST_FILL_TILES
+        ST_FILL_ROWS
+        ST_FILL_COPY
+    ctypedef struct st_piece:
+        const st_expert *expert
+        int fd[3]
+        int64_t offset[3]
+        size_t bytes[3]
+        int as_ "as"
+        int type
+        int64_t rows
+        int64_t cols
+        uint8_t *to
+    enum:
+        ST_FILLED
+        ST_FILL_INTERRUPTED
+    size_t st_fill_room(const st_piece *pieces, int64_t n)
+    int64_t st_fill(st_team *team, const st_piece *pieces, int64_t n, uint8_t *room,
+                    int (*interrupted)(void *caller) noexcept nogil, void *caller, int64_t ask_ns)
+
 cdef extern from "smallthinker/reader.h" nogil:
     ctypedef struct st_reader:
         pass

@@ -154,6 +154,15 @@ cdef class Engine:
         """Bytes of the buffers, as far as they were needed up to now."""
         return self.buffers.bytes
 
+    def fill(self):
+        """Reads and packs the weights that were given to `weights` since the last call, on all threads.
+
+        Raises ModelFormatError where a file has them no longer, OSError where it cannot be read, OutOfMemoryError; then
+        this engine is of no further use.
+        """
+        self.check_usable()
+        self.weights.fill(self.call.team)
+
     def page_experts(self, ExpertPaging paging not None, types):
         """Takes the experts from there instead of ModelWeights.set_experts().
 

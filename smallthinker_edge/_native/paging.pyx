@@ -21,7 +21,6 @@ cdef enum:
     AHEAD_LAYERS = 2
     PIECE_BYTES = 1 << 20
     GIVE_WAY_NS = 2000000  # docs/notes/2026-11-30-cost-of-reads.md
-    FIRST_LAYERS = 2  # docs/notes/2026-12-01-starts.md
 
 
 @cython.no_gc_clear  # the collector must not free the slots while the pager's threads read into them
@@ -85,7 +84,7 @@ cdef class ExpertPaging:
         self.slots = self.most_slots
         self.fit(0)
         if sessions is None and st_reader_cached(self.reader):
-            self.first_slots = min(FIRST_LAYERS * E, slots)
+            self.first_slots = min(E, slots)
 
     def __dealloc__(self):
         self.give_back()

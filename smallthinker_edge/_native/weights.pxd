@@ -151,6 +151,11 @@ cdef class ModelWeights:
     cdef readonly object config
     cdef readonly bint exact
     cdef int expert_layouts   # of all layers: bits 1 << ST_EXPERT_...
+    cdef st_piece *pieces     # that are still to be read
+    cdef int64_t n_pieces, pieces_room
+    cdef list sources         # of each piece: what it is read from
+    cdef object interrupt     # the exception that stopped fill()
+    cdef readonly int64_t unread
 
     cdef void give_back(self) noexcept
     cdef int set_layouts(self) except -1
@@ -159,4 +164,6 @@ cdef class ModelWeights:
     cdef int set_shape(self, Matrix *m, int type, int64_t rows, int64_t cols) except -1
     cdef int make_matrix(self, Matrix *m, int type, int64_t rows, int64_t cols, data, int64_t unit,
                          bint sparse=*) except -1
-    cdef float *make_vector(self, values, int64_t n) except NULL
+    cdef float *make_vector(self, data, int64_t n) except NULL
+    cdef st_piece *add_piece(self, sources) except NULL
+    cdef int fill(self, st_team *team) except -1

@@ -1,9 +1,11 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The weights of one model in the kernels' layouts. Filled by loading.py, read by the forward pass."""
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 import os
@@ -14,6 +16,7 @@ from smallthinker_edge._native.memory cimport Arena
 from smallthinker_edge.errors import OutOfMemoryError
 
 cdef enum:
+    LOOK_NS = 50000000  # between two looks for Ctrl-C
     PIECE_BYTES = 1 << 20  # of a matrix that is asked for at a time
 
 
@@ -24,15 +27,17 @@ cdef class ModelWeights:
         kernels: name of a kernel table; None picks the best of this CPU. ValueError where it cannot run.
         exact: keep every matrix as GGUF rows, so that they are computed with in float32 (slow; the tests' yardstick).
 
-    Each set_ method is called once, with bytes of exactly the size that shape and type ask for (else ValueError): an
-    array, or what gives one for each of its slices and knows its `size`, which is then asked for in pieces.
+    Each set_ method is called once, with stored bytes of exactly the size that shape and type ask for (else
+    ValueError), and takes memory for them; Engine.fill() reads them.
+
+    Attributes: unread: bytes that it has to read.
     """
 
     def __cinit__(self, config, kernels=None, bint exact=False):
         cdef Weights *w = &self.weights
         cdef Shape *s = &w.shape
         self.config, self.exact = config, exact
-        self.arena = Arena()
+        self.arena, self.sources = Arena(), []
         w.kernels = find_table(kernels)
         s.layers, s.vocab, s.d = config.n_layers, config.vocab_size, config.d_model
         s.heads, s.kv_heads, s.hd = config.n_heads, config.n_kv_heads, config.head_dim
@@ -55,6 +60,9 @@ cdef class ModelWeights:
         """Frees everything. Nothing may be read any more."""
         free(self.weights.layers)
         free(self.weights.experts)
+        free(self.pieces)
+        self.pieces = NULL
+        self.n_pieces = self.pieces_room = 0
         self.weights.layers, self.weights.experts = NULL, NULL
         if self.arena is not None:
             self.arena.give_back()
@@ -100,10 +108,10 @@ cdef class ModelWeights:
 
         unit: rows that one work unit takes, which must suit the tiles. sparse: few of its rows will be read at a time.
         """
-        cdef const uint8_t[::1] src
         cdef size_t row_bytes = st_row_bytes(type, cols), size = row_bytes * rows
-        cdef int64_t r, n, step = max(1, <int64_t>(PIECE_BYTES // (row_bytes * ST_TILE_ROWS))) * ST_TILE_ROWS
+        cdef int64_t r, step = max(1, <int64_t>(PIECE_BYTES // (row_bytes * ST_TILE_ROWS))) * ST_TILE_ROWS
         cdef uint8_t *dst
+        cdef st_piece *piece
         if <size_t>data.size != size:
             raise ValueError("matrix bytes do not match its shape and type")
         self.set_shape(m, type, rows, cols)
@@ -116,25 +124,56 @@ cdef class ModelWeights:
             m.layout = ROWS
         m.data = dst = <uint8_t *>self.arena.take(size)
         for r in range(0, rows, step):  # whole tiles, whose bytes are as many as their rows'
-            n = min(step, rows - r)
-            src = data[r * row_bytes:(r + n) * row_bytes]
-            with nogil:
-                if m.layout == SPARSE_ROWS:
-                    st_pack_rows(type, &src[0], n, cols, dst + r * row_bytes, row_bytes)
-                elif m.layout == TILE:
-                    st_pack_tile16(type, &src[0], n, cols, dst + r * row_bytes, 0, (n + 15) // ST_TILE_ROWS)
-                else:
-                    memcpy(dst + r * row_bytes, &src[0], n * row_bytes)
+            piece = self.add_piece([data.part(r * row_bytes, min(r + step, rows) * row_bytes)])
+            piece.as_ = {TILE: ST_FILL_TILES, SPARSE_ROWS: ST_FILL_ROWS, ROWS: ST_FILL_COPY}[m.layout]
+            piece.type, piece.rows, piece.cols, piece.to = type, min(step, rows - r), cols, dst + r * row_bytes
         return 0
 
-    cdef float *make_vector(self, values, int64_t n) except NULL:
-        cdef const float[::1] src = values
-        cdef float *dst
-        if src.shape[0] != n:
+    cdef float *make_vector(self, data, int64_t n) except NULL:
+        cdef st_piece *piece
+        if <int64_t>data.size != n * 4:
             raise ValueError("vector has the wrong length")
-        dst = <float *>self.arena.take(n * 4)
-        memcpy(dst, &src[0], n * 4)
-        return dst
+        piece = self.add_piece([data])
+        piece.as_, piece.to = ST_FILL_COPY, <uint8_t *>self.arena.take(n * 4)
+        return <float *>piece.to
+
+    cdef st_piece *add_piece(self, sources) except NULL:
+        """A new piece to be read from up to three sources; what becomes of them is for the caller to say."""
+        cdef st_piece *piece
+        cdef int64_t room = max(256, 2 * self.pieces_room)
+        if self.n_pieces == self.pieces_room:
+            piece = <st_piece *>realloc(self.pieces, room * sizeof(st_piece))
+            if piece == NULL:
+                raise OutOfMemoryError("cannot list what is to be read")
+            self.pieces, self.pieces_room = piece, room
+        piece = self.pieces + self.n_pieces
+        memset(piece, 0, sizeof(st_piece))
+        for i, source in enumerate(sources):
+            piece.fd[i], piece.offset[i], piece.bytes[i] = source.file.fileno(), source.offset, source.size
+            self.unread += source.size
+        self.sources.append(sources)
+        self.n_pieces += 1
+        return piece
+
+    cdef int fill(self, st_team *team) except -1:
+        """Reads and packs all that set_ methods were given, as Engine.fill() says."""
+        cdef Arena arena = Arena()
+        cdef int64_t ended
+        cdef uint8_t *room = <uint8_t *>arena.take(st_fill_room(self.pieces, self.n_pieces) * st_team_size(team) + 1)
+        cdef void *caller = <void *>self
+        self.interrupt = None
+        with nogil:
+            ended = st_fill(team, self.pieces, self.n_pieces, room, interrupted, caller, LOOK_NS)
+        arena.give_back()
+        sources, self.sources, interrupt = self.sources, [], self.interrupt
+        self.n_pieces = self.unread = 0
+        if ended == ST_FILL_INTERRUPTED:
+            raise interrupt
+        if ended != ST_FILLED:
+            for source in sources[ended]:
+                source[:]  # which says what is wrong
+            raise OSError(EIO, os.strerror(EIO), sources[ended][0].file.path)
+        return 0
 
     def set_embedding(self, int type, data):
         """token_embd: GGUF rows."""
@@ -155,8 +194,8 @@ cdef class ModelWeights:
         cdef Weights *w = &self.weights
         cdef int64_t K = self.config.lm_head_predictor_size
         cdef size_t size = st_row_bytes(type, w.shape.d) * K
-        self.make_matrix(&w.predictor_in, type, K, w.shape.d, data[:size], ST_TILE_ROWS)
-        self.make_matrix(&w.predictor_out, type, w.shape.vocab, K, data[size:], ST_TILE_ROWS)
+        self.make_matrix(&w.predictor_in, type, K, w.shape.d, data.part(0, size), ST_TILE_ROWS)
+        self.make_matrix(&w.predictor_out, type, w.shape.vocab, K, data.part(size, data.size), ST_TILE_ROWS)
 
     def set_head(self, norm, type=None, data=None):
         """output_norm, and output; without a matrix the embedding serves as the head (tied)."""
@@ -168,7 +207,7 @@ cdef class ModelWeights:
             self.make_matrix(&w.head, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, w.predictor_in.rows > 0)
 
     def set_layer(self, int64_t l, attn_norm, ffn_norm, router, q, k, v, o):
-        """Dense weights of layer l: float32 vectors, router [E * d], and (type, bytes) of q, k, v and o."""
+        """Dense weights of layer l: vectors of float32, router [E * d], and (type, bytes) of q, k, v and o."""
         cdef Shape *s = &self.weights.shape
         cdef Layer *layer = self.layer(l)
         layer.attn_norm = self.make_vector(attn_norm, s.d)
@@ -191,22 +230,21 @@ cdef class ModelWeights:
     def set_experts(self, int64_t l, gate, up, down):
         """The experts of layer l: (type, bytes) of the stacked gate, up and down tensors."""
         cdef Layer *layer = self.layer(l)
-        cdef const uint8_t[::1] g, u, d
         cdef int64_t e, E = self.weights.shape.experts
         cdef st_expert *expert = &layer.expert
         cdef size_t size
         cdef uint8_t *blob
+        cdef st_piece *piece
         self.set_expert(layer, (gate[0], up[0], down[0]))
         if [matrix[1].size for matrix in (gate, up, down)] != [expert.rows[i] * E for i in range(3)]:
             raise ValueError("expert bytes do not match their shape and type")
         size = (expert.bytes + 63) // 64 * 64
         blob = <uint8_t *>self.arena.take(size * E)
         for e in range(E):
-            g, u, d = [matrix[1][e * expert.rows[i]:(e + 1) * expert.rows[i]]
-                       for i, matrix in enumerate((gate, up, down))]
-            self.weights.experts[l * E + e] = blob
-            with nogil:
-                st_expert_pack(expert, &g[0], &u[0], &d[0], blob)
+            piece = self.add_piece([matrix[1].part(e * expert.rows[i], (e + 1) * expert.rows[i])
+                                    for i, matrix in enumerate((gate, up, down))])
+            self.weights.experts[l * E + e] = piece.to = blob
+            piece.expert = expert
             blob += size
 
     cdef int set_expert(self, Layer *layer, types) except -1:
@@ -228,3 +266,13 @@ cdef const st_kernels *find_table(name) except NULL:
     if table == NULL:
         raise ValueError(f"kernel table {name!r} is unknown or this CPU lacks its instructions")
     return table
+
+
+cdef int interrupted(void *caller) noexcept with gil:
+    """Whether to stop; fill() raises the reason when the threads have come back."""
+    cdef ModelWeights weights = <ModelWeights>caller
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        weights.interrupt = error
+    return weights.interrupt is not None

@@ -48,20 +48,24 @@ class TensorInfo:
 
 
 class StoredBytes:
-    """The bytes of a tensor in its file: a slice of them is read when it is asked for, uint8, a copy.
+    """Bytes of a tensor in its file: a slice of them is read when it is asked for, uint8, a copy.
 
-    Attributes: size: bytes. file, offset: where they are.
+    Attributes: size: bytes. file, offset: where they are. name: of the tensor.
     """
 
-    def __init__(self, file: SourceFile, info: TensorInfo) -> None:
-        self.file, self.offset, self.size, self._name = file, info.offset, info.nbytes, info.name
+    def __init__(self, file: SourceFile, offset: int, size: int, name: str) -> None:
+        self.file, self.offset, self.size, self.name = file, offset, size, name
+
+    def part(self, start: int, stop: int) -> StoredBytes:
+        """Those from one place to another, 0 <= start <= stop <= size, which are not read yet."""
+        return StoredBytes(self.file, self.offset + start, stop - start, self.name)
 
     def __getitem__(self, part: slice) -> npt.NDArray[np.uint8]:
         """As SourceFile.read(). ValueError for a step."""
         start, stop, step = part.indices(self.size)
         if step != 1:
             raise ValueError("bytes of a file are read one after the other")
-        return self.file.read(self.offset + start, max(0, stop - start), self._name)
+        return self.file.read(self.offset + start, max(0, stop - start), self.name)
 
 
 def slices(data: StoredBytes) -> Iterator[npt.NDArray[np.uint8]]:
@@ -213,7 +217,7 @@ class GGUFFile:
         info = self.tensors[name]
         file = self._files[info.part]
         file.fileno()  # is it open?
-        return StoredBytes(file, info)
+        return StoredBytes(file, info.offset, info.nbytes, info.name)
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """All bytes of tensor `name`: uint8 [nbytes], a copy.

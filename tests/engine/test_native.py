@@ -1,5 +1,5 @@
-"""The pager, its reader, the thread team, its size and the kernels' requests in C, under faults and load, plain and
-under the compiler's sanitizers; and what the compiler must not leave out of the kernels."""
+"""The pager, its reader, the thread team, its size, loading and the kernels' requests in C, under faults and load,
+plain and under the compiler's sanitizers; and what the compiler must not leave out of the kernels."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ PROGRAMS = {
     "reader_faults": [],
     "team_stress": [],
     "sizing": ["src/system/sizing.c"],
+    "fill": [
+        *(f"src/weights/{name}.c" for name in ("fill", "expert", "layout", "types")),
+        *("src/paging/reader.c", "src/system/threads.c", "src/system/thread_start.c"),
+    ],
     "ahead_lines": [],
 }
 

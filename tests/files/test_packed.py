@@ -121,7 +121,8 @@ def check_logits_at_slots(
 ) -> None:
     with SmallThinker(gguf) as model:
         expected = model.session().decode(TOKENS, all_logits=True)
-    set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096, give_way_ns=0)
+    # Not from the page cache: a first decode has few slots there.
+    set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096, give_way_ns=0, cached=False)
     read_when_wanted(monkeypatch)
     with SmallThinker(stpk, threads=2) as model:
         with model.session() as session:
@@ -252,8 +253,9 @@ def test_a_first_prompt_uses_slots_again_rather_than_memory_new_to_the_process(
         got = session.decode(TOKENS[100:])
         session.decode(TOKENS[:100])
         after = model.stats()
-    assert (before["slots"], before["evictions"]) == (everything // 2, everything // 2)
-    assert (after["slots"], after["evictions"]) == (everything, everything // 2 + everything)
+    layer = everything // 4
+    assert (before["slots"], before["evictions"]) == (layer, 3 * layer)
+    assert (after["slots"], after["evictions"]) == (everything, 3 * layer + 4 * layer)
     assert np.array_equal(got, expected)
 
 
