@@ -1,4 +1,4 @@
-"""Puts a GGUF file's tensors into an Engine, which reads them piece by piece, so that the peak is the packed model.
+"""Puts a GGUF file's tensors into an Engine, which reads them piece by piece: the peak is the packed model and 32 MiB.
 
 Called by opening.py. It knows tensor names and types, and nothing of what is computed.
 """
@@ -19,7 +19,7 @@ from smallthinker_edge.files.gguf import StoredBytes
 
 Progress = Callable[[int, int], object]  # layers that are loaded, and all
 Matrix = tuple[int, StoredBytes]
-UNREAD = 256 << 20  # bytes that the engine is told of before it reads them
+UNREAD = 64 << 20  # bytes that the engine is told of before it reads them
 
 
 def forget(source: ModelFile, name: str) -> None:
@@ -62,7 +62,7 @@ class Loader:
         for layer in range(layers):
             self._load_layer(layer)
             if self.engine.weights.unread >= UNREAD or layer + 1 == layers:
-                self.engine.fill()
+                self.engine.load()
                 if progress is not None:
                     for done in range(loaded, layer + 1):
                         progress(done + 1, layers)

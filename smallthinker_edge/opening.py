@@ -28,7 +28,7 @@ from smallthinker_edge.files.pack import blob_bytes
 from smallthinker_edge.files.packed import PackedFile, as_model, expert_infos
 from smallthinker_edge.loading import Loader, Progress
 from smallthinker_edge.machine import cpus
-from smallthinker_edge.machine.memory import available_memory, drop_library_cache
+from smallthinker_edge.machine.memory import available_memory, drop_library_cache, parse_memory, process_memory
 from smallthinker_edge.plan import Plan, make_plan, warn_of_few_slots
 from smallthinker_edge.text.grammar import Grammars
 from smallthinker_edge.text.tokenizer import Tokenizer
@@ -99,11 +99,13 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
         engine = _make_engine(config, settings, threshold is not None)
         experts = Experts(file, config, settings) if isinstance(file, PackedFile) else None
 
-        def plan(held: int = 0) -> Plan:
+        budget = None if settings.memory is None else parse_memory(settings.memory)
+
+        def plan(process: int | None = None) -> Plan:
             slot_bytes = experts.size if experts else 0
             predictor, count = threshold is not None, settings.thread_count
             return make_plan(
-                *(file, config, context, BATCH, settings.memory, slot_bytes, settings.kv, predictor, count), held=held
+                *(file, config, context, BATCH, budget, slot_bytes, settings.kv, predictor, count), process=process
             )
 
         def load(progress: Progress | None) -> None:
@@ -111,11 +113,11 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
                 experts.file.check_dense(experts.sums)
             Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load(progress)
 
-        if settings.memory is None or _fits(plan, BUILDING):
+        if budget is None or _fits(plan, process_memory()["rss_bytes"] + BUILDING):
             with _started(partial(_text_side, file, config, settings)) as building:
                 load(_watching(building, settings.on_load))
                 tokenizer, grammars = building.result()
-            made = plan(held=engine.weights.bytes)
+            made = plan(process_memory()["rss_bytes"] - engine.weights.bytes)
         else:  # so that what is too much is known before it is taken
             tokenizer, grammars = _text_side(file, config, settings)
             made = plan()
@@ -137,10 +139,10 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
         raise
 
 
-def _fits(plan: Callable[[int], Plan], more: int) -> bool:
-    """Whether there is a plan with so many bytes more in use than now."""
+def _fits(plan: Callable[[int], Plan], process: int) -> bool:
+    """Whether there is a plan where the process itself takes so many bytes."""
     try:
-        plan(-more)
+        plan(process)
     except MemoryBudgetError:
         return False
     return True

@@ -9,15 +9,13 @@ import logging
 import mmap
 from dataclasses import asdict, dataclass, replace
 
-import psutil
-
 from smallthinker_edge._native.buffers import buffer_sizes, partial_sizes
 from smallthinker_edge._native.kv_cache import kv_bytes
 from smallthinker_edge._native.layouts import KV_TYPES, TYPES, kv_kinds
 from smallthinker_edge.errors import MemoryBudgetError
 from smallthinker_edge.files.config import ModelConfig, ModelFile, tensor_name
 from smallthinker_edge.files.packed import ExpertLayout, PackedFile, expert_infos
-from smallthinker_edge.machine.memory import parse_memory
+from smallthinker_edge.machine.memory import parse_memory, process_memory
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +111,7 @@ def make_plan(
     kv: str = "f16",
     predictor: bool = True,
     threads: int = 1,
-    held: int = 0,
+    process: int | None = None,
 ) -> Plan:
     """Divides a budget.
 
@@ -124,12 +122,12 @@ def make_plan(
         kv: type of the KV cache: "f16", "q8_0", "q8_0-all", or "auto": the first of them with which the budget
             works and holds the experts that two tokens use; else the smallest.
         predictor: the LM head's predictor is used, where the file has one. threads: of the team.
-        held: bytes of this model that are in the process's memory already.
+        process: bytes that Python, libraries and the tokenizer take; None: what the process has now.
 
     Raises MemoryBudgetError, with the smallest budget that works and its parts, where `memory` is too little.
     """
     if kv == "auto":
-        return _plan_kv(file, config, context, batch, memory, slot_bytes, predictor, threads, held)
+        return _plan_kv(file, config, context, batch, memory, slot_bytes, predictor, threads, process)
     skip = set() if config.tied else {tensor_name("token_embd")}
     if not predictor:
         skip.add(tensor_name("lm_head_profiler"))
@@ -139,7 +137,7 @@ def make_plan(
     plan = Plan(
         limit,
         kv,
-        process=max(0, psutil.Process().memory_info().rss - held),
+        process=process_memory()["rss_bytes"] if process is None else max(0, process),
         weights=sum(info.nbytes for name, info in file.tensors.items() if name not in skip),
         kv_cache=kv_bytes(config, context, kv) + 4 * context,
         buffers=_buffer_bytes(file, config, context, batch, kv, predictor, threads),
@@ -209,16 +207,16 @@ def _plan_kv(
     slot_bytes: int,
     predictor: bool,
     threads: int,
-    held: int,
+    process: int | None,
 ) -> Plan:
     """The plan with the first type of keys and values that suits the budget, the smallest that works otherwise."""
     enough = config.n_layers * min(config.n_experts, 2 * config.n_experts_used) if slot_bytes else 0
     types = kv_kinds(config.head_dim, bool(config.window) and any(config.window_layout))
     for kv in types[:-1]:
         try:
-            plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor, threads, held)
+            plan = make_plan(file, config, context, batch, memory, slot_bytes, kv, predictor, threads, process)
         except MemoryBudgetError:
             continue
         if plan.slots >= enough:
             return plan
-    return make_plan(file, config, context, batch, memory, slot_bytes, types[-1], predictor, threads, held)
+    return make_plan(file, config, context, batch, memory, slot_bytes, types[-1], predictor, threads, process)

@@ -28,6 +28,9 @@ typedef struct st_pager_config {
     /* CPU time that was taken away from this machine up to now; NULL: none ever is (st_stolen_ns). Asked now and then
      * by the I/O threads: where much is, takers sleep rather than look. */
     int64_t (*stolen)(void);
+    /* Writes zeros to memory of slots that nothing was written to yet, and so has the system find it; NULL: one to each
+     * page. */
+    void (*write)(uint8_t *memory, size_t bytes);
 } st_pager_config;
 
 /* Of experts asked for by want: hits + ahead_hits + misses = all. */
@@ -76,9 +79,6 @@ int64_t st_pager_since_arrival(st_pager *pager);
  * first ones whose expert was used less, or given up, and their memory is not touched again until a later call includes
  * them. Nothing may be pinned; waits for reads in progress there. */
 void st_pager_resize(st_pager *pager, int64_t slots);
-/* Of the first slots so many have held an expert at some time; the memory of the others was not written to by the
- * pager. */
-int64_t st_pager_touched(st_pager *pager);
 
 /* How much each expert was used lately, into uses[experts]: tokens, old ones weighing less (see eviction.h). */
 void st_pager_get_uses(st_pager *pager, double *uses);

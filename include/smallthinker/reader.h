@@ -15,7 +15,6 @@ typedef struct st_reader st_reader;
 st_reader *st_reader_open(const char *path, int cached);
 void st_reader_close(st_reader *reader); /* NULL is fine */
 int st_reader_direct(const st_reader *reader);
-int st_reader_cached(const st_reader *reader); /* whether it reads from the page cache, see st_reader_open */
 
 /* Reads exactly size bytes; from any thread. 0, or ST_ERR_IO after retries (also when the file is too short). */
 int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer);

@@ -196,11 +196,11 @@ cdef extern from "smallthinker/threads.h" nogil:
     void st_team_stop(st_team *team)
     int st_team_stopped(const st_team *team)
 
-cdef extern from "smallthinker/fill.h" nogil:
+cdef extern from "smallthinker/load.h" nogil:
     enum:
-        ST_FILL_TILES
-        ST_FILL_ROWS
-        ST_FILL_COPY
+        ST_AS_TILES
+        ST_AS_ROWS
+        ST_AS_COPY
     ctypedef struct st_piece:
         const st_expert *expert
         int fd[3]
@@ -212,10 +212,10 @@ cdef extern from "smallthinker/fill.h" nogil:
         int64_t cols
         uint8_t *to
     enum:
-        ST_FILLED
-        ST_FILL_INTERRUPTED
-    size_t st_fill_room(const st_piece *pieces, int64_t n)
-    int64_t st_fill(st_team *team, const st_piece *pieces, int64_t n, uint8_t *room,
+        ST_LOADED
+        ST_LOAD_INTERRUPTED
+    size_t st_load_room(const st_piece *pieces, int64_t n)
+    int64_t st_load(st_team *team, const st_piece *pieces, int64_t n, uint8_t *room,
                     int (*interrupted)(void *caller) noexcept nogil, void *caller, int64_t ask_ns)
 
 cdef extern from "smallthinker/reader.h" nogil:
@@ -224,7 +224,6 @@ cdef extern from "smallthinker/reader.h" nogil:
     st_reader *st_reader_open(const char *path, int cached)
     void st_reader_close(st_reader *reader)
     int st_reader_direct(const st_reader *reader)
-    int st_reader_cached(const st_reader *reader)
     int st_reader_read(void *reader, int64_t offset, size_t size, void *buffer)
     int st_read_at(int fd, int64_t offset, size_t size, void *buffer)
 
@@ -246,6 +245,7 @@ cdef extern from "smallthinker/pager.h" nogil:
         size_t piece
         int64_t give_way_ns
         int64_t (*stolen)() noexcept nogil
+        void (*write)(uint8_t *memory, size_t bytes) noexcept nogil
     ctypedef struct st_pager_stats:
         int64_t hits
         int64_t ahead_hits
@@ -270,7 +270,6 @@ cdef extern from "smallthinker/pager.h" nogil:
     void st_pager_release(st_pager *pager, const int32_t *ids, int64_t n)
     int64_t st_pager_since_arrival(st_pager *pager)
     void st_pager_resize(st_pager *pager, int64_t slots)
-    int64_t st_pager_touched(st_pager *pager)
     void st_pager_get_uses(st_pager *pager, double *uses)
     void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n)
     void st_pager_get_stats(st_pager *pager, st_pager_stats *stats)

@@ -154,14 +154,15 @@ cdef class Engine:
         """Bytes of the buffers, as far as they were needed up to now."""
         return self.buffers.bytes
 
-    def fill(self):
+    def load(self):
         """Reads and packs the weights that were given to `weights` since the last call, on all threads.
 
         Raises ModelFormatError where a file has them no longer, OSError where it cannot be read, OutOfMemoryError; then
         this engine is of no further use.
         """
         self.check_usable()
-        self.weights.fill(self.call.team)
+        st_team_resize(self.call.team, self.threads)
+        self.weights.load(self.call.team)
 
     def page_experts(self, ExpertPaging paging not None, types):
         """Takes the experts from there instead of ModelWeights.set_experts().
@@ -211,7 +212,7 @@ cdef class Engine:
         self.fit_buffers(cache)
         self.buffers.fill_rope(&self.weights.weights.shape, cache.position, n)
         if self.paging is not None:
-            self.paging.begin(self.memory.in_use)
+            self.paging.fit(self.memory.in_use)
         cache.prepare(n)
         call.kv, call.tokens, call.n, call.position = cache.view, &ids[0], n, cache.position
         chosen, call.trace = None, NULL
@@ -227,8 +228,6 @@ cdef class Engine:
         done = not (stopped or call.failed or call.no_row or call.not_finite)
         cache.advance(&ids[0], n, done)
         self.computing = False
-        if self.paging is not None and not (done and logits is None):  # more of a prompt is to come
-            self.paging.end()
         self.rows_read += n
         if done:
             if call.sparse_head:

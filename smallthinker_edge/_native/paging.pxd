@@ -16,11 +16,7 @@ cdef class ExpertPaging:
     cdef bint lend
     cdef int64_t least_slots, own_slots, most_slots, experts
     cdef readonly int64_t slots   # in use now
-    cdef int64_t first_slots      # at least so many for the first decode; 0 where it has all, or is over
-    cdef list warmed              # experts to read again after it
 
     cdef void give_back(self) noexcept
     cdef int fit(self, int64_t in_use) except -1
-    cdef int begin(self, int64_t in_use) except -1
-    cdef int end(self) except -1
     cdef int check_open(self) except -1

@@ -8,7 +8,6 @@ from libc.errno cimport ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
 import os
-from array import array
 
 from smallthinker_edge._native.core cimport *
 from smallthinker_edge._native.memory cimport Arena
@@ -71,6 +70,7 @@ cdef class ExpertPaging:
         self.slot_memory = <uint8_t *>self.slot_arena.take_apart(self.most_slots * blob_bytes)
         pager.memory, pager.slots, pager.io_threads = self.slot_memory, self.most_slots, io_threads
         pager.piece, pager.give_way_ns, pager.sums, pager.stolen = piece, give_way_ns, NULL, st_stolen_ns
+        pager.write = NULL
         if sums is not None:
             pager.sums = &checksums[0]
         self.state.ahead = min(ahead, <int64_t>config.n_layers - 1)
@@ -83,8 +83,6 @@ cdef class ExpertPaging:
             raise OutOfMemoryError("no memory, or no thread, to read experts from the file")
         self.slots = self.most_slots
         self.fit(0)
-        if sessions is None and st_reader_cached(self.reader):
-            self.first_slots = min(E, slots)
 
     def __dealloc__(self):
         self.give_back()
@@ -127,31 +125,6 @@ cdef class ExpertPaging:
         self.slots = slots
         return 0
 
-    cdef int begin(self, int64_t in_use) except -1:
-        """What is to be done before each decode: see fit(). The first one makes do with slots that were filled before
-        it: memory that is new to the process can take several times as long as the page cache does."""
-        if self.first_slots == 0:
-            return self.fit(in_use)
-        with nogil:
-            self.slots = max(self.first_slots, st_pager_touched(self.state.pager))
-            st_pager_resize(self.state.pager, self.slots)
-        return 0
-
-    cdef int end(self) except -1:
-        """What is to be done after each decode: see begin(). The experts used most come first then."""
-        if self.first_slots == 0:
-            return 0
-        self.first_slots, self.slots = 0, self.most_slots
-        with nogil:
-            st_pager_resize(self.state.pager, self.slots)
-        if self.warmed is not None:
-            uses = array("d", bytes(8 * self.experts))
-            self.uses(uses)
-            order = sorted(self.warmed, key=uses.__getitem__, reverse=True)
-            self.warm(array("i", order), array("d", map(uses.__getitem__, order)))
-            self.warmed = None
-        return 0
-
     def stats(self):
         """Counts since it was opened; SmallThinker.stats() says what they mean."""
         cdef st_pager_stats stats
@@ -184,8 +157,6 @@ cdef class ExpertPaging:
         for i in range(ids.shape[0]):
             if not 0 <= ids[i] < self.experts:
                 raise ValueError("no such expert")
-        if self.first_slots:
-            self.warmed = list(ids)
         if ids.shape[0]:
             st_pager_warm(self.state.pager, &ids[0], &uses[0], ids.shape[0])
 

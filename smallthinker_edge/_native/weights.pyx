@@ -17,7 +17,8 @@ from smallthinker_edge.errors import OutOfMemoryError
 
 cdef enum:
     LOOK_NS = 50000000  # between two looks for Ctrl-C
-    PIECE_BYTES = 1 << 20  # of a matrix that is asked for at a time
+    PIECE_BYTES = 1 << 20  # of a matrix that a thread reads at a time
+    ROOM_BYTES = 32 << 20  # that all threads read into: so many of them load
 
 
 @cython.no_gc_clear  # __dealloc__ has an order
@@ -28,7 +29,7 @@ cdef class ModelWeights:
         exact: keep every matrix as GGUF rows, so that they are computed with in float32 (slow; the tests' yardstick).
 
     Each set_ method is called once, with stored bytes of exactly the size that shape and type ask for (else
-    ValueError), and takes memory for them; Engine.fill() reads them.
+    ValueError), and takes memory for them; Engine.load() reads them.
 
     Attributes: unread: bytes that it has to read.
     """
@@ -62,7 +63,8 @@ cdef class ModelWeights:
         free(self.weights.experts)
         free(self.pieces)
         self.pieces = NULL
-        self.n_pieces = self.pieces_room = 0
+        self.n_pieces = self.pieces_room = self.unread = 0
+        self.sources = None
         self.weights.layers, self.weights.experts = NULL, NULL
         if self.arena is not None:
             self.arena.give_back()
@@ -104,7 +106,7 @@ cdef class ModelWeights:
 
     cdef int make_matrix(self, Matrix *m, int type, int64_t rows, int64_t cols, data, int64_t unit,
                          bint sparse=False) except -1:
-        """Packs (or keeps as rows) one matrix.
+        """Takes memory for one matrix in the layout that suits it, and lists its pieces.
 
         unit: rows that one work unit takes, which must suit the tiles. sparse: few of its rows will be read at a time.
         """
@@ -125,17 +127,19 @@ cdef class ModelWeights:
         m.data = dst = <uint8_t *>self.arena.take(size)
         for r in range(0, rows, step):  # whole tiles, whose bytes are as many as their rows'
             piece = self.add_piece([data.part(r * row_bytes, min(r + step, rows) * row_bytes)])
-            piece.as_ = {TILE: ST_FILL_TILES, SPARSE_ROWS: ST_FILL_ROWS, ROWS: ST_FILL_COPY}[m.layout]
+            piece.as_ = {TILE: ST_AS_TILES, SPARSE_ROWS: ST_AS_ROWS, ROWS: ST_AS_COPY}[m.layout]
             piece.type, piece.rows, piece.cols, piece.to = type, min(step, rows - r), cols, dst + r * row_bytes
         return 0
 
     cdef float *make_vector(self, data, int64_t n) except NULL:
         cdef st_piece *piece
+        cdef float *to
         if <int64_t>data.size != n * 4:
             raise ValueError("vector has the wrong length")
+        to = <float *>self.arena.take(n * 4)
         piece = self.add_piece([data])
-        piece.as_, piece.to = ST_FILL_COPY, <uint8_t *>self.arena.take(n * 4)
-        return <float *>piece.to
+        piece.as_, piece.to = ST_AS_COPY, <uint8_t *>to
+        return to
 
     cdef st_piece *add_piece(self, sources) except NULL:
         """A new piece to be read from up to three sources; what becomes of them is for the caller to say."""
@@ -155,21 +159,24 @@ cdef class ModelWeights:
         self.n_pieces += 1
         return piece
 
-    cdef int fill(self, st_team *team) except -1:
-        """Reads and packs all that set_ methods were given, as Engine.fill() says."""
+    cdef int load(self, st_team *team) except -1:
+        """Reads and packs all that set_ methods were given, as Engine.load() says."""
         cdef Arena arena = Arena()
+        cdef size_t each = st_load_room(self.pieces, self.n_pieces)
         cdef int64_t ended
-        cdef uint8_t *room = <uint8_t *>arena.take(st_fill_room(self.pieces, self.n_pieces) * st_team_size(team) + 1)
+        cdef uint8_t *room
         cdef void *caller = <void *>self
-        self.interrupt = None
+        st_team_resize(team, max(1, min(st_team_size(team), <int>(ROOM_BYTES // max(1, each)))))
+        room = <uint8_t *>arena.take(each * st_team_size(team) + 1)
         with nogil:
-            ended = st_fill(team, self.pieces, self.n_pieces, room, interrupted, caller, LOOK_NS)
+            ended = st_load(team, self.pieces, self.n_pieces, room, interrupted, caller, LOOK_NS)
         arena.give_back()
-        sources, self.sources, interrupt = self.sources, [], self.interrupt
+        sources, self.sources = self.sources, []
+        interrupt, self.interrupt = self.interrupt, None
         self.n_pieces = self.unread = 0
-        if ended == ST_FILL_INTERRUPTED:
+        if interrupt is not None:
             raise interrupt
-        if ended != ST_FILLED:
+        if ended != ST_LOADED:
             for source in sources[ended]:
                 source[:]  # which says what is wrong
             raise OSError(EIO, os.strerror(EIO), sources[ended][0].file.path)
@@ -207,7 +214,7 @@ cdef class ModelWeights:
             self.make_matrix(&w.head, type, w.shape.vocab, w.shape.d, data, ST_TILE_ROWS, w.predictor_in.rows > 0)
 
     def set_layer(self, int64_t l, attn_norm, ffn_norm, router, q, k, v, o):
-        """Dense weights of layer l: vectors of float32, router [E * d], and (type, bytes) of q, k, v and o."""
+        """Dense weights of layer l: vectors of float32, router [E * d], and (type, stored bytes) of q, k, v, o."""
         cdef Shape *s = &self.weights.shape
         cdef Layer *layer = self.layer(l)
         layer.attn_norm = self.make_vector(attn_norm, s.d)
@@ -228,7 +235,7 @@ cdef class ModelWeights:
         memcpy(layer.absent, &flags[0], flags.shape[0])
 
     def set_experts(self, int64_t l, gate, up, down):
-        """The experts of layer l: (type, bytes) of the stacked gate, up and down tensors."""
+        """The experts of layer l: (type, stored bytes) of the stacked gate, up and down tensors."""
         cdef Layer *layer = self.layer(l)
         cdef int64_t e, E = self.weights.shape.experts
         cdef st_expert *expert = &layer.expert
@@ -269,7 +276,7 @@ cdef const st_kernels *find_table(name) except NULL:
 
 
 cdef int interrupted(void *caller) noexcept with gil:
-    """Whether to stop; fill() raises the reason when the threads have come back."""
+    """Whether to stop; load() raises the reason when the threads have come back."""
     cdef ModelWeights weights = <ModelWeights>caller
     try:
         PyErr_CheckSignals()

@@ -28,6 +28,11 @@ static const double MUCH_STOLEN = 0.03;
 /* A taker sleeps no longer than this at once: what pthread_cond_timedwait can be told is finite. */
 enum { SLEEP_NS = 1000000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
+/* What has a slot where no expert has: its memory was written to before, or never was and may still have to be found by
+ * the system, or is being written to now. */
+enum { FREE = -1, NEW = -2, WRITTEN_TO = -3 };
+/* Memory and storage are compared by as many bytes, and what they did before counts half after as many again. */
+enum { COMPARED_BYTES = 16 << 20, PAGE_BYTES = 4096 };
 
 struct expert {
     atomic_int state;
@@ -37,10 +42,16 @@ struct expert {
     uint8_t checked; /* its checksum was right once, or there is none */
     uint8_t unused;  /* read before it was wanted, and not wanted since */
     uint8_t broken;  /* its last read failed: only who needs it tries again */
+    uint8_t in_new;  /* its slot was new when it got it */
     int32_t layer;
     size_t done;   /* bytes read so far */
     int64_t begun; /* when the read of the next ones was */
     st_use use;
+};
+
+/* Bytes lately, and nanoseconds that they took. */
+struct rate {
+    double bytes, ns;
 };
 
 struct st_pager {
@@ -51,10 +62,12 @@ struct st_pager {
     st_layer_time *times;  /* of every layer */
     int32_t layer, layers; /* the one whose experts were wanted last; how many there are */
     struct expert *experts;
-    int32_t *owner; /* of every slot; -1 free */
+    int32_t *owner; /* of every slot; FREE, NEW or WRITTEN_TO */
     int64_t slots;  /* in use: the first ones */
-    int64_t free_slots, touched;
-    int32_t *queue; /* ring of wanted ids to read, first come first served */
+    int64_t free_slots, new_slots;
+    int32_t writing;           /* the slot that is WRITTEN_TO, or -1 */
+    struct rate written, read; /* of new memory, and of reads into other memory */
+    int32_t *queue;            /* ring of wanted ids to read, first come first served */
     int64_t queue_head, queue_size;
     int32_t *ahead; /* ids to read ahead, the most urgent first */
     int64_t n_ahead, pinned;
@@ -66,9 +79,9 @@ struct st_pager {
     int64_t asked, stolen;   /* when it was last asked what was taken away, and the answer */
     int stop, interrupted;
     pthread_mutex_t mutex;
-    pthread_cond_t work, done;
-    pthread_t *threads;
-    int started;
+    pthread_cond_t work, done, memory;
+    pthread_t *threads, writer;
+    int started, has_writer;
     pid_t process; /* that has the threads: a fork's child does not */
     atomic_llong stall_ns;
     st_pager_stats stats;
@@ -80,7 +93,7 @@ static int get_state(const struct expert *expert) { return atomic_load_explicit(
 
 static void free_slot(st_pager *pager, struct expert *expert, int state) {
     if (expert->slot >= 0) {
-        pager->owner[expert->slot] = -1;
+        pager->owner[expert->slot] = FREE;
         pager->free_slots += expert->slot < pager->slots;
     }
     if (expert->unused)
@@ -91,12 +104,31 @@ static void free_slot(st_pager *pager, struct expert *expert, int state) {
     atomic_store(&expert->state, state);
 }
 
-/* A free slot, where there is one. */
-static int32_t find_free(const st_pager *pager) {
+/* The first slot in that state, where there is one. */
+static int32_t find_slot(const st_pager *pager, int32_t state) {
     int32_t slot = 0;
-    while (pager->owner[slot] >= 0)
+    while (pager->owner[slot] != state)
         slot++;
     return slot;
+}
+
+static void count_rate(struct rate *rate, size_t bytes, int64_t ns) {
+    double keep = rate->bytes >= 2.0 * COMPARED_BYTES ? 0.5 : 1;
+    rate->bytes = rate->bytes * keep + (double)bytes;
+    rate->ns = rate->ns * keep + (double)ns;
+}
+
+/* Whether memory that was never written to takes longer than reading an expert again does: then it is for the writer,
+ * and who needs a slot evicts. Hosts that take free memory back can be so: docs/notes/2026-12-01-starts.md. */
+static int memory_is_slow(const st_pager *pager) {
+    const struct rate *written = &pager->written, *read = &pager->read;
+    return written->bytes >= COMPARED_BYTES && read->bytes >= COMPARED_BYTES &&
+           written->ns * read->bytes > read->ns * written->bytes;
+}
+
+/* Whether there is a slot without evicting. */
+static int has_room(const st_pager *pager) {
+    return pager->free_slots > 0 || (pager->new_slots > 0 && !memory_is_slow(pager));
 }
 
 /* Tokens until an expert's next use by forecast: the layers until its own has its turn again, then what its rate says.
@@ -114,6 +146,8 @@ static int32_t find_victim(const st_pager *pager, int ahead_too) {
     int32_t best = -1;
     float last = 0;
     for (int64_t i = 0; i < pager->slots; i++) {
+        if (pager->owner[i] < 0)
+            continue;
         const struct expert *expert = pager->experts + pager->owner[i];
         int state = get_state(expert);
         if (expert->pins > 0 || (state != READY && state != PARKED) || (expert->ahead && !ahead_too))
@@ -127,29 +161,52 @@ static int32_t find_victim(const st_pager *pager, int ahead_too) {
     return best;
 }
 
-/* Gives the expert a slot, by evicting where none is free. 0 where all are in use. */
+/* A slot that no expert has: FREE, or else NEW. */
+static int32_t take_empty(st_pager *pager) {
+    int32_t slot = find_slot(pager, pager->free_slots > 0 ? FREE : NEW);
+    if (pager->free_slots > 0) {
+        pager->free_slots--;
+        pthread_cond_signal(&pager->memory);
+    } else {
+        pager->new_slots--;
+    }
+    return slot;
+}
+
+/* A slot whose expert had to go; -1 where none may. */
+static int32_t evict(st_pager *pager, int ahead_too) {
+    int32_t slot = find_victim(pager, 0);
+    if (slot < 0 && ahead_too)
+        slot = find_victim(pager, 1);
+    if (slot < 0)
+        return -1;
+    free_slot(pager, pager->experts + pager->owner[slot], ABSENT);
+    pager->free_slots--;
+    pager->stats.evictions++;
+    return slot;
+}
+
+/* Gives the expert a slot, by evicting where none is free. 0 where all are in use, or one will be free at once. */
 static int give_slot(st_pager *pager, int32_t id, int may_evict) {
     struct expert *expert = pager->experts + id;
+    int32_t slot = -1;
     if (expert->slot >= 0)
         return 1;
-    int32_t slot = -1;
-    if (pager->free_slots > 0) {
-        slot = find_free(pager);
+    expert->in_new = pager->free_slots == 0;
+    if (has_room(pager)) {
+        slot = take_empty(pager);
+    } else if (pager->writing >= 0 && !memory_is_slow(pager)) {
+        return 0;
     } else if (may_evict) {
-        slot = find_victim(pager, 0);
-        if (slot < 0 && expert->pins > 0)
-            slot = find_victim(pager, 1);
-        if (slot >= 0) {
-            free_slot(pager, pager->experts + pager->owner[slot], ABSENT);
-            pager->stats.evictions++;
-        }
+        slot = evict(pager, expert->pins > 0);
+        if (slot >= 0)
+            expert->in_new = 0;
+        else if (expert->pins > 0 && pager->new_slots > 0)
+            slot = take_empty(pager);
     }
     if (slot < 0)
         return 0;
     pager->owner[slot] = id;
-    pager->free_slots--;
-    if (slot >= pager->touched)
-        pager->touched = slot + 1;
     expert->slot = slot;
     return 1;
 }
@@ -183,7 +240,7 @@ static int32_t next_ahead(st_pager *pager) {
             return id;
         }
     }
-    for (; pager->next_warm < pager->n_warm && pager->free_slots > 0; pager->next_warm++) {
+    for (; pager->next_warm < pager->n_warm && has_room(pager); pager->next_warm++) {
         int32_t id = pager->warm[pager->next_warm];
         if (get_state(pager->experts + id) == ABSENT && !pager->experts[id].broken && give_slot(pager, id, 0)) {
             pager->experts[id].ahead = WARMING;
@@ -284,6 +341,8 @@ static void read_expert(st_pager *pager, int32_t id) {
         }
         expert->done += size;
         pager->stats.bytes_read += (int64_t)size;
+        if (!expert->in_new)
+            count_rate(&pager->read, size, st_nanoseconds() - expert->begun);
         if (must_give_way(pager, expert))
             break;
     }
@@ -307,6 +366,44 @@ static void *io_main(void *arg) {
             pthread_cond_wait(&pager->work, &pager->mutex);
         else
             read_expert(pager, id);
+    }
+    pthread_mutex_unlock(&pager->mutex);
+    return NULL;
+}
+
+/* ---- the writer ---- */
+
+static void write_to(uint8_t *memory, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += PAGE_BYTES)
+        *(volatile uint8_t *)(memory + i) = 0;
+}
+
+/* Keeps as many slots free as a layer has experts, as long as there are new ones, by writing to these. */
+static void *writer_main(void *arg) {
+    st_pager *pager = arg;
+    void (*write)(uint8_t *memory, size_t bytes) = pager->config.write ? pager->config.write : write_to;
+    pthread_mutex_lock(&pager->mutex);
+    while (!pager->stop) {
+        if (pager->new_slots == 0 || pager->free_slots >= pager->config.layer) {
+            pthread_cond_wait(&pager->memory, &pager->mutex);
+            continue;
+        }
+        int32_t slot = pager->writing = find_slot(pager, NEW);
+        pager->owner[slot] = WRITTEN_TO;
+        pager->new_slots--;
+        pthread_mutex_unlock(&pager->mutex);
+        int64_t began = st_nanoseconds();
+        write(pager->config.memory + (size_t)slot * pager->config.bytes, pager->config.bytes);
+        int64_t took = st_nanoseconds() - began;
+        pthread_mutex_lock(&pager->mutex);
+        count_rate(&pager->written, pager->config.bytes, took);
+        pager->owner[slot] = FREE;
+        pager->free_slots += slot < pager->slots; /* fewer may be in use by now */
+        pager->writing = -1;
+        if (pager->next_warm == pager->n_warm)
+            pager->next_warm = 0; /* some of them may have gone since */
+        pthread_cond_broadcast(&pager->work);
+        pthread_cond_broadcast(&pager->done);
     }
     pthread_mutex_unlock(&pager->mutex);
     return NULL;
@@ -358,8 +455,9 @@ st_pager *st_pager_create(const st_pager_config *config) {
         pager->experts[i].checked = !config->sums;
     }
     for (size_t i = 0; i < slots; i++)
-        pager->owner[i] = -1;
-    pager->slots = pager->free_slots = config->slots;
+        pager->owner[i] = NEW;
+    pager->slots = pager->new_slots = config->slots;
+    pager->writing = -1;
     pager->stats.near_ns = NEAR_NS;
     pager->asked = st_nanoseconds();
     pager->stolen = config->stolen ? config->stolen() : 0;
@@ -367,6 +465,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
     pthread_mutex_init(&pager->mutex, NULL);
     pthread_cond_init(&pager->work, NULL);
     pthread_cond_init(&pager->done, NULL);
+    pthread_cond_init(&pager->memory, NULL);
     for (; pager->started < config->io_threads; pager->started++)
         if (st_thread_start(&pager->threads[pager->started], io_main, pager) != 0)
             break;
@@ -374,6 +473,7 @@ st_pager *st_pager_create(const st_pager_config *config) {
         st_pager_destroy(pager);
         return NULL;
     }
+    pager->has_writer = st_thread_start(&pager->writer, writer_main, pager) == 0; /* without, reads find their memory */
     return pager;
 }
 
@@ -387,12 +487,16 @@ void st_pager_destroy(st_pager *pager) {
     pthread_mutex_lock(&pager->mutex);
     pager->stop = 1;
     pthread_cond_broadcast(&pager->work);
+    pthread_cond_broadcast(&pager->memory);
     pthread_mutex_unlock(&pager->mutex);
     for (int i = 0; i < pager->started; i++)
         pthread_join(pager->threads[i], NULL);
+    if (pager->has_writer)
+        pthread_join(pager->writer, NULL);
     pthread_mutex_destroy(&pager->mutex);
     pthread_cond_destroy(&pager->work);
     pthread_cond_destroy(&pager->done);
+    pthread_cond_destroy(&pager->memory);
     free_all(pager);
 }
 
@@ -568,24 +672,32 @@ int64_t st_pager_since_arrival(st_pager *pager) {
 /* Empties a slot that is no longer used. */
 static void clear_slot(st_pager *pager, int64_t slot) {
     int32_t id = pager->owner[slot];
-    struct expert *expert = pager->experts + id;
-    while (pager->owner[slot] == id && get_state(expert) == READING)
+    while (pager->owner[slot] == WRITTEN_TO ||
+           (id >= 0 && pager->owner[slot] == id && get_state(pager->experts + id) == READING))
         pthread_cond_wait(&pager->done, &pager->mutex);
-    if (pager->owner[slot] != id)
+    if (id < 0 || pager->owner[slot] != id)
         return;
-    int32_t to = pager->free_slots > 0 ? find_free(pager) : find_victim(pager, 0);
+    struct expert *expert = pager->experts + id;
+    int32_t to = -1;
+    if (pager->free_slots > 0 || pager->new_slots > 0)
+        to = find_slot(pager, pager->free_slots > 0 ? FREE : NEW);
+    else
+        to = find_victim(pager, 0);
     struct expert *victim = to >= 0 && pager->owner[to] >= 0 ? pager->experts + pager->owner[to] : NULL;
     if (get_state(expert) != READY || to < 0 || (victim && next_use(pager, victim) <= next_use(pager, expert))) {
         free_slot(pager, expert, get_state(expert) == QUEUED ? QUEUED : ABSENT);
         return;
     }
-    if (victim)
+    if (victim) {
         free_slot(pager, victim, ABSENT);
+        pager->free_slots--;
+    } else {
+        take_empty(pager);
+    }
     memcpy(pager->config.memory + (size_t)to * pager->config.bytes,
            pager->config.memory + (size_t)slot * pager->config.bytes, pager->config.bytes);
-    pager->owner[slot] = -1;
+    pager->owner[slot] = FREE;
     pager->owner[to] = id;
-    pager->free_slots--;
     expert->slot = to;
 }
 
@@ -593,20 +705,20 @@ void st_pager_resize(st_pager *pager, int64_t slots) {
     pthread_mutex_lock(&pager->mutex);
     int64_t before = pager->slots;
     pager->slots = slots;
-    pager->free_slots += slots > before ? slots - before : 0;
-    for (int64_t i = slots; i < before; i++)
-        pager->free_slots -= pager->owner[i] < 0;
-    for (int64_t i = slots; i < before; i++)
-        if (pager->owner[i] >= 0)
-            clear_slot(pager, i);
+    for (int64_t i = slots; i < before; i++) { /* none of them may be taken while the others are emptied */
+        pager->free_slots -= pager->owner[i] == FREE;
+        pager->new_slots -= pager->owner[i] == NEW;
+        if (pager->owner[i] == FREE)
+            pager->owner[i] = NEW;
+    }
+    for (int64_t i = slots; i < before; i++) {
+        clear_slot(pager, i);
+        pager->owner[i] = NEW; /* the caller may give its memory back */
+    }
+    pager->new_slots += slots > before ? slots - before : 0;
+    pthread_cond_signal(&pager->memory);
+    pthread_cond_broadcast(&pager->work);
     pthread_mutex_unlock(&pager->mutex);
-}
-
-int64_t st_pager_touched(st_pager *pager) {
-    pthread_mutex_lock(&pager->mutex);
-    int64_t touched = pager->touched;
-    pthread_mutex_unlock(&pager->mutex);
-    return touched;
 }
 
 void st_pager_get_uses(st_pager *pager, double *uses) {

@@ -111,8 +111,6 @@ void st_reader_close(st_reader *reader) {
 
 int st_reader_direct(const st_reader *reader) { return reader->direct; }
 
-int st_reader_cached(const st_reader *reader) { return reader->cached; }
-
 int st_reader_read(void *arg, int64_t offset, size_t size, void *buffer) {
     st_reader *reader = arg;
     size_t done = 0;

@@ -19,8 +19,8 @@ PROGRAMS = {
     "reader_faults": [],
     "team_stress": [],
     "sizing": ["src/system/sizing.c"],
-    "fill": [
-        *(f"src/weights/{name}.c" for name in ("fill", "expert", "layout", "types")),
+    "load": [
+        *(f"src/weights/{name}.c" for name in ("load", "expert", "layout", "types")),
         *("src/paging/reader.c", "src/system/threads.c", "src/system/thread_start.c"),
     ],
     "ahead_lines": [],

@@ -121,8 +121,7 @@ def check_logits_at_slots(
 ) -> None:
     with SmallThinker(gguf) as model:
         expected = model.session().decode(TOKENS, all_logits=True)
-    # Not from the page cache: a first decode has few slots there.
-    set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096, give_way_ns=0, cached=False)
+    set_slots(monkeypatch, slots, ahead=ahead, io_threads=io_threads, piece=4096, give_way_ns=0)
     read_when_wanted(monkeypatch)
     with SmallThinker(stpk, threads=2) as model:
         with model.session() as session:
@@ -236,41 +235,6 @@ def test_experts_that_all_have_room_are_read_at_the_opening(stpk: str) -> None:
         session.decode(TOKENS)
         stats = model.stats()
     assert (stats["read_bytes"], stats["misses"], stats["ahead_reads"]) == (everything, 0, 0)
-
-
-def test_a_first_prompt_uses_slots_again_rather_than_memory_new_to_the_process(
-    gguf: str, stpk: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """New memory can be slower than the page cache: it comes after the first logits, unless there is time before."""
-    with SmallThinker(gguf) as model:
-        expected = model.session().decode(TOKENS)
-    read_when_wanted(monkeypatch)
-    Path(stpk).read_bytes()
-    with SmallThinker(stpk) as model, model.session() as session:
-        everything = model.plan.slots
-        session.prefill(TOKENS[:100])
-        before = model.stats()
-        got = session.decode(TOKENS[100:])
-        session.decode(TOKENS[:100])
-        after = model.stats()
-    layer = everything // 4
-    assert (before["slots"], before["evictions"]) == (layer, 3 * layer)
-    assert (after["slots"], after["evictions"]) == (everything, 3 * layer + 4 * layer)
-    assert np.array_equal(got, expected)
-
-
-def test_after_a_first_prompt_all_experts_are_read(stpk: str) -> None:
-    def held() -> int:
-        stats = model.stats()
-        return int(stats["read_bytes"] - stats["wasted_bytes"]) // model.plan.slot_bytes - int(stats["evictions"])
-
-    Path(stpk).read_bytes()
-    with SmallThinker(stpk) as model, model.session() as session:
-        session.decode(TOKENS)  # may come before all were read, and evict some
-        wait_until(lambda: held() == model.plan.slots)
-        misses = model.stats()["misses"]
-        session.decode(TOKENS)
-        assert model.stats()["misses"] == misses
 
 
 def test_a_read_error_is_an_exception_and_the_session_goes_on(

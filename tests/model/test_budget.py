@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,6 @@ from small_model import SHAPE, tokens
 from smallthinker_edge import MemoryBudgetError, SmallThinker
 from smallthinker_edge.files.pack import pack
 from smallthinker_edge.plan import Plan, make_plan
-from smallthinker_edge.text.tokenizer import Tokenizer
 
 ROW = 4 * 512  # bytes of a row of logits
 IDS = 4 * 1024  # of the tokens that a session remembers
@@ -70,23 +68,31 @@ def test_what_sessions_take_is_counted_and_given_back(stpk: str, monkeypatch: py
         assert in_use(model) == 0
 
 
-def test_without_a_budget_weights_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_count_once(tmp_path: Path) -> None:
     """They are in memory already when the plan is made, which counts what else the process has."""
-
-    def slowly(metadata: Any) -> Tokenizer:
-        time.sleep(0.5)  # as a vocabulary of 152k tokens takes; experts are read meanwhile
-        return build(metadata)
-
-    build = Tokenizer.from_gguf_metadata
-    monkeypatch.setattr(Tokenizer, "from_gguf_metadata", slowly)
-    path, packed = write_model(tmp_path / "m.gguf", **SHAPE | {"n_experts": 64, "d_ffn": 512}), tmp_path / "m.stpk"
-    pack(path, packed)
+    path = write_model(tmp_path / "m.gguf", **SHAPE | {"n_experts": 64, "d_ffn": 512})
     weights = os.stat(path).st_size
     assert weights > 48 << 20
-    for file in (path, packed):
+    for memory in (None, "8GiB"):
         before = psutil.Process().memory_info().rss
-        with SmallThinker(file) as model:
+        with SmallThinker(path, memory=memory) as model:
             assert model.plan.process < before + weights // 2
+
+
+def test_a_budget_of_what_is_free_does_not_grow_with_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured once, before they are in memory."""
+    path = write_model(tmp_path / "m.gguf", **SHAPE)
+    asked: list[int] = []
+
+    def measured() -> int:
+        asked.append(8 << 30 if asked else 4 << 30)
+        return asked[-1]
+
+    monkeypatch.setattr("smallthinker_edge.machine.memory.available_memory", measured)
+    with SmallThinker(path, memory="auto") as model:
+        assert model.plan.limit == 4 << 30
 
 
 def test_sessions_beyond_the_plan_take_the_place_of_experts(stpk: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ static void run(int io_threads, int ahead, int64_t give_way_ns) {
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, SLOTS * BYTES);
     st_pager_config config = {fake_read, NULL,       EXPERTS, EXPERTS, offsets,     BYTES, memory,
-                              SLOTS,     io_threads, NULL,    PIECE,   give_way_ns, NULL};
+                              SLOTS,     io_threads, NULL,    PIECE,   give_way_ns, NULL,  NULL};
     struct round round = {.pager = st_pager_create(&config)};
     CHECK(round.pager);
     atomic_store(&bytes, 0);
@@ -148,7 +148,7 @@ static int read_or_fail(void *source, int64_t offset, size_t size, void *buffer)
 static void recover(void) {
     int64_t offsets[2] = {0, BYTES};
     uint8_t *memory = aligned_alloc(4096, 2 * BYTES);
-    st_pager_config config = {read_or_fail, NULL, 2, 2, offsets, BYTES, memory, 2, 1, NULL, PIECE, 0, NULL};
+    st_pager_config config = {read_or_fail, NULL, 2, 2, offsets, BYTES, memory, 2, 1, NULL, PIECE, 0, NULL, NULL};
     st_pager *pager = st_pager_create(&config);
     int32_t both[2] = {0, 1};
     broken = 1;
@@ -172,8 +172,8 @@ static void check(void) {
     memset(memory, 1, BYTES);
     right = st_crc32(memory, BYTES);
     for (int good = 0; good < 2; good++) {
-        st_pager_config config = {read_or_fail,           NULL,  1, 1,   &offset, BYTES, memory, 1, 1,
-                                  good ? &right : &wrong, PIECE, 0, NULL};
+        st_pager_config config = {read_or_fail,           NULL,  1, 1,    &offset, BYTES, memory, 1, 1,
+                                  good ? &right : &wrong, PIECE, 0, NULL, NULL};
         st_pager *pager = st_pager_create(&config);
         CHECK(pager);
         for (int i = 0; i < 2; i++) {
@@ -195,7 +195,7 @@ static void warm(void) {
     for (int i = 0; i < 8; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES), resident[8];
-    st_pager_config config = {read_or_fail, NULL, 8, 8, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
+    st_pager_config config = {read_or_fail, NULL, 8, 8, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL, NULL};
     st_pager *pager = st_pager_create(&config);
     st_pager_warm(pager, (int32_t[]){5, 2, 7, 1}, (double[]){9, 8, 7, 6}, 4);
     do {
@@ -218,7 +218,7 @@ static void warm(void) {
 static void warm_layers(void) {
     int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES), resident[4];
-    st_pager_config config = {read_or_fail, NULL, 4, 2, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
+    st_pager_config config = {read_or_fail, NULL, 4, 2, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL, NULL};
     st_pager *pager = st_pager_create(&config);
     st_pager_warm(pager, (int32_t[]){0, 1, 3}, (double[]){7, 8, 9}, 3); /* into the slots in this order */
     do {
@@ -243,7 +243,7 @@ static void resize(void) {
     for (int i = 0; i < 6; i++)
         offsets[i] = (int64_t)i * BYTES;
     uint8_t *memory = aligned_alloc(4096, 4 * BYTES), resident[6];
-    st_pager_config config = {read_or_fail, NULL, 6, 6, offsets, BYTES, memory, 4, 1, NULL, PIECE, 0, NULL};
+    st_pager_config config = {read_or_fail, NULL, 6, 6, offsets, BYTES, memory, 4, 1, NULL, PIECE, 0, NULL, NULL};
     st_pager *pager = st_pager_create(&config);
     for (int32_t i = 0; i < 4; i++) { /* expert i in slot i, used 1, 2, 3, 4 times */
         st_pager_want(pager, &i, &(int32_t){i + 1}, 1, 4);
@@ -283,7 +283,7 @@ static int read_after_a_pause(void *source, int64_t offset, size_t size, void *b
 static void stall(void) {
     int64_t offsets[4] = {0, BYTES, 2 * BYTES, 3 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
-    st_pager_config config = {read_after_a_pause, NULL, 4, 4, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
+    st_pager_config config = {read_after_a_pause, NULL, 4, 4, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL, NULL};
     st_pager *pager = st_pager_create(&config);
     atomic_store(&hang, 1);
     st_pager_ahead(pager, (int32_t[]){3}, 1); /* the read ahead hangs, and the wanted ones stand behind it */
@@ -319,7 +319,7 @@ static void waiting(int first) {
     const int64_t LONG = INT64_C(60000000000);
     int64_t offsets[3] = {0, BYTES, 2 * BYTES};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
-    st_pager_config config = {read_when_open, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL};
+    st_pager_config config = {read_when_open, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, NULL, NULL};
     st_pager *pager = st_pager_create(&config);
     int32_t ids[2] = {1, 2};
     if (!first) { /* the pager knows how long a read takes */
@@ -351,7 +351,7 @@ static int64_t stolen(void) { return atomic_load(&taken_away); }
 static void looking(void) {
     int64_t offsets[3] = {0, BYTES, 2 * BYTES}, near[3] = {0};
     uint8_t *memory = aligned_alloc(4096, 3 * BYTES);
-    st_pager_config config = {read_or_fail, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, stolen};
+    st_pager_config config = {read_or_fail, NULL, 3, 3, offsets, BYTES, memory, 3, 1, NULL, PIECE, 0, stolen, NULL};
     st_pager *pager = st_pager_create(&config);
     st_pager_stats stats;
     st_pager_get_stats(pager, &stats);
@@ -373,6 +373,80 @@ static void looking(void) {
     free(memory);
 }
 
+/* Memory that is slower to come than an expert is to read: wanted experts evict rather than take it, until nothing may
+ * go; and in time all slots are filled. */
+enum { LARGE = 1 << 20, MANY = 40, LAYER = 8 };
+static atomic_int written, gate;
+
+static void write_slowly(uint8_t *memory, size_t size) {
+    usleep(4000);
+    while (atomic_load(&gate))
+        usleep(100);
+    memset(memory, 0, size);
+    atomic_fetch_add(&written, 1);
+}
+
+static int read_large(void *source, int64_t offset, size_t size, void *buffer) {
+    (void)source;
+    memset(buffer, (int)(offset / LARGE) + 1, size);
+    return 0;
+}
+
+static void use(st_pager *pager, int32_t first, int32_t n) {
+    int32_t ids[MANY] = {0};
+    for (int32_t i = 0; i < n; i++)
+        ids[i] = first + i;
+    st_pager_want(pager, ids, NULL, n, 1);
+    for (int32_t i = 0; i < n; i++) {
+        const uint8_t *weights = st_pager_take(pager, ids[i]);
+        CHECK(weights && weights[0] == ids[i] + 1 && weights[LARGE - 1] == ids[i] + 1);
+    }
+    st_pager_release(pager, ids, n);
+}
+
+static void slow_memory(void) {
+    int64_t offsets[8 * LAYER];
+    double uses[8 * LAYER] = {0};
+    int32_t all[8 * LAYER];
+    uint8_t *memory = aligned_alloc(4096, (size_t)MANY * LARGE), resident[8 * LAYER];
+    for (int32_t i = 0; i < 8 * LAYER; i++) {
+        offsets[i] = (int64_t)i * LARGE;
+        all[i] = i;
+    }
+    st_pager_config config = {read_large, NULL, 8 * LAYER, LAYER, offsets, LARGE, memory,
+                              MANY,       1,    NULL,      LARGE, 0,       NULL,  write_slowly};
+    st_pager *pager = st_pager_create(&config);
+    for (int32_t layer = 0; layer < 3; layer++) { /* 16 MB of each are enough to compare them */
+        while (atomic_load(&written) < (layer + 1) * LAYER)
+            usleep(100);
+        atomic_store(&gate, layer == 2);
+        use(pager, layer * LAYER, LAYER);
+    }
+    st_pager_stats stats;
+    st_pager_get_stats(pager, &stats);
+    CHECK(stats.evictions == 0 && stats.misses == 3 * LAYER);
+    use(pager, 3 * LAYER, LAYER); /* 15 slots are new, and one is being written to */
+    st_pager_get_stats(pager, &stats);
+    CHECK(stats.evictions == LAYER);
+    st_pager_get_resident(pager, resident);
+    for (int32_t i = 0; i < LAYER; i++)
+        CHECK(resident[3 * LAYER + i]);
+    use(pager, 4 * LAYER, 30); /* more than were written to */
+    st_pager_get_stats(pager, &stats);
+    CHECK(stats.misses == 4 * LAYER + 30);
+    atomic_store(&gate, 0);
+    st_pager_warm(pager, all, uses, 8 * LAYER);
+    for (int held = 0; held < MANY;) {
+        st_pager_get_resident(pager, resident);
+        held = 0;
+        for (int i = 0; i < 8 * LAYER; i++)
+            held += resident[i];
+        usleep(100);
+    }
+    st_pager_destroy(pager);
+    free(memory);
+}
+
 int main(void) {
     run(4, 0, 0);
     run(4, 1, 0);
@@ -383,6 +457,7 @@ int main(void) {
     warm();
     warm_layers();
     resize();
+    slow_memory();
     stall();
     waiting(0);
     waiting(1);

@@ -1,5 +1,5 @@
-/* Reads GGUF rows and packs them, while a model is loaded. */
-#include "smallthinker/fill.h"
+/* Reads GGUF rows and packs them on a thread team. Called by weights.pyx while a model is loaded; takes no memory. */
+#include "smallthinker/load.h"
 
 #include "smallthinker/clock.h"
 #include "smallthinker/layout.h"
@@ -11,14 +11,14 @@ enum { ALIGN = 64 };
 
 static size_t rounded(size_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
 
-static int is_copy(const st_piece *piece) { return !piece->expert && piece->as == ST_FILL_COPY; }
+static int is_copy(const st_piece *piece) { return !piece->expert && piece->as == ST_AS_COPY; }
 
 static size_t piece_room(const st_piece *piece) {
     return is_copy(piece) ? 0 : rounded(piece->bytes[0]) + rounded(piece->bytes[1]) + rounded(piece->bytes[2]);
 }
 
 /* 0, or as st_read_at. */
-static int fill_piece(const st_piece *piece, uint8_t *room) {
+static int load_piece(const st_piece *piece, uint8_t *room) {
     if (is_copy(piece))
         return st_read_at(piece->fd[0], piece->offset[0], piece->bytes[0], piece->to);
     uint8_t *part[3];
@@ -31,21 +31,21 @@ static int fill_piece(const st_piece *piece, uint8_t *room) {
     }
     if (piece->expert)
         st_expert_pack(piece->expert, part[0], part[1], part[2], piece->to);
-    else if (piece->as == ST_FILL_TILES)
+    else if (piece->as == ST_AS_TILES)
         st_pack_tile16(piece->type, part[0], piece->rows, piece->cols, piece->to, 0, st_tiles(piece->rows));
     else
         st_pack_rows(piece->type, part[0], piece->rows, piece->cols, piece->to, piece->bytes[0] / (size_t)piece->rows);
     return 0;
 }
 
-size_t st_fill_room(const st_piece *pieces, int64_t n) {
+size_t st_load_room(const st_piece *pieces, int64_t n) {
     size_t most = 0;
     for (int64_t i = 0; i < n; i++)
         most = piece_room(pieces + i) > most ? piece_room(pieces + i) : most;
     return most;
 }
 
-struct filling {
+struct loading {
     st_team *team;
     const st_piece *pieces;
     uint8_t *room;
@@ -53,36 +53,42 @@ struct filling {
     int (*interrupted)(void *caller);
     void *caller;
     int64_t ask_ns, ask_at;
-    atomic_llong ended; /* as st_fill */
+    atomic_llong ended; /* as st_load */
 };
 
-static void fill_some(void *arg, int tid) {
-    struct filling *filling = arg;
-    while (atomic_load(&filling->ended) == ST_FILLED) {
-        int64_t i = st_team_next(filling->team, tid);
+/* Only the first reason to end counts. */
+static void end(struct loading *loading, long long why) {
+    long long expected = ST_LOADED;
+    atomic_compare_exchange_strong(&loading->ended, &expected, why);
+}
+
+static void load_some(void *arg, int tid) {
+    struct loading *loading = arg;
+    while (atomic_load(&loading->ended) == ST_LOADED) {
+        int64_t i = st_team_next(loading->team, tid);
         if (i < 0)
             return;
-        if (fill_piece(filling->pieces + i, filling->room + (size_t)tid * filling->room_bytes) != 0)
-            atomic_store(&filling->ended, i);
-        if (tid == 0 && st_nanoseconds() >= filling->ask_at) {
-            if (filling->interrupted(filling->caller))
-                atomic_store(&filling->ended, ST_FILL_INTERRUPTED);
-            filling->ask_at = st_nanoseconds() + filling->ask_ns;
+        if (load_piece(loading->pieces + i, loading->room + (size_t)tid * loading->room_bytes) != 0)
+            end(loading, i);
+        if (tid == 0 && st_nanoseconds() >= loading->ask_at) {
+            if (loading->interrupted(loading->caller))
+                end(loading, ST_LOAD_INTERRUPTED);
+            loading->ask_at = st_nanoseconds() + loading->ask_ns;
         }
     }
 }
 
-int64_t st_fill(st_team *team, const st_piece *pieces, int64_t n, uint8_t *room, int (*interrupted)(void *caller),
+int64_t st_load(st_team *team, const st_piece *pieces, int64_t n, uint8_t *room, int (*interrupted)(void *caller),
                 void *caller, int64_t ask_ns) {
-    struct filling filling = {.team = team,
+    struct loading loading = {.team = team,
                               .pieces = pieces,
                               .room = room,
-                              .room_bytes = st_fill_room(pieces, n),
+                              .room_bytes = st_load_room(pieces, n),
                               .interrupted = interrupted,
                               .caller = caller,
                               .ask_ns = ask_ns,
                               .ask_at = st_nanoseconds() + ask_ns};
-    atomic_init(&filling.ended, ST_FILLED);
-    st_team_run(team, fill_some, &filling, n);
-    return atomic_load(&filling.ended);
+    atomic_init(&loading.ended, ST_LOADED);
+    st_team_run(team, load_some, &loading, n);
+    return atomic_load(&loading.ended);
 }
