@@ -306,7 +306,7 @@ class StreamDecoder:
 
 
 def _build_bpe(vocabulary: dict[str, int], merges: Sequence[str]) -> BPETokenizer:
-    """The library's tokenizer. By way of JSON it would take a third longer, and 23 MB less meanwhile."""
+    """The library's tokenizer. By way of JSON it would take longer: docs/notes/2026-12-01-starts.md."""
     pairs: list[tuple[str, str]] = []
     for number, piece in enumerate(_pieces(merges)):
         lines = "\n".join(piece)
