@@ -1,6 +1,7 @@
 """Puts a GGUF file's tensors into an Engine, which reads them piece by piece: the peak is the packed model and 32 MiB.
 
-Called by opening.py. It knows tensor names and types, and nothing of what is computed.
+Called by opening.py. It knows tensor names and types, and nothing of what is computed. A predictor of the LM head is
+read whole before, to be looked at.
 """
 
 from __future__ import annotations

@@ -113,11 +113,12 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
                 experts.file.check_dense(experts.sums)
             Loader(file, config, engine, paged=experts is not None, predictor=threshold is not None).load(progress)
 
-        if budget is None or _fits(plan, process_memory()["rss_bytes"] + BUILDING):
+        before = process_memory()["rss_bytes"]
+        if budget is None or _fits(plan, before + BUILDING):
             with _started(partial(_text_side, file, config, settings)) as building:
                 load(_watching(building, settings.on_load))
                 tokenizer, grammars = building.result()
-            made = plan(process_memory()["rss_bytes"] - engine.weights.bytes)
+            made = plan(max(before, process_memory()["rss_bytes"] - engine.weights.bytes))
         else:  # so that what is too much is known before it is taken
             tokenizer, grammars = _text_side(file, config, settings)
             made = plan()

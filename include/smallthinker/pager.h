@@ -28,8 +28,8 @@ typedef struct st_pager_config {
     /* CPU time that was taken away from this machine up to now; NULL: none ever is (st_stolen_ns). Asked now and then
      * by the I/O threads: where much is, takers sleep rather than look. */
     int64_t (*stolen)(void);
-    /* Writes zeros to memory of slots that nothing was written to yet, and so has the system find it; NULL: one to each
-     * page. */
+    /* Writes zeros to slots before they are used, on a thread of the pager's, and so has the system find their memory;
+     * NULL: a zero to each page. */
     void (*write)(uint8_t *memory, size_t bytes);
 } st_pager_config;
 
@@ -46,11 +46,12 @@ typedef struct st_pager_stats {
     int64_t stall_ns;                   /* time that takers waited, summed over threads */
     int64_t disk_ns;                    /* time with a read in progress */
     int64_t near_ns;                    /* a taker looks from so long before an expert should come */
+    int64_t free_slots;                 /* that hold nothing now, and whose memory the system has found */
 } st_pager_stats;
 
 /* NULL where memory or threads cannot be had. */
 st_pager *st_pager_create(const st_pager_config *config);
-/* NULL is fine; reads in flight are waited for. In the child of a fork it only frees memory. */
+/* NULL is fine; reads and writes in flight are waited for. In the child of a fork it only frees memory. */
 void st_pager_destroy(st_pager *pager);
 
 /* Pins n distinct experts of a layer, all that a step of so many tokens needs of it, and starts reading those that are
@@ -77,13 +78,14 @@ int64_t st_pager_since_arrival(st_pager *pager);
 
 /* Uses only the first `slots` of the config's slots from now on; what the others held is moved into a place of the
  * first ones whose expert was used less, or given up, and their memory is not touched again until a later call includes
- * them. Nothing may be pinned; waits for reads in progress there. */
+ * them. Nothing may be pinned; waits for reads and writes in progress there. */
 void st_pager_resize(st_pager *pager, int64_t slots);
 
 /* How much each expert was used lately, into uses[experts]: tokens, old ones weighing less (see eviction.h). */
 void st_pager_get_uses(st_pager *pager, double *uses);
 /* Takes what st_pager_get_uses gave in an earlier run for n experts, the most used first, as if it had just happened,
- * and reads them into free slots while nothing else is to be read. */
+ * and reads them into free slots while nothing else is to be read; again, as long as there are slots that nothing had
+ * yet, where one of them had to go. */
 void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int64_t n);
 
 void st_pager_get_stats(st_pager *pager, st_pager_stats *stats);

@@ -1,6 +1,7 @@
 /* The expert pager. An expert is absent, queued, reading, parked (a read ahead that gave way), ready or failed. What
- * is pinned or being read is never evicted; what is named ahead only where nothing else is left. One short lock
- * guards everything but the takers' first look. */
+ * is pinned or being read is never evicted; what is named ahead only where nothing else is left. Slots are new until
+ * the writer, or a read, has written to them; where memory is slow, who needs a slot evicts although some are new. One
+ * short lock guards everything but the takers' first look. */
 #define _POSIX_C_SOURCE 200809L
 #include "smallthinker/pager.h"
 
@@ -28,8 +29,8 @@ static const double MUCH_STOLEN = 0.03;
 /* A taker sleeps no longer than this at once: what pthread_cond_timedwait can be told is finite. */
 enum { SLEEP_NS = 1000000000 };
 enum { NOT_AHEAD, NAMED, NAMED_BEFORE, WARMING };
-/* What has a slot where no expert has: its memory was written to before, or never was and may still have to be found by
- * the system, or is being written to now. */
+/* Of a slot that no expert has: all of its memory was written to before; or not, so that the system may still have to
+ * find it; or it is being written to. */
 enum { FREE = -1, NEW = -2, WRITTEN_TO = -3 };
 /* Memory and storage are compared by as many bytes, and what they did before counts half after as many again. */
 enum { COMPARED_BYTES = 16 << 20, PAGE_BYTES = 4096 };
@@ -42,7 +43,7 @@ struct expert {
     uint8_t checked; /* its checksum was right once, or there is none */
     uint8_t unused;  /* read before it was wanted, and not wanted since */
     uint8_t broken;  /* its last read failed: only who needs it tries again */
-    uint8_t in_new;  /* its slot was new when it got it */
+    uint8_t in_new;  /* its slot was NEW when it got it */
     int32_t layer;
     size_t done;   /* bytes read so far */
     int64_t begun; /* when the read of the next ones was */
@@ -73,6 +74,7 @@ struct st_pager {
     int64_t n_ahead, pinned;
     int32_t *warm; /* ids to fill free slots with */
     int64_t n_warm, next_warm;
+    int warm_again; /* there are slots that were never free since st_pager_warm: those that had to go may come back */
     int wanted_reads, reads; /* in progress: of wanted experts, and of all */
     int64_t reads_since;     /* when `reads` left zero */
     int64_t arrived;         /* when the last wanted expert came, or was asked for where it was there */
@@ -93,8 +95,10 @@ static int get_state(const struct expert *expert) { return atomic_load_explicit(
 
 static void free_slot(st_pager *pager, struct expert *expert, int state) {
     if (expert->slot >= 0) {
-        pager->owner[expert->slot] = FREE;
-        pager->free_slots += expert->slot < pager->slots;
+        int in_new = expert->in_new && expert->done < pager->config.bytes, used = expert->slot < pager->slots;
+        pager->owner[expert->slot] = in_new ? NEW : FREE;
+        pager->new_slots += in_new && used;
+        pager->free_slots += !in_new && used;
     }
     if (expert->unused)
         pager->stats.bytes_wasted += (int64_t)expert->done;
@@ -118,12 +122,12 @@ static void count_rate(struct rate *rate, size_t bytes, int64_t ns) {
     rate->ns = rate->ns * keep + (double)ns;
 }
 
-/* Whether memory that was never written to takes longer than reading an expert again does: then it is for the writer,
- * and who needs a slot evicts. Hosts that take free memory back can be so: docs/notes/2026-12-01-starts.md. */
+/* Whether memory that was never written to takes much longer than reading an expert again does: then it is for the
+ * writer, and who needs a slot evicts. Hosts that take free memory back can be so: docs/notes/2026-12-01-starts.md. */
 static int memory_is_slow(const st_pager *pager) {
     const struct rate *written = &pager->written, *read = &pager->read;
     return written->bytes >= COMPARED_BYTES && read->bytes >= COMPARED_BYTES &&
-           written->ns * read->bytes > read->ns * written->bytes;
+           written->ns * read->bytes > 2 * read->ns * written->bytes;
 }
 
 /* Whether there is a slot without evicting. */
@@ -161,51 +165,50 @@ static int32_t find_victim(const st_pager *pager, int ahead_too) {
     return best;
 }
 
-/* A slot that no expert has: FREE, or else NEW. */
-static int32_t take_empty(st_pager *pager) {
-    int32_t slot = find_slot(pager, pager->free_slots > 0 ? FREE : NEW);
-    if (pager->free_slots > 0) {
-        pager->free_slots--;
-        pthread_cond_signal(&pager->memory);
-    } else {
-        pager->new_slots--;
-    }
-    return slot;
+/* Takes a slot that no expert has out of the counts; 1 where it was NEW. */
+static int take_slot(st_pager *pager, int32_t slot) {
+    int is_new = pager->owner[slot] == NEW;
+    pager->new_slots -= is_new;
+    pager->free_slots -= !is_new;
+    if (pager->new_slots > 0)
+        pthread_cond_signal(&pager->memory); /* perhaps few are free now */
+    return is_new;
 }
+
+/* A slot that no expert has: FREE, or else NEW. */
+static int32_t find_empty(const st_pager *pager) { return find_slot(pager, pager->free_slots > 0 ? FREE : NEW); }
 
 /* A slot whose expert had to go; -1 where none may. */
 static int32_t evict(st_pager *pager, int ahead_too) {
     int32_t slot = find_victim(pager, 0);
     if (slot < 0 && ahead_too)
         slot = find_victim(pager, 1);
-    if (slot < 0)
-        return -1;
-    free_slot(pager, pager->experts + pager->owner[slot], ABSENT);
-    pager->free_slots--;
-    pager->stats.evictions++;
+    if (slot >= 0) {
+        free_slot(pager, pager->experts + pager->owner[slot], ABSENT);
+        pager->stats.evictions++;
+    }
     return slot;
 }
 
-/* Gives the expert a slot, by evicting where none is free. 0 where all are in use, or one will be free at once. */
+/* Gives the expert a slot: a free one, a new one unless memory is slow, or by evicting. 0 where all are in use, or the
+ * writer is about to make one free. */
 static int give_slot(st_pager *pager, int32_t id, int may_evict) {
     struct expert *expert = pager->experts + id;
     int32_t slot = -1;
     if (expert->slot >= 0)
         return 1;
-    expert->in_new = pager->free_slots == 0;
     if (has_room(pager)) {
-        slot = take_empty(pager);
+        slot = find_empty(pager);
     } else if (pager->writing >= 0 && !memory_is_slow(pager)) {
         return 0;
     } else if (may_evict) {
         slot = evict(pager, expert->pins > 0);
-        if (slot >= 0)
-            expert->in_new = 0;
-        else if (expert->pins > 0 && pager->new_slots > 0)
-            slot = take_empty(pager);
+        if (slot < 0 && expert->pins > 0 && pager->new_slots > 0)
+            slot = find_empty(pager);
     }
     if (slot < 0)
         return 0;
+    expert->in_new = (uint8_t)take_slot(pager, slot);
     pager->owner[slot] = id;
     expert->slot = slot;
     return 1;
@@ -218,7 +221,7 @@ static int32_t next_wanted(st_pager *pager) {
     while (pager->queue_size > 0) {
         int32_t id = pager->queue[pager->queue_head];
         if (pager->experts[id].pins > 0 && !give_slot(pager, id, 1))
-            return -1; /* reads ahead in progress hold the last slots; the end of one comes back here */
+            return -1; /* reads ahead in progress, or the writer, have the last slots; their end comes back here */
         pager->queue_head = (pager->queue_head + 1) % pager->config.experts;
         pager->queue_size--;
         if (pager->experts[id].pins > 0)
@@ -378,6 +381,13 @@ static void write_to(uint8_t *memory, size_t bytes) {
         *(volatile uint8_t *)(memory + i) = 0;
 }
 
+/* CPU time of this thread, in which the system finds memory; not what others on its CPU take meanwhile. */
+static int64_t thread_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
 /* Keeps as many slots free as a layer has experts, as long as there are new ones, by writing to these. */
 static void *writer_main(void *arg) {
     st_pager *pager = arg;
@@ -392,16 +402,17 @@ static void *writer_main(void *arg) {
         pager->owner[slot] = WRITTEN_TO;
         pager->new_slots--;
         pthread_mutex_unlock(&pager->mutex);
-        int64_t began = st_nanoseconds();
+        int64_t began = thread_ns();
         write(pager->config.memory + (size_t)slot * pager->config.bytes, pager->config.bytes);
-        int64_t took = st_nanoseconds() - began;
+        int64_t took = thread_ns() - began;
         pthread_mutex_lock(&pager->mutex);
         count_rate(&pager->written, pager->config.bytes, took);
         pager->owner[slot] = FREE;
         pager->free_slots += slot < pager->slots; /* fewer may be in use by now */
         pager->writing = -1;
-        if (pager->next_warm == pager->n_warm)
-            pager->next_warm = 0; /* some of them may have gone since */
+        if (pager->warm_again && pager->next_warm == pager->n_warm)
+            pager->next_warm = 0;
+        pager->warm_again &= pager->new_slots > 0;
         pthread_cond_broadcast(&pager->work);
         pthread_cond_broadcast(&pager->done);
     }
@@ -469,11 +480,11 @@ st_pager *st_pager_create(const st_pager_config *config) {
     for (; pager->started < config->io_threads; pager->started++)
         if (st_thread_start(&pager->threads[pager->started], io_main, pager) != 0)
             break;
-    if (pager->started == 0) {
+    pager->has_writer = st_thread_start(&pager->writer, writer_main, pager) == 0;
+    if (pager->started == 0 || !pager->has_writer) {
         st_pager_destroy(pager);
         return NULL;
     }
-    pager->has_writer = st_thread_start(&pager->writer, writer_main, pager) == 0; /* without, reads find their memory */
     return pager;
 }
 
@@ -678,22 +689,16 @@ static void clear_slot(st_pager *pager, int64_t slot) {
     if (id < 0 || pager->owner[slot] != id)
         return;
     struct expert *expert = pager->experts + id;
-    int32_t to = -1;
-    if (pager->free_slots > 0 || pager->new_slots > 0)
-        to = find_slot(pager, pager->free_slots > 0 ? FREE : NEW);
-    else
-        to = find_victim(pager, 0);
+    int empty = pager->free_slots > 0 || pager->new_slots > 0;
+    int32_t to = empty ? find_empty(pager) : find_victim(pager, 0);
     struct expert *victim = to >= 0 && pager->owner[to] >= 0 ? pager->experts + pager->owner[to] : NULL;
     if (get_state(expert) != READY || to < 0 || (victim && next_use(pager, victim) <= next_use(pager, expert))) {
         free_slot(pager, expert, get_state(expert) == QUEUED ? QUEUED : ABSENT);
         return;
     }
-    if (victim) {
+    if (victim)
         free_slot(pager, victim, ABSENT);
-        pager->free_slots--;
-    } else {
-        take_empty(pager);
-    }
+    take_slot(pager, to);
     memcpy(pager->config.memory + (size_t)to * pager->config.bytes,
            pager->config.memory + (size_t)slot * pager->config.bytes, pager->config.bytes);
     pager->owner[slot] = FREE;
@@ -705,6 +710,7 @@ void st_pager_resize(st_pager *pager, int64_t slots) {
     pthread_mutex_lock(&pager->mutex);
     int64_t before = pager->slots;
     pager->slots = slots;
+    pager->warm_again = 0;
     for (int64_t i = slots; i < before; i++) { /* none of them may be taken while the others are emptied */
         pager->free_slots -= pager->owner[i] == FREE;
         pager->new_slots -= pager->owner[i] == NEW;
@@ -734,6 +740,7 @@ void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int6
         st_forecast_start(pager->times + pager->experts[ids[i]].layer, &pager->experts[ids[i]].use, uses[i]);
     pager->n_warm = n < pager->slots ? n : pager->slots;
     pager->next_warm = 0;
+    pager->warm_again = 1;
     memcpy(pager->warm, ids, (size_t)pager->n_warm * sizeof *ids);
     pthread_cond_broadcast(&pager->work);
     pthread_mutex_unlock(&pager->mutex);
@@ -742,6 +749,7 @@ void st_pager_warm(st_pager *pager, const int32_t *ids, const double *uses, int6
 void st_pager_get_stats(st_pager *pager, st_pager_stats *stats) {
     pthread_mutex_lock(&pager->mutex);
     *stats = pager->stats;
+    stats->free_slots = pager->free_slots;
     pthread_mutex_unlock(&pager->mutex);
     stats->stall_ns = atomic_load(&pager->stall_ns);
 }

@@ -263,6 +263,8 @@ static void resize(void) {
     st_pager_stats stats;
     st_pager_get_stats(pager, &stats);
     CHECK(stats.hits == 2 && stats.misses == 4);
+    for (int b = 2 * BYTES; b < 4 * BYTES; b++)
+        CHECK(memory[b] == 99); /* given back, it is not touched */
     st_pager_resize(pager, 3);
     st_pager_want(pager, (int32_t[]){5}, NULL, 1, 1);
     CHECK(st_pager_take(pager, 5)[0] == 6);
@@ -374,16 +376,18 @@ static void looking(void) {
 }
 
 /* Memory that is slower to come than an expert is to read: wanted experts evict rather than take it, until nothing may
- * go; and in time all slots are filled. */
-enum { LARGE = 1 << 20, MANY = 40, LAYER = 8 };
-static atomic_int written, gate;
+ * go; and in time all slots are filled, also with what had to go. */
+enum { LARGE = 1 << 20, MANY = 40, LAYER = 8, LAYERS = 8 };
+static atomic_int gate;
 
+/* As the system is slow: the thread computes meanwhile. */
 static void write_slowly(uint8_t *memory, size_t size) {
-    usleep(4000);
+    int64_t begun = st_nanoseconds();
+    while (st_nanoseconds() - begun < 4000000)
+        ;
     while (atomic_load(&gate))
         usleep(100);
     memset(memory, 0, size);
-    atomic_fetch_add(&written, 1);
 }
 
 static int read_large(void *source, int64_t offset, size_t size, void *buffer) {
@@ -404,45 +408,77 @@ static void use(st_pager *pager, int32_t first, int32_t n) {
     st_pager_release(pager, ids, n);
 }
 
-static void slow_memory(void) {
-    int64_t offsets[8 * LAYER];
-    double uses[8 * LAYER] = {0};
-    int32_t all[8 * LAYER];
-    uint8_t *memory = aligned_alloc(4096, (size_t)MANY * LARGE), resident[8 * LAYER];
-    for (int32_t i = 0; i < 8 * LAYER; i++) {
-        offsets[i] = (int64_t)i * LARGE;
-        all[i] = i;
-    }
-    st_pager_config config = {read_large, NULL, 8 * LAYER, LAYER, offsets, LARGE, memory,
-                              MANY,       1,    NULL,      LARGE, 0,       NULL,  write_slowly};
-    st_pager *pager = st_pager_create(&config);
-    for (int32_t layer = 0; layer < 3; layer++) { /* 16 MB of each are enough to compare them */
-        while (atomic_load(&written) < (layer + 1) * LAYER)
-            usleep(100);
-        atomic_store(&gate, layer == 2);
-        use(pager, layer * LAYER, LAYER);
-    }
+static void await_free(st_pager *pager, int64_t slots) {
+    st_pager_stats stats;
+    do {
+        usleep(100);
+        st_pager_get_stats(pager, &stats);
+    } while (stats.free_slots != slots);
+}
+
+static int64_t evictions(st_pager *pager) {
     st_pager_stats stats;
     st_pager_get_stats(pager, &stats);
-    CHECK(stats.evictions == 0 && stats.misses == 3 * LAYER);
-    use(pager, 3 * LAYER, LAYER); /* 15 slots are new, and one is being written to */
-    st_pager_get_stats(pager, &stats);
-    CHECK(stats.evictions == LAYER);
+    return stats.evictions;
+}
+
+/* How many of n experts are in memory. */
+static int held(st_pager *pager, int first, int n) {
+    uint8_t resident[LAYERS * LAYER];
+    int count = 0;
     st_pager_get_resident(pager, resident);
-    for (int32_t i = 0; i < LAYER; i++)
-        CHECK(resident[3 * LAYER + i]);
-    use(pager, 4 * LAYER, 30); /* more than were written to */
-    st_pager_get_stats(pager, &stats);
-    CHECK(stats.misses == 4 * LAYER + 30);
+    for (int i = first; i < first + n; i++)
+        count += resident[i];
+    return count;
+}
+
+static void *open_gate(void *arg) {
+    usleep(20000);
     atomic_store(&gate, 0);
-    st_pager_warm(pager, all, uses, 8 * LAYER);
-    for (int held = 0; held < MANY;) {
-        st_pager_get_resident(pager, resident);
-        held = 0;
-        for (int i = 0; i < 8 * LAYER; i++)
-            held += resident[i];
+    return arg;
+}
+
+static void slow_memory(void) {
+    int64_t offsets[LAYERS * LAYER];
+    double uses[LAYER] = {0};
+    int32_t first[LAYER];
+    uint8_t *memory = aligned_alloc(4096, (size_t)MANY * LARGE);
+    for (int32_t i = 0; i < LAYERS * LAYER; i++)
+        offsets[i] = (int64_t)i * LARGE;
+    for (int32_t i = 0; i < LAYER; i++)
+        first[i] = i;
+    st_pager_config config = {read_large, NULL, LAYERS * LAYER, LAYER, offsets, LARGE, memory,
+                              MANY,       1,    NULL,           LARGE, 0,       NULL,  write_slowly};
+    st_pager *pager = st_pager_create(&config);
+    await_free(pager, LAYER); /* as many as it keeps free */
+    st_pager_warm(pager, first, uses, LAYER);
+    while (held(pager, 0, LAYER) < LAYER)
         usleep(100);
-    }
+    await_free(pager, LAYER);
+    use(pager, LAYER, LAYER); /* 16 MB read by now: that is enough to compare */
+    await_free(pager, LAYER);
+    atomic_store(&gate, 1);
+    use(pager, 2 * LAYER, LAYER); /* the last that the writer has made free */
+    CHECK(evictions(pager) == 0);
+    use(pager, 3 * LAYER, LAYER); /* 15 are new, and one is being written to */
+    CHECK(evictions(pager) == LAYER && held(pager, 0, LAYER) == 0 && held(pager, 3 * LAYER, LAYER) == LAYER);
+    use(pager, 4 * LAYER, 30); /* more than were written to: nothing may go in the end */
+    CHECK(evictions(pager) == LAYER + 3 * LAYER && held(pager, 4 * LAYER, 30) == 30);
+    atomic_store(&gate, 0);
+    while (held(pager, 0, LAYER) < LAYER)
+        usleep(100);
+    st_pager_resize(pager, 30); /* those beyond are never written to again, also where the writer is in one of them */
+    st_pager_resize(pager, MANY);
+    atomic_store(&gate, 1);
+    usleep(20000);
+    pthread_t opener;
+    CHECK(pthread_create(&opener, NULL, open_gate, NULL) == 0);
+    st_pager_resize(pager, 30);
+    memset(memory + (size_t)30 * LARGE, 99, (size_t)(MANY - 30) * LARGE);
+    usleep(20000);
+    for (size_t b = (size_t)30 * LARGE; b < (size_t)MANY * LARGE; b += 4096)
+        CHECK(memory[b] == 99);
+    pthread_join(opener, NULL);
     st_pager_destroy(pager);
     free(memory);
 }
