@@ -98,7 +98,6 @@ def open_model(path: str | os.PathLike[str], settings: Settings) -> OpenedModel:
         threshold = _head_threshold(settings.head_threshold, config)
         engine = _make_engine(config, settings, threshold is not None)
         experts = Experts(file, config, settings) if isinstance(file, PackedFile) else None
-
         budget = None if settings.memory is None else parse_memory(settings.memory)
 
         def plan(process: int | None = None) -> Plan:

@@ -99,6 +99,8 @@ static void free_slot(st_pager *pager, struct expert *expert, int state) {
         pager->owner[expert->slot] = in_new ? NEW : FREE;
         pager->new_slots += in_new && used;
         pager->free_slots += !in_new && used;
+        if (in_new)
+            pthread_cond_signal(&pager->memory);
     }
     if (expert->unused)
         pager->stats.bytes_wasted += (int64_t)expert->done;

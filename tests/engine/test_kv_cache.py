@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,16 +177,16 @@ def test_types_that_cannot_be_are_refused(path: str, tmp_path: Path) -> None:
         SmallThinker(narrow, kv="q8_0")
 
 
-def test_the_planner_takes_q8_where_the_budget_needs_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=40 << 20))
+def test_the_planner_takes_q8_where_the_budget_needs_it(path: str) -> None:
     with GGUFFile(path) as file:
         config = ModelConfig.from_gguf(file)
-        totals = {kv: plan.make_plan(file, config, 4096, 64, None, kv=kv).total for kv in KINDS}
+        make = partial(plan.make_plan, file, config, 4096, 64, process=40 << 20)
+        totals = {kv: make(None, kv=kv).total for kv in KINDS}
         f16, full, every = (kv_bytes(config, 4096, kv) for kv in KINDS)
         assert f16 * 34 == every * 64
         assert f16 > full > every
         for kv, total in totals.items():
-            assert plan.make_plan(file, config, 4096, 64, total, kv="auto").kv == kv
+            assert make(total, kv="auto").kv == kv
         with pytest.raises(MemoryBudgetError, match=str(totals["q8_0-all"])):
-            plan.make_plan(file, config, 4096, 64, totals["q8_0-all"] - 1, kv="auto")
+            make(totals["q8_0-all"] - 1, kv="auto")
     assert SmallThinker(path, kv="auto").plan.kv == "f16"
