@@ -216,7 +216,7 @@ cdef extern from "smallthinker/load.h" nogil:
         ST_LOAD_INTERRUPTED
     size_t st_load_room(const st_piece *pieces, int64_t n)
     int64_t st_load(st_team *team, const st_piece *pieces, int64_t n, uint8_t *room,
-                    int (*interrupted)(void *caller) noexcept nogil, void *caller, int64_t ask_ns)
+                    bint (*interrupted)(void *caller) noexcept nogil, void *caller, int64_t ask_ns)
 
 cdef extern from "smallthinker/reader.h" nogil:
     ctypedef struct st_reader:

@@ -162,7 +162,12 @@ cdef class Engine:
         """
         self.check_usable()
         st_team_resize(self.call.team, self.threads)
-        self.weights.load(self.call.team)
+        try:
+            self.weights.load(self.call.team, interrupted, <void *>self, LOOK_NS)
+        finally:
+            interrupt, self.interrupt = self.interrupt, None
+            if interrupt is not None:
+                raise interrupt
 
     def page_experts(self, ExpertPaging paging not None, types):
         """Takes the experts from there instead of ModelWeights.set_experts().
@@ -385,7 +390,7 @@ cdef class Engine:
 
 
 cdef bint interrupted(void *caller) noexcept with gil:
-    """Whether to stop; decode() raises the reason when the threads have come back."""
+    """Whether to stop; decode() or load() raises the reason when the threads have come back."""
     cdef Engine engine = <Engine>caller
     try:
         PyErr_CheckSignals()

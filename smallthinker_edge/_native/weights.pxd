@@ -154,7 +154,6 @@ cdef class ModelWeights:
     cdef st_piece *pieces     # that are still to be read
     cdef int64_t n_pieces, pieces_room
     cdef list sources         # of each piece: what it is read from
-    cdef object interrupt     # the exception that stopped load()
     cdef readonly int64_t unread
 
     cdef void give_back(self) noexcept
@@ -166,4 +165,5 @@ cdef class ModelWeights:
                          bint sparse=*) except -1
     cdef float *make_vector(self, data, int64_t n) except NULL
     cdef st_piece *add_piece(self, sources) except NULL
-    cdef int load(self, st_team *team) except -1
+    cdef int load(self, st_team *team, bint (*interrupted)(void *caller) noexcept nogil, void *caller,
+                  int64_t ask_ns) except -1

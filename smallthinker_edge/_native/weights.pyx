@@ -1,7 +1,6 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The weights of one model in the kernels' layouts. Filled by loading.py, read by the forward pass."""
 cimport cython
-from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free, realloc
@@ -16,7 +15,6 @@ from smallthinker_edge._native.memory cimport Arena
 from smallthinker_edge.errors import OutOfMemoryError
 
 cdef enum:
-    LOOK_NS = 50000000  # between two looks for Ctrl-C
     PIECE_BYTES = 1 << 20  # of a matrix that a thread reads at a time
     ROOM_BYTES = 32 << 20  # that all threads read into: so many of them load
 
@@ -114,21 +112,22 @@ cdef class ModelWeights:
         cdef int64_t r, step = max(1, <int64_t>(PIECE_BYTES // (row_bytes * ST_TILE_ROWS))) * ST_TILE_ROWS
         cdef uint8_t *dst
         cdef st_piece *piece
+        cdef int kind = ST_AS_COPY
         if <size_t>data.size != size:
             raise ValueError("matrix bytes do not match its shape and type")
         self.set_shape(m, type, rows, cols)
         if sparse and not self.exact and st_sparse(type):
-            m.layout = SPARSE_ROWS
+            m.layout, kind = SPARSE_ROWS, ST_AS_ROWS
         elif not self.exact and m.tiled >= 0 and unit % ST_TILE_ROWS == 0:
-            m.layout = TILE
+            m.layout, kind = TILE, ST_AS_TILES
             size = st_tile16_bytes(type, rows, cols)
         else:
             m.layout = ROWS
         m.data = dst = <uint8_t *>self.arena.take(size)
         for r in range(0, rows, step):  # whole tiles, whose bytes are as many as their rows'
             piece = self.add_piece([data.part(r * row_bytes, min(r + step, rows) * row_bytes)])
-            piece.as_ = {TILE: ST_AS_TILES, SPARSE_ROWS: ST_AS_ROWS, ROWS: ST_AS_COPY}[m.layout]
-            piece.type, piece.rows, piece.cols, piece.to = type, min(step, rows - r), cols, dst + r * row_bytes
+            piece.as_, piece.type, piece.rows, piece.cols = kind, type, min(step, rows - r), cols
+            piece.to = dst + r * row_bytes
         return 0
 
     cdef float *make_vector(self, data, int64_t n) except NULL:
@@ -159,24 +158,21 @@ cdef class ModelWeights:
         self.n_pieces += 1
         return piece
 
-    cdef int load(self, st_team *team) except -1:
-        """Reads and packs all that set_ methods were given, as Engine.load() says."""
+    cdef int load(self, st_team *team, bint (*interrupted)(void *caller) noexcept nogil, void *caller,
+                  int64_t ask_ns) except -1:
+        """Reads and packs all that set_ methods were given, as Engine.load() says; not all where it was interrupted."""
         cdef Arena arena = Arena()
         cdef size_t each = st_load_room(self.pieces, self.n_pieces)
         cdef int64_t ended
         cdef uint8_t *room
-        cdef void *caller = <void *>self
         st_team_resize(team, max(1, min(st_team_size(team), <int>(ROOM_BYTES // max(1, each)))))
         room = <uint8_t *>arena.take(each * st_team_size(team) + 1)
         with nogil:
-            ended = st_load(team, self.pieces, self.n_pieces, room, interrupted, caller, LOOK_NS)
+            ended = st_load(team, self.pieces, self.n_pieces, room, interrupted, caller, ask_ns)
         arena.give_back()
         sources, self.sources = self.sources, []
-        interrupt, self.interrupt = self.interrupt, None
         self.n_pieces = self.unread = 0
-        if interrupt is not None:
-            raise interrupt
-        if ended != ST_LOADED:
+        if ended >= 0:
             for source in sources[ended]:
                 source[:]  # which says what is wrong
             raise OSError(EIO, os.strerror(EIO), sources[ended][0].file.path)
@@ -273,13 +269,3 @@ cdef const st_kernels *find_table(name) except NULL:
     if table == NULL:
         raise ValueError(f"kernel table {name!r} is unknown or this CPU lacks its instructions")
     return table
-
-
-cdef int interrupted(void *caller) noexcept with gil:
-    """Whether to stop; load() raises the reason when the threads have come back."""
-    cdef ModelWeights weights = <ModelWeights>caller
-    try:
-        PyErr_CheckSignals()
-    except BaseException as error:
-        weights.interrupt = error
-    return weights.interrupt is not None

@@ -716,8 +716,6 @@ void st_pager_resize(st_pager *pager, int64_t slots) {
     for (int64_t i = slots; i < before; i++) { /* none of them may be taken while the others are emptied */
         pager->free_slots -= pager->owner[i] == FREE;
         pager->new_slots -= pager->owner[i] == NEW;
-        if (pager->owner[i] == FREE)
-            pager->owner[i] = NEW;
     }
     for (int64_t i = slots; i < before; i++) {
         clear_slot(pager, i);
